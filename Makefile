@@ -1,0 +1,47 @@
+# Two commands set everything up: `make demo` and `make test`. Both keep to .venv and out/.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
+PIP    := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: help demo test lint fuzz slow clean
+
+help:
+	@echo "make demo   simulate, train at full resolution, evaluate; leaves out/demo/report.html"
+	@echo "make test   lint and the ordinary tests (under 15 minutes)"
+	@echo "make fuzz   random search for wrong numbers (long)"
+	@echo "make slow   tests that need minutes or many gigabytes"
+	@echo "make lint   ruff, pyright and the import floors alone"
+
+demo: .venv/app.stamp
+	.venv/bin/python -m cosmictagger demo --out out/demo
+
+test: lint
+	.venv/bin/python -m pytest
+
+lint: .venv/test.stamp
+	.venv/bin/ruff check src tests $(wildcard bench examples)
+	.venv/bin/ruff format --check src tests $(wildcard bench examples)
+	.venv/bin/pyright
+	.venv/bin/lint-imports --no-cache
+
+fuzz: .venv/test.stamp
+	.venv/bin/python -m pytest -m fuzz
+
+slow: .venv/test.stamp
+	.venv/bin/python -m pytest -m slow
+
+clean:
+	rm -rf .venv out
+
+# A stamp is newer than what it was installed from, so a second make starts at once.
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fullframe needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/app.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) --editable '.[cosmictagger]'
+	@touch $@
+
+.venv/test.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) --editable '.[cosmictagger,test]'
+	@touch $@ .venv/app.stamp
