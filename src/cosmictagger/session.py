@@ -1,0 +1,84 @@
+"""A training with its report, and the demonstration made of the same parts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cosmictagger.data import EventFile, writing
+from cosmictagger.display import Panel, event_panels
+from cosmictagger.evaluate import Running, Tagger
+from cosmictagger.model import UResNet, count_parameters
+from cosmictagger.progress import progress
+from cosmictagger.report import Report, last_validation, verdict, write_report
+from cosmictagger.simulate import Detector, simulate_numbered
+from cosmictagger.train import Recipe, Trained, read_log, train
+from cosmictagger.weights import load_weights
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where events come from and where results go."""
+
+    events: Path
+    out: Path
+    validation: Path | None = None
+    """Events that are not trained on; with them comes out/report.html."""
+
+
+def train_with_report(files: Files, recipe: Recipe, running: Running, *, resume: bool = False, shown: int = 1) -> str:
+    """Train, and write `report.html` if there are validation events, `shown` of them as pictures.
+
+    Returns one line that says what came of it. Raises as `train` does.
+    """
+    with EventFile(files.events) as events:
+        if files.validation is None:
+            with progress("training") as say:
+                trained = train(recipe, events, files.out, running, resume=resume, say=say)
+            return f"{trained.steps} steps; weights in {files.out / 'weights.safetensors'}"
+        with EventFile(files.validation) as validation:
+            with progress("training") as say:
+                trained = train(recipe, events, files.out, running, validation=validation, resume=resume, say=say)
+            log = read_log(files.out)
+            net = load_weights(files.out / "weights.safetensors")
+            report = Report(
+                title="CosmicTagger: training report",
+                summary=_summary(recipe, running, trained, net, (len(events), *events.shape)),
+                log=log,
+                memory=trained.memory,
+                plan=(files.out / "plan.txt").read_text(),
+                events=_pictures(net, validation, running, shown),
+            )
+    write_report(files.out / "report.html", report)
+    scored = last_validation(log)
+    said = verdict(scored) if scored else "no validation"
+    return f"{trained.steps} steps; {said}; see {files.out / 'report.html'}"
+
+
+def _summary(recipe: Recipe, running: Running, trained: Trained, net: UResNet, size: tuple[int, int, int]) -> str:
+    count, rows, columns = size
+    side = 2**running.downsample
+    return (
+        f"A network of {count_parameters(net):,} parameters took {trained.steps} training steps of {recipe.batch} "
+        f"event(s) at 3 x {rows // side} x {columns // side} pixels in {running.precision}, on {count} events, with "
+        f"the loss '{recipe.loss}' and a learning rate of {recipe.learning_rate:g}, within a budget of "
+        f"{running.budget or 'the free memory'}, in {trained.seconds:.0f} s, validation included."
+    )
+
+
+def _pictures(net: UResNet, events: EventFile, running: Running, shown: int) -> list[tuple[str, list[list[Panel]]]]:
+    out = []
+    with Tagger(net, running) as tagger:
+        for index in range(min(shown, len(events))):
+            batch = tagger.load(events, index)
+            assert batch.label is not None  # `train` has scored it
+            tags = tagger(batch.image)
+            arrays = (x[0].cpu().numpy() for x in (batch.image, batch.label, tags))
+            out.append((f"Event {index}, not trained on", event_panels(*arrays)))
+    return out
+
+
+def simulate_file(path: Path, count: int, seed: int, *, first: int = 0, detector: Detector | None = None) -> None:
+    """Write `count` simulated events, numbered from `first`, of the sample `seed`. The file appears whole."""
+    with progress(f"simulating {path.name}") as say, writing(path) as file:
+        for k in range(count):
+            file.append(simulate_numbered(seed, first + k, detector))
+            say(k + 1, count, "")

@@ -1,0 +1,279 @@
+"""Training: one loop, one folder that holds all it leaves.
+
+    recipe.json          what was asked for
+    log.jsonl            one line per step and per validation
+    checkpoint/          where to go on from (torch.distributed.checkpoint)
+    weights.safetensors  the network so far, to release or to evaluate
+    plan.txt             how the engine runs a step, printed before the first one
+
+A resumed training takes the steps that an uninterrupted one would have taken, with the same events in the same order.
+"""
+
+import json
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim import Adam
+
+from cosmictagger import engine
+from cosmictagger.atomic import replacing
+from cosmictagger.batches import Batch, indices_of_step, load_batch
+from cosmictagger.data import DataError, EventFile
+from cosmictagger.evaluate import Running, Tagger, check_suits, evaluate
+from cosmictagger.memory import PeakMemory
+from cosmictagger.metrics import confusion, scores
+from cosmictagger.model import NetworkConfig, UResNet
+from cosmictagger.objective import PlaneLoss, TaggedLoss
+from cosmictagger.progress import Say, silent
+from cosmictagger.weights import save_weights
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, and how. Raises ValueError for values that make no sense."""
+
+    network: NetworkConfig
+    loss: str = "light"
+    learning_rate: float = 3e-4
+    batch: int = 1
+    steps: int = 1000
+    seed: int = 0
+    validate_every: int = 100
+    """Steps between validations and checkpoints."""
+    minutes: float | None = None
+    """Stop after the step that passes this time."""
+
+    def __post_init__(self) -> None:
+        PlaneLoss(self.loss)
+        for name in ("batch", "steps", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes is {self.minutes}; it must be positive")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a training step adds to parameters and gradients: promised by the plan, and seen. None: not known."""
+
+    budget: str | None
+    projected: int | None
+    measured: int | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training came to."""
+
+    steps: int
+    seconds: float
+    memory: Memory
+
+
+@dataclass
+class _State:
+    """What changes while training."""
+
+    net: UResNet
+    optimizer: Adam
+    step: int = 0
+
+
+def train(
+    recipe: Recipe,
+    events: EventFile,
+    out: Path,
+    running: Running,
+    *,
+    validation: EventFile | None = None,
+    resume: bool = False,
+    say: Say = silent,
+) -> Trained:
+    """Train and leave everything in the folder `out`.
+
+    Nothing is written before the data, the plan and the budget are known to be good. Raises DataError for events or
+    a folder that cannot be used, ValueError for a budget too small, and ArithmeticError if the loss is not finite.
+    """
+    torch.manual_seed(recipe.seed)
+    state = _start(recipe, out, running, resume)
+    _check_events(recipe, state, events, running)
+    if validation is not None:
+        check_suits(validation, state.net, running)
+    step = engine.training_step(state.net, TaggedLoss(PlaneLoss(recipe.loss)), running.budget)
+    plan, projected = _plan(step, _batch(recipe, 0, events, running), running)
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / "recipe.json", json.dumps(_described(recipe, running), indent=2) + "\n")
+    _write(out / "plan.txt", plan + "\n")
+    log = _Log(out / "log.jsonl", state.step)
+
+    tagger = Tagger(state.net, running) if validation is not None else None
+    start, measured, late = time.monotonic(), None, False
+    while state.step < recipe.steps and not late:
+        line, added = _one_step(step, state, _batch(recipe, state.step, events, running), running, measured is None)
+        measured = added if measured is None else measured
+        log.add(line)
+        text = f"loss {line['loss']:.4f}  mIoU {line['train']['mean_iou']:.3f}  {line['seconds']:.1f} s/step"
+        say(state.step, recipe.steps, text)
+        late = recipe.minutes is not None and time.monotonic() - start > 60 * recipe.minutes
+        if late or state.step % recipe.validate_every == 0 or state.step == recipe.steps:
+            if tagger is not None and validation is not None:
+                log.add({"step": state.step, "validation": evaluate(tagger, validation).as_dict()})
+            _save(state, out)
+    return Trained(state.step, time.monotonic() - start, Memory(running.budget, projected, measured))
+
+
+def read_log(out: Path) -> list[dict]:
+    """The lines of a training's log."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def _one_step(
+    step: engine.Step, state: _State, batch: Batch, running: Running, measure: bool
+) -> tuple[dict, int | None]:
+    """Take a training step; returns its line of the log and, if asked, the bytes it added."""
+    began = time.monotonic()
+    without_gradients = all(p.grad is None for p in state.net.parameters())
+    with PeakMemory(running.device, wanted=measure) as peak:
+        with running.autocast():
+            loss, tags = step(batch.image, _truth(batch))
+        loss.backward()
+    added = peak.added
+    if added is not None and without_gradients:
+        # gradients are the user's, whoever computes them
+        added = max(0, added - sum(p.grad.nbytes for p in state.net.parameters() if p.grad is not None))
+    value = loss.item()
+    if not math.isfinite(value):
+        raise ArithmeticError(f"the loss is {value} at step {state.step + 1}; try a smaller learning rate")
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    found = scores(confusion(tags, _truth(batch))).as_dict()
+    seconds = round(time.monotonic() - began, 3)
+    return {"step": state.step, "loss": value, "seconds": seconds, "train": found}, added
+
+
+def _truth(batch: Batch) -> Tensor:
+    if batch.label is None:
+        raise DataError("training needs events with labels")
+    return batch.label
+
+
+def _batch(recipe: Recipe, step: int, events: EventFile, running: Running) -> Batch:
+    indices = indices_of_step(step, recipe.batch, len(events), recipe.seed)
+    return load_batch(events, indices, downsample=running.downsample, device=running.device)
+
+
+def _check_events(recipe: Recipe, state: _State, events: EventFile, running: Running) -> None:
+    """Read every event that will be used, so that a bad one is found before hours of training, not after."""
+    check_suits(events, state.net, running)
+    count = len(events)
+    if recipe.minutes is None:
+        count = min(count, (recipe.steps - state.step) * recipe.batch)
+    needed = {
+        i
+        for s in range(-(-count // recipe.batch))
+        for i in indices_of_step(s, recipe.batch, len(events), recipe.seed)
+    }
+    for index in sorted(needed):
+        events[index]
+
+
+def _plan(step: engine.Step, batch: Batch, running: Running) -> tuple[str, int | None]:
+    """The printed plan of a step and the bytes it promises. Raises ValueError if the budget is too small."""
+    with running.autocast():
+        plan = step.plan(batch.image, _truth(batch))
+    return str(plan), plan.projected_bytes
+
+
+def _described(recipe: Recipe, running: Running) -> dict:
+    """What must not change when a training goes on, and what may."""
+    described = asdict(recipe)
+    described.update(precision=running.precision, downsample=running.downsample, budget=running.budget)
+    return described
+
+
+_MAY_CHANGE = ("steps", "validate_every", "minutes", "budget")
+
+
+def _start(recipe: Recipe, out: Path, running: Running, resume: bool) -> _State:
+    """A new network, or the one of the folder's checkpoint."""
+    net = UResNet(recipe.network).to(running.device)
+    state = _State(net, Adam(net.parameters(), recipe.learning_rate))
+    kept = [path for path in (out / "checkpoint", out / "checkpoint.old") if path.is_dir()]
+    if not resume:
+        if kept or (out / "log.jsonl").exists():
+            raise DataError(f"{out}: holds a training already; go on with --resume, or name another folder")
+        return state
+    if not kept:
+        raise DataError(f"{out}: no checkpoint to resume from")
+    before = json.loads((out / "recipe.json").read_text())
+    for key, value in json.loads(json.dumps(_described(recipe, running))).items():
+        if key not in _MAY_CHANGE and before.get(key) != value:
+            raise DataError(f"{out}: was trained with {key} = {before.get(key)}, not {value}")
+    model, optimizer = get_state_dict(state.net, state.optimizer)
+    content = {"model": model, "optimizer": optimizer, "step": torch.zeros((), dtype=torch.int64)}
+    with _one_process():
+        dcp.load(content, checkpoint_id=kept[0], no_dist=True)
+    set_state_dict(state.net, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+    state.step = int(content["step"])
+    return state
+
+
+def _save(state: _State, out: Path) -> None:
+    """Checkpoint and weights; an interruption leaves the ones before."""
+    model, optimizer = get_state_dict(state.net, state.optimizer)
+    content = {"model": model, "optimizer": optimizer, "step": torch.tensor(state.step)}
+    part, old, final = out / "checkpoint.part", out / "checkpoint.old", out / "checkpoint"
+    shutil.rmtree(part, ignore_errors=True)
+    with _one_process():
+        dcp.save(content, checkpoint_id=part, no_dist=True)
+    if final.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    part.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+    save_weights(state.net, out / "weights.safetensors")
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked: no_dist=True
+        yield
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as part:
+        part.write_text(text)
+
+
+class _Log:
+    """JSON lines, each on disk as soon as it is added; lines after `step` are of a training that was cut off."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        lines = path.read_text().splitlines() if step and path.exists() else []
+        _write(path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
+        self._path = path
+
+    def add(self, line: dict) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf  # half a line, from when the machine stopped

@@ -1,0 +1,93 @@
+"""Released weights: a safetensors file that carries the shape of its network; public checkpoints are read too."""
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cosmictagger.atomic import replacing
+from cosmictagger.data import DataError
+from cosmictagger.model import VARIANTS, NetworkConfig, UResNet
+
+METADATA = "network"
+
+
+def save_weights(net: UResNet, path: Path) -> None:
+    """Write parameters and buffers, with the network's configuration in the file's metadata."""
+    state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+    with replacing(path) as part:
+        save_file(state, part, metadata={METADATA: json.dumps(asdict(net.config))})
+
+
+def load_weights(path: Path, variant: str | None = None) -> UResNet:
+    """The network of a weights file, in evaluation mode.
+
+    A safetensors file written here says what network it is for; for any other, and for a checkpoint of the public
+    CosmicTagger, name the `variant`. Raises DataError if the file cannot be used.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    state, config = _read(path)
+    config = named_variant(variant) if variant is not None else config
+    if config is None:
+        raise DataError(f"{path}: does not say which network it is for; name it with --variant")
+    net = UResNet(config)
+    problem = _misfit(state, net.state_dict())
+    if problem:
+        raise DataError(f"{path}: does not fit the network: {problem}")
+    net.load_state_dict(state)
+    return net.eval()
+
+
+def named_variant(name: str) -> NetworkConfig:
+    """Raises DataError for a name that is not in VARIANTS."""
+    if name not in VARIANTS:
+        raise DataError(f"unknown variant {name!r}: choose one of {', '.join(VARIANTS)}")
+    return VARIANTS[name]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], NetworkConfig | None]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        return state, _config(path, metadata[METADATA]) if METADATA in metadata else None
+    except SafetensorError:
+        return _read_public(path), None
+
+
+def _config(path: Path, text: str) -> NetworkConfig:
+    known = {f.name for f in fields(NetworkConfig)}
+    try:
+        return NetworkConfig(**{k: v for k, v in json.loads(text).items() if k in known})
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: its description of the network cannot be used: {error}") from error
+
+
+def _read_public(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)  # tensors only, no pickled code
+    except Exception as error:
+        raise DataError(f"{path}: neither safetensors nor a checkpoint of tensors") from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    # a training framework may have put a prefix before every name
+    marker = "initial_convolution.conv.weight"
+    prefixes = [key.removesuffix(marker) for key in state if isinstance(key, str) and key.endswith(marker)]
+    if not prefixes:
+        raise DataError(f"{path}: holds no CosmicTagger network")
+    prefix = prefixes[0]
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _misfit(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> str | None:
+    for key, value in wanted.items():
+        if key not in found:
+            return f"{key} is missing"
+        if found[key].shape != value.shape:
+            return f"{key} is {tuple(found[key].shape)} instead of {tuple(value.shape)}"
+    extra = [key for key in found if key not in wanted]
+    return f"{extra[0]} is not part of it" if extra else None
