@@ -1,0 +1,201 @@
+"""Runs a plan: step by step, tile by tile, on worker threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from typing import Any
+
+import torch
+
+from fullframe import region as box
+from fullframe.graph import Op, Value
+from fullframe.plan import Plan, Step
+from fullframe.region import Region
+from fullframe.section import Tile, Work, own_region, tiled, work_of
+from fullframe.store import Arena
+
+_POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
+_LOCK = threading.Lock()
+
+
+def pool(workers: int) -> ThreadPoolExecutor:
+    """The worker threads of this process; made anew after a fork, where threads do not survive."""
+    key = (os.getpid(), workers)
+    with _LOCK:
+        if key not in _POOLS:
+            _POOLS[key] = ThreadPoolExecutor(workers, "fullframe", initializer=_start_worker)
+        return _POOLS[key]
+
+
+def _start_worker() -> None:
+    # Intra-op threads, grad mode and autocast are thread-local: each worker sets its own.
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+
+
+class Run:
+    """One run of a plan. ``feed`` inputs, ``advance`` over its steps, ``result`` an output."""
+
+    def __init__(self, plan: Plan, arena: Arena, device: torch.device):
+        self.plan, self.arena, self.device = plan, arena, device
+        self.values: dict[Value, torch.Tensor] = dict(plan.graph.constants)
+        self.outputs = {v for v in plan.graph.outputs if v is not None}
+        self.position = 0
+
+    def feed(self, values: Sequence[Value], tensors: Sequence[torch.Tensor]) -> None:
+        self.values.update(zip(values, (t.detach() for t in tensors), strict=True))
+
+    def result(self, value: Value | None) -> torch.Tensor | None:
+        """An output, in memory of its own."""
+        if value is None:
+            return None
+        tensor = self.values[value]
+        return tensor.clone() if value in self.plan.graph.inputs or tensor._base is not None else tensor
+
+    def advance(self, end: int) -> None:
+        """Run the steps up to ``end``; grad mode and autocast are off inside."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            for step in self.plan.steps[self.position : end]:
+                self._step(step)
+        self.position = end
+
+    def _step(self, step: Step) -> None:
+        labels = self.plan.labels
+        for value in step.section.saves:
+            if tiled(value, labels):
+                self.values[value] = self._allocate(value)
+        sums = [Summation(op, self.device) for op in step.section.sums]
+        tiles = list(step.grid.tiles())
+        if step.parallel and self.plan.workers > 1 and self.device.type == "cpu":
+            in_order = InOrder(lambda partials: _add(sums, partials))
+            _share(self.plan.workers, len(tiles), lambda k: in_order.put(k, self._tile(step, tiles[k])))
+        else:
+            for tile in tiles:
+                _add(sums, self._tile(step, tile))
+        for total in sums:
+            self.values[total.op.output] = self._keep(total.op.output, total.finish())
+        for value in step.frees:
+            del self.values[value]
+
+    def _allocate(self, value: Value) -> torch.Tensor:
+        slot = self.plan.slots.get(value)
+        if slot is None or value in self.outputs:
+            return torch.empty(value.shape, dtype=value.dtype, device=self.device)
+        return self.arena.view(slot.offset, value.shape, value.dtype)
+
+    def _keep(self, value: Value, tensor: torch.Tensor) -> torch.Tensor:
+        if not tiled(value, self.plan.labels) or value in self.outputs:
+            return tensor
+        return self._allocate(value).copy_(tensor)
+
+    def _tile(self, step: Step, tile: Tile) -> list[tuple[Region, torch.Tensor] | None]:
+        """Make one tile; returns the partial result of each sum with its place in the output."""
+        labels, section = self.plan.labels, step.section
+        works, regions = work_of(section, labels, tile)
+        saves, places = set(section.saves), {op: k for k, op in enumerate(section.sums)}
+        windows: dict[Value, torch.Tensor] = {}
+        partials: list[tuple[Region, torch.Tensor] | None] = [None] * len(places)
+        last = {v: k for k, work in enumerate(works) for v in work.op.inputs}
+        for k, work in enumerate(works):
+            made = run_op(work, self._windows(work, windows, regions))
+            op, out = work.op, work.op.output
+            if work.sums:
+                rule: Any = op.rule
+                partials[places[op]] = (rule.out_region(op, work.region), made)
+                continue
+            if out in saves:
+                if tiled(out, labels):
+                    own = own_region(out, labels, tile)
+                    self.values[out][box.slices(own)] = made[box.slices(own, regions[out])]
+                else:
+                    self.values[out] = made
+            windows[out] = made
+            for value in op.inputs:
+                if last[value] == k:
+                    windows.pop(value, None)
+            if out not in last:
+                windows.pop(out, None)
+        return partials
+
+    def _windows(self, work: Work, windows: dict[Value, torch.Tensor], regions: dict[Value, Region]) -> list[torch.Tensor]:
+        found = []
+        for value, read in zip(work.op.inputs, work.reads, strict=True):
+            window = windows.get(value)
+            if window is None:
+                tensor = self.values[value]
+                found.append(tensor if box.shape_of(read) == tuple(tensor.shape) else tensor[box.slices(read)])
+            elif read == regions[value]:
+                found.append(window)
+            else:
+                found.append(window[box.slices(read, regions[value])])
+        return found
+
+
+def run_op(work: Work, windows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The window of an op; a reduction that no tile cuts is finished at once."""
+    rule: Any = work.op.rule
+    made = rule.run(work.op, work.region, windows)
+    if rule.kind == "reduce" and not work.sums:
+        return rule.finish(work.op, made)
+    return made
+
+
+def _add(sums: Sequence[Summation], partials: Sequence[tuple[Region, torch.Tensor] | None]) -> None:
+    for total, partial in zip(sums, partials, strict=True):
+        if partial is not None:
+            total.add(*partial)
+
+
+class Summation:
+    """A reduction in progress."""
+
+    def __init__(self, op: Op, device: torch.device):
+        self.op = op
+        self.rule: Any = op.rule
+        self.total = self.rule.start(op, op.output.shape, device)
+
+    def add(self, region: Region, partial: torch.Tensor) -> None:
+        self.rule.combine(self.op, self.total[box.slices(region)], partial)
+
+    def finish(self) -> torch.Tensor:
+        return self.rule.finish(self.op, self.total)
+
+
+class InOrder:
+    """Hands results on in the order of their numbers, whichever thread brings them first.
+
+    The order of a sum is then fixed, and with it every bit of the result, for any number of
+    workers; results waiting are at most as many as there are workers, give or take one.
+    """
+
+    def __init__(self, take: Callable[[Any], None]):
+        self._take, self._next = take, 0
+        self._waiting: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def put(self, number: int, result: Any) -> None:
+        with self._lock:
+            self._waiting[number] = result
+            while self._next in self._waiting:
+                self._take(self._waiting.pop(self._next))
+                self._next += 1
+
+
+def _share(workers: int, jobs: int, job: Callable[[int], None]) -> None:
+    """Run jobs 0..n-1 on the workers, in order of their number, each as soon as one is free."""
+    numbers = count()
+
+    def work() -> None:
+        while (k := next(numbers)) < jobs:
+            job(k)
+
+    futures = [pool(workers).submit(work) for _ in range(min(workers, jobs))]
+    error = None
+    for future in futures:
+        error = future.exception() or error
+    if error is not None:
+        raise error

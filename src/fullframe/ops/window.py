@@ -1,0 +1,308 @@
+"""Window ops: convolutions and their gradients, pooling and its gradients.
+
+Padding is applied only where a window touches the border of the image, at every op. The geometry
+of one spatial axis is (kernel, stride, padding, dilation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from fullframe import region as box
+from fullframe.graph import Kind, Link, Op
+from fullframe.ops.rule import BaseRule, Reduction
+from fullframe.region import Interval, Region
+
+
+class Axis(NamedTuple):
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int
+
+
+def spread(value: Sequence[int] | int, rank: int) -> list[int]:
+    """One number per spatial axis, from a list of one or ``rank`` numbers."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return values * rank if len(values) == 1 else values
+
+
+def pad_window(x: torch.Tensor, pads: Sequence[Interval], value: float = 0.0) -> torch.Tensor:
+    """Pad the trailing axes by (before, after) pairs given first axis first."""
+    flat = [n for pair in reversed(pads) for n in pair]
+    return F.pad(x, flat, value=value) if any(flat) else x
+
+
+def outside(region: Sequence[Interval], extents: Sequence[int]) -> list[Interval]:
+    """How far each (unclipped) interval reaches over the two ends of its axis."""
+    return [(max(0, -low), max(0, high - n)) for (low, high), n in zip(region, extents, strict=True)]
+
+
+class Conv(BaseRule):
+    """``tile.conv(x, weight, bias?, stride, padding, dilation, groups)``."""
+
+    kind: Kind = "window"
+    heavy = True
+
+    def axes(self, op: Op) -> list[Axis]:
+        kernel = op.inputs[1].shape[2:]
+        n = len(kernel)
+        stride, padding, dilation = (spread(op.args[k], n) for k in (3, 4, 5))
+        return [Axis(*a) for a in zip(kernel, stride, padding, dilation, strict=True)]
+
+    def links(self, op: Op) -> Sequence[Link]:
+        return [Link(0, 0, 0)] + [Link(0, a, a) for a in range(2, len(op.output.shape))]
+
+    def channels(self, op: Op) -> Sequence[tuple[int, int]]:
+        return [(0, 1), (-1, 1)]
+
+    def grow(self, op: Op, region: Region) -> Region:
+        return (region[0], (0, op.output.shape[1]), *region[2:])
+
+    def reads(self, op: Op, region: Region) -> list[Interval]:
+        return [box.window_reads(r, *a) for r, a in zip(region[2:], self.axes(op), strict=True)]
+
+    def footprint(self, op: Op, region: Region) -> Sequence[Region]:
+        shape = op.inputs[0].shape
+        spatial = [box.clip(r, n) for r, n in zip(self.reads(op, region), shape[2:], strict=True)]
+        return [(region[0], (0, shape[1]), *spatial), *(box.full(v.shape) for v in op.inputs[1:])]
+
+    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+        x, weight = windows[0], windows[1]
+        bias = windows[2] if len(windows) > 2 else None
+        _, _, _, stride, _, dilation, groups = op.args
+        pads = outside(self.reads(op, region), op.inputs[0].shape[2:])
+        if all(before == after for before, after in pads):
+            padding = [before for before, _ in pads]
+        else:
+            x, padding = pad_window(x, pads), [0]
+        return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0], groups)
+
+    def cost(self, op: Op, elements: int) -> int:
+        return 2 * elements * prod(op.inputs[1].shape[1:])
+
+
+class ConvTranspose(BaseRule):
+    """``tile.conv_transpose(x, weight, bias?, stride, padding, dilation, groups)``.
+
+    Also the input gradient of a strided convolution; the output's shape is the op's own, so that
+    output padding and gradients of odd sizes need no argument.
+    """
+
+    kind: Kind = "window"
+    heavy = True
+
+    axes = Conv.axes
+    links = Conv.links
+    channels = Conv.channels
+    grow = Conv.grow
+
+    def footprint(self, op: Op, region: Region) -> Sequence[Region]:
+        shape = op.inputs[0].shape
+        spatial = [
+            box.clip(box.window_writes(r, *a), n)
+            for r, a, n in zip(region[2:], self.axes(op), shape[2:], strict=True)
+        ]
+        return [(region[0], (0, shape[1]), *spatial), *(box.full(v.shape) for v in op.inputs[1:])]
+
+    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+        x, weight = windows[0], windows[1]
+        bias = windows[2] if len(windows) > 2 else None
+        _, _, _, stride, _, dilation, groups = op.args
+        read = self.footprint(op, region)[0]
+        if box.is_empty(read):
+            channels = op.output.shape[1]
+            out = x.new_zeros([region[0][1] - region[0][0], channels, *box.shape_of(region[2:])])
+            return out if bias is None else out + bias.view(-1, *[1] * (len(region) - 2))
+        # The window makes the outputs [first, last) of each axis; the wanted ones lie among them,
+        # but for outputs past the last touched one, which are zero (plus bias).
+        crops = []
+        for r, a, want in zip(read[2:], self.axes(op), region[2:], strict=True):
+            first = r[0] * a.stride - a.padding
+            last = (r[1] - 1) * a.stride - a.padding + a.dilation * (a.kernel - 1) + 1
+            crops.append((want[0] - first, last - want[1]))
+        padding = [max(0, min(c)) for c in crops]
+        crops = [(c[0] - p, c[1] - p) for c, p in zip(crops, padding, strict=True)]
+        ragged = any(n < 0 for c in crops for n in c)
+        out = torch.convolution(
+            x, weight, None if ragged else bias, stride, padding, dilation, True, [0], groups
+        )
+        if any(n for c in crops for n in c):
+            out = pad_window(out, [(-before, -after) for before, after in crops])
+        if ragged and bias is not None:
+            out = out + bias.view(-1, *[1] * (len(region) - 2))
+        return out
+
+    def cost(self, op: Op, elements: int) -> int:
+        weight = op.inputs[1].shape
+        per = prod(weight[2:]) / prod(spread(op.args[3], len(weight) - 2))
+        return int(2 * elements * weight[0] // op.args[6] * max(1, per))
+
+
+class ConvWeightGrad(Reduction):
+    """``tile.conv_weight_grad(g, x, stride, padding, dilation, groups)``, driven by ``g``.
+
+    ``transposed`` convolutions are the same sum with the roles of g and x swapped.
+    """
+
+    heavy = True
+
+    def axes(self, op: Op) -> list[Axis]:
+        kernel = op.output.shape[2:]
+        n = len(kernel)
+        stride, padding, dilation = (spread(op.args[k], n) for k in (2, 3, 4))
+        return [Axis(*a) for a in zip(kernel, stride, padding, dilation, strict=True)]
+
+    def links(self, op: Op) -> Sequence[Link]:
+        spatial = range(2, len(op.output.shape))
+        return [Link(i, a, a) for i in (0, 1) for a in (0, *spatial)]
+
+    def channels(self, op: Op) -> Sequence[tuple[int, int]]:
+        return [(0, 1), (1, 1)]
+
+    def grow(self, op: Op, region: Region) -> Region:
+        return (region[0], (0, op.inputs[0].shape[1]), *region[2:])
+
+    def reads(self, op: Op, region: Region) -> list[Interval]:
+        return [box.window_reads(r, *a) for r, a in zip(region[2:], self.axes(op), strict=True)]
+
+    def footprint(self, op: Op, region: Region) -> Sequence[Region]:
+        shape = op.inputs[1].shape
+        spatial = [box.clip(r, n) for r, n in zip(self.reads(op, region), shape[2:], strict=True)]
+        return [region, (region[0], (0, shape[1]), *spatial)]
+
+    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+        g, x = windows
+        stride, padding, dilation, groups = op.args[2:]
+        pads = outside(self.reads(op, region), op.inputs[1].shape[2:])
+        if all(before == after for before, after in pads):
+            padding = [before for before, _ in pads]
+        else:
+            x, padding = pad_window(x, pads), [0]
+        weight = g.new_empty(1).expand(op.output.shape)
+        mask = [False, True, False]
+        grads = torch.ops.aten.convolution_backward(
+            g, x, weight, None, stride, padding, dilation, False, [0], groups, mask
+        )
+        return grads[1].to(self.accumulator(op))
+
+    def cost(self, op: Op, elements: int) -> int:
+        return 2 * elements * prod(op.output.shape[1:])
+
+
+class Pool(BaseRule):
+    """``tile.max_pool(x, kernel, stride, padding, dilation)``; ceil mode is in the output's extent."""
+
+    kind: Kind = "window"
+
+    def axes(self, op: Op) -> list[Axis]:
+        return geometry(op.args[1:5])
+
+    def lead(self, op: Op) -> int:
+        """Number of axes before the spatial ones."""
+        return len(op.output.shape) - len(op.args[1])
+
+    def links(self, op: Op) -> Sequence[Link]:
+        return [Link(0, a, a) for a in range(len(op.output.shape))]
+
+    def reads(self, op: Op, region: Region) -> list[Interval]:
+        spatial = region[self.lead(op) :]
+        return [box.window_reads(r, *a) for r, a in zip(spatial, self.axes(op), strict=True)]
+
+    def footprint(self, op: Op, region: Region) -> Sequence[Region]:
+        lead = self.lead(op)
+        reads = zip(self.reads(op, region), op.inputs[0].shape[lead:], strict=True)
+        return [(*region[:lead], *(box.clip(r, n) for r, n in reads))]
+
+    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+        axes = self.axes(op)
+        pads = outside(self.reads(op, region), op.inputs[0].shape[self.lead(op) :])
+        x = pad_window(windows[0], pads, float("-inf"))
+        kernel, stride, dilation = ([a[k] for a in axes] for k in (0, 1, 3))
+        return _MAX[len(axes)](x, kernel, stride, 0, dilation)
+
+    def cost(self, op: Op, elements: int) -> int:
+        return elements * prod(a.kernel for a in self.axes(op))
+
+
+def geometry(args: Sequence[Any]) -> list[Axis]:
+    """Axes of a pooling from its (kernel, stride, padding, dilation)."""
+    n = len(args[0])
+    return [Axis(*a) for a in zip(*(spread(v, n) for v in args), strict=True)]
+
+
+class PoolGrad(BaseRule):
+    """``tile.max_pool_grad(g, x, kernel, stride, padding, dilation)``.
+
+    The argmax is recomputed from the input, so no index into a whole image is ever stored.
+    """
+
+    kind: Kind = "window"
+
+    def axes(self, op: Op) -> list[Axis]:
+        return geometry(op.args[2:6])
+
+    def lead(self, op: Op) -> int:
+        return len(op.output.shape) - len(op.args[2])
+
+    def links(self, op: Op) -> Sequence[Link]:
+        return [Link(i, a, a) for i in (0, 1) for a in range(len(op.output.shape))]
+
+    def touched(self, op: Op, region: Region) -> list[Interval]:
+        """The pooled pixels whose window touches the region."""
+        lead = self.lead(op)
+        axes = zip(region[lead:], self.axes(op), op.inputs[0].shape[lead:], strict=True)
+        return [box.clip(box.window_writes(r, *a), n) for r, a, n in axes]
+
+    def footprint(self, op: Op, region: Region) -> Sequence[Region]:
+        lead, outs = self.lead(op), self.touched(op, region)
+        axes = zip(outs, self.axes(op), op.inputs[1].shape[lead:], strict=True)
+        reads = [box.clip(box.window_reads(o, *a), n) for o, a, n in axes]
+        return [(*region[:lead], *outs), (*region[:lead], *reads)]
+
+    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+        axes, lead, outs = self.axes(op), self.lead(op), self.touched(op, region)
+        g, x = windows
+        if any(high <= low for low, high in outs):
+            return g.new_zeros(box.shape_of(region))
+        reads = [box.window_reads(o, *a) for o, a in zip(outs, axes, strict=True)]
+        x = pad_window(x, outside(reads, op.inputs[1].shape[lead:]), float("-inf"))
+        wanted = zip(region[lead:], reads, strict=True)
+        return pad_window(max_pool_grad(g, x, axes), [(r[0] - w[0], w[1] - r[1]) for w, r in wanted])
+
+    def cost(self, op: Op, elements: int) -> int:
+        return elements * prod(a.kernel for a in self.axes(op))
+
+
+_MAX = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+
+
+def max_pool_grad(g: torch.Tensor, x: torch.Tensor, axes: Sequence[Axis]) -> torch.Tensor:
+    """Gradient of an unpadded max pooling with respect to its input window."""
+    kernel, stride, dilation = ([a[k] for a in axes] for k in (0, 1, 3))
+    if len(axes) == 1:
+        two = [Axis(1, 1, 0, 1), *axes]
+        return max_pool_grad(g.unsqueeze(-2), x.unsqueeze(-2), two).squeeze(-2)
+    pool, back = _MAX_OPS[len(axes)]
+    _, indices = pool(x, kernel, stride, [0], dilation, False)
+    return back(g, x, kernel, stride, [0], dilation, False, indices)
+
+
+_MAX_OPS = {
+    2: (torch.ops.aten.max_pool2d_with_indices, torch.ops.aten.max_pool2d_with_indices_backward),
+    3: (torch.ops.aten.max_pool3d_with_indices, torch.ops.aten.max_pool3d_with_indices_backward),
+}
+
+RULES: dict[str, BaseRule] = {
+    "tile.conv": Conv(),
+    "tile.conv_transpose": ConvTranspose(),
+    "tile.conv_weight_grad": ConvWeightGrad(),
+    "tile.max_pool": Pool(),
+    "tile.max_pool_grad": PoolGrad(),
+}
+

@@ -1,0 +1,300 @@
+"""From sections to a plan: order, what to drop and make again, tiles, places. Integers only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from fullframe import region as box
+from fullframe.graph import BudgetError, Graph, Op, UnsupportedOpError, Value
+from fullframe.memory import Lifetimes, lifetimes, place, rounded
+from fullframe.plan import Bytes, Grid, Plan, Slot, Step
+from fullframe.schedule import orders
+from fullframe.section import Cuts, Labels, Section, build_sections, choose_cuts, finish_section, label_axes, own_region, tiled, work_of
+
+WINDOW = 3 << 20  # bytes of the largest window of a tile: fits the caches of one core
+LEAST = 1 << 19  # maps smaller than this are not worth cutting
+ROWS = 8  # nor are strips of fewer rows, mostly halo
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to plan for. ``roots``: the inputs' tileable axes. ``tile``: forced tile as
+    (input value, axis, pixels) triples. ``free``: values not counted (gradients)."""
+
+    budget: int
+    workers: int
+    roots: tuple[tuple[Value, tuple[int, ...]], ...]
+    tile: tuple[tuple[Value, int, int], ...] | None = None
+    free: frozenset[Value] = frozenset()
+
+
+@dataclass
+class Draft:
+    """A schedule being improved: the sections in order, with values dropped and made again."""
+
+    cuts: Cuts
+    steps: list[Section]
+    early: int
+    order: dict[Op, int]
+    kept: list[Value]
+
+
+def plan(graph: Graph, request: Request) -> Plan:
+    """Plan a graph for a budget; raises `BudgetError` naming the smallest budget that would do."""
+    labels = label_axes(graph, request.roots)
+    cuts = choose_cuts(graph, labels)
+    sections = build_sections(graph, cuts)
+    sizes = _sizes(graph, cuts)
+    kept = [v for v in graph.outputs if v is not None]
+    best: tuple[int, Draft] | None = None
+    for steps, early in orders(graph, sections, sizes):
+        lives = lifetimes(steps, kept)
+        peak = max(lives.usage(len(steps), sizes), default=0)
+        if best is None or peak < best[0]:
+            order = {op: k for k, op in enumerate(graph.ops)}
+            best = peak, Draft(cuts, list(steps), early, order, kept)
+    assert best is not None
+    return _fit(graph, best[1], sizes, request)
+
+
+def _sizes(graph: Graph, cuts: Cuts) -> dict[Value, int]:
+    """Bytes of every stored value; outputs of the graph are the caller's, not counted here."""
+    outputs = set(graph.outputs)
+    return {v: rounded(v.nbytes) if tiled(v, cuts.labels) else v.nbytes for v in cuts.stored if v not in outputs}
+
+
+def _fit(graph: Graph, draft: Draft, sizes: dict[Value, int], request: Request) -> Plan:
+    """Drop and make again until the whole plan fits; report the smallest plan seen if it never does."""
+    smallest: Plan | None = None
+    while True:
+        made = _finish(graph, draft, sizes, request)
+        if made.projected_bytes <= request.budget:
+            return made
+        if smallest is None or made.projected_bytes < smallest.projected_bytes:
+            smallest = made
+        target = _peak(draft, sizes) - (made.projected_bytes - request.budget)
+        if not drop_until(draft, sizes, target):
+            made = _finish(graph, draft, sizes, request)
+            if made.projected_bytes <= request.budget:
+                return made
+            least = min(made.projected_bytes, smallest.projected_bytes)
+            raise _refusal(smallest, request.budget, least)
+
+
+def _refusal(plan: Plan, budget: int, least: int) -> Exception:
+    if plan.whole and plan.bytes.arena > budget:
+        first = plan.whole[0]
+        return UnsupportedOpError(
+            f"{first} can only run whole, and the step then needs at least {least:,} bytes; the budget is "
+            f"{budget:,}. Raise the budget, or give the op a rule in fullframe/ops"
+        )
+    return BudgetError(
+        f"the step does not fit in a budget of {budget:,} bytes; the smallest that would do is "
+        f"{least:,} bytes ({least / 1e9:.3f} GB)",
+        least,
+    )
+
+
+def _peak(draft: Draft, sizes: dict[Value, int]) -> int:
+    lives = lifetimes(draft.steps, draft.kept)
+    return max(lives.usage(len(draft.steps), sizes), default=0)
+
+
+# Drop and make again -----------------------------------------------------------------------------
+
+
+def drop_until(draft: Draft, sizes: dict[Value, int], target: int) -> bool:
+    """Clone slices of values idle over the peak until the peak is at most ``target``.
+
+    Each round takes the value that costs least to make again per byte it saves at the peak.
+    """
+    changed = False
+    while True:
+        lives = lifetimes(draft.steps, draft.kept)
+        used = lives.usage(len(draft.steps), sizes)
+        peak = max(range(len(used)), key=used.__getitem__, default=0)
+        if not used or used[peak] <= target:
+            return changed or True
+        best = _cheapest(draft, sizes, lives, peak)
+        if best is None:
+            return False
+        _drop(draft, sizes, best, peak)
+        changed = True
+
+
+def _uses(steps: Sequence[Section], value: Value) -> list[int]:
+    return [k for k, s in enumerate(steps) if value in s.loads]
+
+
+def _cheapest(draft: Draft, sizes: dict[Value, int], lives: Lifetimes, peak: int) -> Value | None:
+    best: tuple[float, Value] | None = None
+    kept = set(draft.kept)
+    at_peak = set(draft.steps[peak].loads) | set(draft.steps[peak].outputs)
+    for value, size in sizes.items():
+        if value in kept or value in at_peak or value not in lives.first:
+            continue
+        if not (lives.first[value] < peak < lives.last[value]) or not tiled(value, draft.cuts.labels):
+            continue
+        if value not in draft.cuts.maker or draft.cuts.maker[value] in draft.cuts.reducing:
+            continue
+        ops, loads = draft.cuts.slice_of(value, draft.cuts.stored - {value})
+        extended = sum(sizes.get(v, 0) for v in loads if v in lives.last and lives.last[v] < peak)
+        gain = size - extended
+        if gain <= 0:
+            continue
+        work = sum(op.rule.cost(op, prod(op.output.shape)) / (1 if op.rule.heavy else 0.05) for op in ops)
+        score = work / gain
+        if best is None or score < best[0]:
+            best = score, value
+    return None if best is None else best[1]
+
+
+def _drop(draft: Draft, sizes: dict[Value, int], value: Value, peak: int) -> None:
+    """Free ``value`` before the peak and make it again, as a clone, before its next use."""
+    cuts, steps = draft.cuts, draft.steps
+    at = next(k for k in _uses(steps, value) if k > peak)
+    op = cuts.maker[value]
+    clone = Value(value.name + "'", value.shape, value.dtype, value.itemsize)
+    again = replace(op, output=clone)
+    ops, loads = cuts.slice_of(value, cuts.stored - {value})
+    ops = (ops - {op}) | {again}
+    cuts.maker[clone] = again
+    cuts.labels[clone] = cuts.labels[value]
+    cuts.stored.add(clone)
+    sizes[clone] = sizes[value]
+    draft.order[again] = draft.order[op]
+    section = finish_section(ops, loads, [clone], cuts, draft.order, clone=True)
+    for k in range(at, len(steps)):
+        if value in steps[k].loads:
+            steps[k] = _reads_instead(steps[k], value, clone)
+    steps.insert(at, section)
+    if at <= draft.early:
+        draft.early += 1
+
+
+def _reads_instead(section: Section, old: Value, new: Value) -> Section:
+    """The section with every read of ``old`` replaced by ``new``."""
+    swapped = {op: replace(op, inputs=tuple(new if v is old else v for v in op.inputs)) for op in section.ops if old in op.inputs}
+    ops = tuple(swapped.get(op, op) for op in section.ops)
+    loads = tuple(new if v is old else v for v in section.loads)
+    return replace(section, ops=ops, loads=loads, sums=tuple(swapped.get(op, op) for op in section.sums))
+
+
+# Tiles, scratch and places -------------------------------------------------------------------------
+
+
+def _finish(graph: Graph, draft: Draft, sizes: dict[Value, int], request: Request) -> Plan:
+    labels = draft.cuts.labels
+    lives = lifetimes(draft.steps, draft.kept)
+    maps = {v: n for v, n in sizes.items() if tiled(v, labels)}
+    offsets, arena = place(lives, maps)
+    frees: list[list[Value]] = [[] for _ in draft.steps]
+    kept = set(draft.kept)
+    for value, last in lives.last.items():
+        if value not in kept:
+            frees[last].append(value)
+    steps = tuple(_step(s, tuple(f), labels, request) for s, f in zip(draft.steps, frees, strict=True))
+    small = {v: n for v, n in sizes.items() if v not in maps}
+    usage = lives.usage(len(steps), small)
+    untiled = max((u + s.scratch for u, s in zip(usage, steps, strict=True)), default=0)
+    scratch = max((s.scratch for s in steps), default=0)
+    outputs = sum(v.nbytes for v in set(draft.kept) - request.free if v not in graph.inputs)
+    whole = tuple(f"{op.target} ({op.path or 'in the step'})" for s in steps for op in s.section.ops
+                  if op.rule.kind == "whole" and tiled(op.output, labels))  # fmt: skip
+    slots = {v: Slot(offsets[v], maps[v]) for v in offsets}
+    total = Bytes(arena, max(0, untiled - scratch), scratch, outputs)
+    return Plan(graph, labels, steps, draft.early, slots, total, request.budget, request.workers, whole)
+
+
+def _step(section: Section, frees: tuple[Value, ...], labels: Labels, request: Request) -> Step:
+    grid = choose_grid(section, labels, request)
+    scratch, halo = 0, 0.0
+    for tile in grid.samples():
+        scratch = max(scratch, window_bytes(section, labels, tile))
+    parallel = len(grid) > 1
+    running = min(request.workers, len(grid)) if parallel else 1
+    sums = sum(prod(op.output.shape) * 8 * (1 + running) for op in section.sums)
+    return Step(section, grid, frees, scratch * running + sums, parallel, halo)
+
+
+def window_bytes(section: Section, labels: Labels, tile: dict) -> int:
+    """Most bytes of windows alive at once in a tile, copies for padding and layout included."""
+    works, _ = work_of(section, labels, tile)
+    last: dict[Value, int] = {}
+    for k, work in enumerate(works):
+        for value in work.op.inputs:
+            last[value] = k
+    stored = set(section.loads)
+    alive: dict[Value, int] = {}
+    most = 0
+    for k, work in enumerate(works):
+        shape = box.size(work.region) if not work.sums else prod(work.op.output.shape)
+        alive[work.op.output] = shape * work.op.output.itemsize if work.op.output not in stored else 0
+        # A convolution may copy what it reads (padding, layout of the library).
+        copies = sum(box.size(r) * v.itemsize for v, r in zip(work.op.inputs, work.reads, strict=True)) if work.op.rule.heavy else 0
+        most = max(most, sum(alive.values()) + copies)
+        for value in work.op.inputs:
+            if last[value] == k:
+                alive.pop(value, None)
+    return most
+
+
+def choose_grid(section: Section, labels: Labels, request: Request) -> Grid:
+    """Tiles of a section: full-width strips of about WINDOW bytes, or the forced tile."""
+    root = _root(section, labels)
+    if root is None or any(op.rule.kind == "whole" and tiled(op.output, labels) for op in section.ops):
+        return Grid()
+    axes = [(label, n) for label, n in zip(labels[root], root.shape, strict=True) if label is not None]
+    if request.tile is not None:
+        return _forced(axes, labels, request)
+    count = max(1, -(-root.nbytes // WINDOW))
+    if root.nbytes >= LEAST and request.workers > 1:
+        count = max(count, 2 * request.workers)
+    if count == 1:
+        return Grid()
+    ratio = _alignment(section, labels, dict(axes))
+    chosen = []
+    for position, (label, extent) in enumerate(axes):
+        least = 1 if position == 0 and len(axes) > 1 else min(ROWS, extent)
+        step = max(least, -(-extent // count))
+        align = ratio.get(label, 1)
+        step = min(extent, -(-step // align) * align)
+        chosen.append((label, extent, step))
+        count = -(-count // -(-extent // step))
+        if count <= 1:
+            break
+    return Grid(tuple(chosen))
+
+
+def _root(section: Section, labels: Labels) -> Value | None:
+    """The largest tiled map among what a section makes or sums over."""
+    found = [v for v in section.saves if tiled(v, labels)]
+    found += [op.inputs[getattr(op.rule, "driver", 0)] for op in section.sums]
+    found = [v for v in found if tiled(v, labels)]
+    return max(found, key=lambda v: v.nbytes, default=None)
+
+
+def _forced(axes: list[tuple[int, int]], labels: Labels, request: Request) -> Grid:
+    assert request.tile is not None
+    forced = {}
+    for value, axis, pixels in request.tile:
+        label = labels[value][axis]
+        if label is not None:
+            forced[label] = (value.shape[axis], min(pixels, value.shape[axis]))
+    return Grid(tuple((label, *forced[label]) for label, _ in axes if label in forced))
+
+
+def _alignment(section: Section, labels: Labels, extents: dict[int, int]) -> dict[int, int]:
+    """Multiples at which tile boundaries fall on whole pixels of the section's smaller maps."""
+    found: dict[int, int] = {}
+    for op in section.ops:
+        for value in (op.output, *op.inputs):
+            for label, n in zip(labels[value], value.shape, strict=True):
+                if label in extents and n > 0 and extents[label] % n == 0:
+                    found[label] = max(found.get(label, 1), extents[label] // n)
+    return {label: n for label, n in found.items() if n <= 64}
+
+
+__all__ = ["Callable", "Request", "own_region", "plan"]

@@ -1,0 +1,357 @@
+"""Sections: which values are cuts, and the slices of the graph between them.
+
+A *label* is a tileable axis followed through the whole graph (batch, rows, columns, ...): axes
+that a rule links carry the same label. A value with no labelled axis is *untiled* and made whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fullframe import region as box
+from fullframe.graph import Graph, Op, Value
+from fullframe.region import Region
+
+FAN_IN = 3  # a value recomputed from more stored maps than this is stored itself
+DEPTH = 48  # and so is one recomputed by more ops than this
+Labels = dict[Value, tuple["int | None", ...]]
+
+
+def label_axes(graph: Graph, roots: Sequence[tuple[Value, Sequence[int]]]) -> Labels:
+    """Follow the given axes of the inputs through the graph.
+
+    Axes contracted by a convolution are never tiled; nor is a label that one value carries twice
+    (a map added to its own transpose), since a tile would then need two places at once.
+    """
+    parent: dict[tuple[Value, int], tuple[Value, int]] = {}
+
+    def find(key: tuple[Value, int]) -> tuple[Value, int]:
+        while (up := parent.get(key, key)) != key:
+            parent[key] = parent.get(up, up)
+            key = up
+        return key
+
+    channels: list[tuple[Value, int]] = []
+    for op in graph.ops:
+        for a, b in axis_pairs(op):
+            parent[find(a)] = find(b)
+        for i, axis in op.rule.channels(op):
+            channels.append((op.output if i < 0 else op.inputs[i], axis))
+    dead = {find(key) for key in channels}
+    names: dict[tuple[Value, int], int] = {}
+    for value, axes in roots:
+        for axis in axes:
+            key = find((value, axis))
+            if key not in dead:
+                names.setdefault(key, len(names))
+    return _apply_names(graph, names, find)
+
+
+def axis_pairs(op: Op) -> Iterable[tuple[tuple[Value, int], tuple[Value, int]]]:
+    """Pairs of axes that run along each other in an op."""
+    rule: Any = op.rule
+    through = op.inputs[rule.driver] if rule.kind == "reduce" else op.output
+    for link in rule.links(op):
+        yield (op.inputs[link.input], link.axis), (through, link.out)
+    if rule.kind == "reduce":
+        for axis, out in rule.keeps(op):
+            yield (through, axis), (op.output, out)
+
+
+def _apply_names(graph: Graph, names: dict[tuple[Value, int], int], find: Any) -> Labels:
+    values = [*graph.inputs, *graph.constants, *(op.output for op in graph.ops)]
+    found: Labels = {}
+    doubled: set[int] = set()
+    for value in values:
+        labels = tuple(names.get(find((value, a))) if n > 1 else None for a, n in enumerate(value.shape))
+        used = [x for x in labels if x is not None]
+        doubled |= {x for x in used if used.count(x) > 1}
+        found[value] = labels
+    if doubled:
+        found = {v: tuple(None if x in doubled else x for x in ls) for v, ls in found.items()}
+    return found
+
+
+def tiled(value: Value, labels: Labels) -> bool:
+    return any(x is not None for x in labels[value])
+
+
+def sums_tiles(op: Op, labels: Labels) -> bool:
+    """Whether the op adds up partial results of tiles (a reduction over a labelled axis)."""
+    rule: Any = op.rule
+    if rule.kind != "reduce":
+        return False
+    kept = {axis for axis, _ in rule.keeps(op)}
+    return any(x is not None and a not in kept for a, x in enumerate(labels[op.inputs[rule.driver]]))
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """A slice of the graph: per tile, from windows of ``loads`` to tiles of ``saves`` and to sums.
+
+    ``ops`` are in runnable order; ``saves`` are stored tile by tile; ``sums`` are reductions over
+    the tiles. A section of untiled values has one tile.
+    """
+
+    ops: tuple[Op, ...]
+    loads: tuple[Value, ...]
+    saves: tuple[Value, ...]
+    sums: tuple[Op, ...]
+    clone: bool = False
+
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        return (*self.saves, *(op.output for op in self.sums))
+
+    def __repr__(self) -> str:
+        return f"Section({', '.join(v.name for v in self.outputs)})"
+
+
+@dataclass
+class Cuts:
+    """What is stored, and what making any value again would take."""
+
+    labels: Labels
+    stored: set[Value]
+    maker: dict[Value, Op]
+    reducing: set[Op]
+    late: set[Value] = field(default_factory=set)  # what depends on inputs that arrive late
+
+    def slice_of(self, value: Value, stop: set[Value]) -> tuple[set[Op], set[Value]]:
+        """Ops to make a value from the values in ``stop`` (inputs included), and those it loads."""
+        ops: set[Op] = set()
+        loads: set[Value] = set()
+        stack = [self.maker[value]]
+        while stack:
+            op = stack.pop()
+            if op in ops:
+                continue
+            ops.add(op)
+            for read in op.inputs:
+                if read in stop or read not in self.maker:
+                    loads.add(read)
+                else:
+                    stack.append(self.maker[read])
+        return ops, loads
+
+
+def choose_cuts(graph: Graph, labels: Labels) -> Cuts:
+    """The values to store if memory were no concern: what is dear to make again.
+
+    Outputs of heavy ops (convolutions), reductions, whatever is untiled, outputs of the graph, and
+    the inputs of ops that run whole. Everything else is recomputed in each section that needs it,
+    unless that would load more than FAN_IN maps.
+    """
+    maker = {op.output: op for op in graph.ops}
+    reducing = {op for op in graph.ops if sums_tiles(op, labels)}
+    stored = {v for v in graph.outputs if v is not None and v in maker}
+    leaves: dict[Value, frozenset[Value]] = {}
+    depth: dict[Value, int] = {}
+    for op in graph.ops:
+        out = op.output
+        if op.rule.kind == "whole":
+            stored.update(v for v in op.inputs if v in maker)
+        if not tiled(out, labels) or op in reducing or op.rule.heavy:
+            stored.add(out)
+        under: frozenset[Value] = frozenset()
+        deep = 1
+        for read in op.inputs:
+            if read in stored or read not in maker:
+                under |= {read} if tiled(read, labels) else frozenset()
+            else:
+                under |= leaves[read]
+                deep += depth[read]
+        leaves[out], depth[out] = under, deep
+        if len(under) > FAN_IN or deep > DEPTH:
+            stored.add(out)
+    late = set(graph.late)
+    for op in graph.ops:
+        if any(v in late for v in op.inputs):
+            late.add(op.output)
+    return Cuts(labels, stored, maker, reducing, late)
+
+
+@dataclass(eq=False)
+class _Draft:
+    """A section being put together."""
+
+    ops: set[Op]
+    loads: set[Value]
+    outputs: list[Value]
+    before: int = 0  # bit set of drafts that must run earlier
+
+
+@dataclass
+class Grouping:
+    cuts: Cuts
+    drafts: list[_Draft] = field(default_factory=list)
+    home: dict[Value, int] = field(default_factory=dict)
+    users: dict[Op, list[int]] = field(default_factory=dict)
+    readers: dict[Value, list[int]] = field(default_factory=dict)
+
+
+def build_sections(graph: Graph, cuts: Cuts) -> list[Section]:
+    """Group the stored values into sections: what shares work or reads what was just made."""
+    state = Grouping(cuts)
+    for op in graph.ops:
+        if op.output in cuts.stored:
+            _place(state, op.output)
+    order = {op: k for k, op in enumerate(graph.ops)}
+    return [finish_section(d.ops, d.loads, d.outputs, cuts, order) for d in state.drafts if d.outputs]
+
+
+def finish_section(ops: set[Op], loads: set[Value], outputs: Iterable[Value], cuts: Cuts, order: dict[Op, int],
+                   clone: bool = False) -> Section:  # fmt: skip
+    made = {op.output for op in ops}
+    sums = tuple(cuts.maker[v] for v in outputs if cuts.maker[v] in cuts.reducing)
+    saves = tuple(v for v in outputs if cuts.maker[v] not in cuts.reducing)
+    ordered = tuple(sorted(ops, key=order.__getitem__))
+    return Section(ordered, tuple(v for v in loads if v not in made), saves, sums, clone)
+
+
+def _place(state: Grouping, value: Value) -> None:
+    cuts = state.cuts
+    ops, loads = cuts.slice_of(value, cuts.stored)
+    before = 0
+    for read in loads:
+        if read in state.home:
+            home = state.home[read]
+            before |= 1 << home | state.drafts[home].before
+    target = None
+    if tiled(value, cuts.labels) or cuts.maker[value] in cuts.reducing:
+        for k in _candidates(state, ops, loads):
+            if _can_join(state, k, value, ops, loads):
+                target = k
+                break
+    if target is None:
+        target = len(state.drafts)
+        state.drafts.append(_Draft(set(), set(), []))
+    draft = state.drafts[target]
+    draft.ops |= ops
+    draft.loads |= loads
+    draft.outputs.append(value)
+    gained = before & ~(1 << target)
+    for k, other in enumerate(state.drafts):
+        if k == target or other.before >> target & 1:
+            other.before |= gained
+    state.home[value] = target
+    for op in ops:
+        state.users.setdefault(op, []).append(target)
+
+
+def _candidates(state: Grouping, ops: set[Op], loads: set[Value]) -> list[int]:
+    """Drafts that share an op with the slice or make what it loads, newest first."""
+    found = {k for op in ops for k in state.users.get(op, ())}
+    found |= {state.home[v] for v in loads if v in state.home}
+    return sorted(found, reverse=True)
+
+
+def _can_join(state: Grouping, k: int, value: Value, ops: set[Op], loads: set[Value]) -> bool:
+    cuts, draft = state.cuts, state.drafts[k]
+    if (value in cuts.late) != (draft.outputs[0] in cuts.late):
+        return False
+    if not any(tiled(v, cuts.labels) or cuts.maker[v] in cuts.reducing for v in draft.outputs):
+        return False
+    for read in loads:
+        home = state.home.get(read)
+        if home is None:
+            continue
+        if home == k:
+            # Made in the same pass: allowed where the pass has it at hand, that is not for sums
+            # (complete only at its end) nor for what is dear to make again on a halo.
+            if cuts.maker[read] in cuts.reducing or not tiled(read, cuts.labels):
+                return False
+            if cuts.maker[read].rule.heavy and not _aligned(cuts, value, read, ops):
+                return False
+        elif state.drafts[home].before >> k & 1:
+            return False
+    return _worth_joining(cuts, draft, value, ops)
+
+
+def _aligned(cuts: Cuts, value: Value, read: Value, ops: set[Op]) -> bool:
+    """Whether the slice reads only a tile's own region of ``read``."""
+    return all(op.rule.kind in ("pointwise", "reduce") and not op.rule.heavy for op in ops)
+
+
+def _worth_joining(cuts: Cuts, draft: _Draft, value: Value, ops: set[Op]) -> bool:
+    """Sums join anything they share work with; two maps only where they share what is dear."""
+    if cuts.maker[value] in cuts.reducing:
+        return True
+    maps = [v for v in draft.outputs if cuts.maker[v] not in cuts.reducing]
+    if not maps:
+        return True
+    shared = ops & draft.ops
+    made = set(draft.outputs)
+    if any(op.rule.heavy for op in shared):
+        return True
+    reads_fresh = any(r in made for op in ops for r in op.inputs)
+    return reads_fresh and len(maps) == 1 and not (cuts.maker[value].rule.heavy and cuts.maker[maps[0]].rule.heavy)
+
+
+# Tiles -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part ``[low, high)`` of a label whose axis has ``reference`` pixels where it is widest."""
+
+    low: int
+    high: int
+    reference: int
+
+
+Tile = dict[int, Span]
+
+
+def own_region(value: Value, labels: Labels, tile: Tile) -> Region:
+    """The tile's own part of a value; over all tiles a disjoint cover, whatever the sizes."""
+    found = []
+    for label, n in zip(labels[value], value.shape, strict=True):
+        span = tile.get(label) if label is not None else None
+        if span is None:
+            found.append((0, n))
+        else:
+            found.append((box.scaled(span.low, n, span.reference), box.scaled(span.high, n, span.reference)))
+    return tuple(found)
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """One op on one tile: the region to make (of the driver, for a sum) and what it reads."""
+
+    op: Op
+    region: Region
+    reads: Sequence[Region]
+    sums: bool
+
+
+def work_of(section: Section, labels: Labels, tile: Tile) -> tuple[list[Work], dict[Value, Region]]:
+    """The ops of one tile with their regions, in runnable order, and the region of each value."""
+    need: dict[Value, Region] = {v: own_region(v, labels, tile) for v in section.saves}
+    sums = set(section.sums)
+    found: list[Work] = []
+    for op in reversed(section.ops):
+        rule: Any = op.rule
+        if op in sums:
+            region = own_region(op.inputs[rule.driver], labels, tile)
+        else:
+            wanted = need.get(op.output)
+            if wanted is None or box.is_empty(wanted):
+                continue
+            region = wanted
+            if rule.kind == "reduce":
+                region = rule.grow(op, rule.driver_region(op, region))
+                need[op.output] = rule.out_region(op, region)
+            else:
+                need[op.output] = region = rule.grow(op, region)
+        if box.is_empty(region):
+            continue
+        reads = tuple(rule.footprint(op, region))
+        found.append(Work(op, region, reads, op in sums))
+        for value, read in zip(op.inputs, reads, strict=True):
+            known = need.get(value)
+            need[value] = read if known is None else box.union(known, read)
+    found.reverse()
+    return found, need
