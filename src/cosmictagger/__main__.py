@@ -218,7 +218,7 @@ def demo_command(*, out: Path = Path("out/demo"), minutes: float = DEMO.minutes 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line. Whatever the user can put right is one line on standard error and status 2."""
     try:
-        app(arguments, exit_on_error=False, print_error=False)
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (CycloptsError, ValueError, ArithmeticError, OSError, MemoryError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"cosmictagger: {text}", file=sys.stderr)

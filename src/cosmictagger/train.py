@@ -111,6 +111,7 @@ def train(
     _check_events(recipe, state, events, running)
     if validation is not None:
         check_suits(validation, state.net, running)
+        _read_all(validation, set(range(len(validation))))
     step = engine.training_step(state.net, TaggedLoss(PlaneLoss(recipe.loss)), running.budget)
     plan, projected = _plan(step, _batch(recipe, 0, events, running), running)
     out.mkdir(parents=True, exist_ok=True)
@@ -176,17 +177,17 @@ def _batch(recipe: Recipe, step: int, events: EventFile, running: Running) -> Ba
 
 
 def _check_events(recipe: Recipe, state: _State, events: EventFile, running: Running) -> None:
-    """Read every event that will be used, so that a bad one is found before hours of training, not after."""
     check_suits(events, state.net, running)
     count = len(events)
     if recipe.minutes is None:
         count = min(count, (recipe.steps - state.step) * recipe.batch)
-    needed = {
-        i
-        for s in range(-(-count // recipe.batch))
-        for i in indices_of_step(s, recipe.batch, len(events), recipe.seed)
-    }
-    for index in sorted(needed):
+    steps = range(state.step, state.step + -(-count // recipe.batch))
+    _read_all(events, {i for s in steps for i in indices_of_step(s, recipe.batch, len(events), recipe.seed)})
+
+
+def _read_all(events: EventFile, indices: set[int]) -> None:
+    """Read the events that will be used, so that a bad one is found before hours of training, not after."""
+    for index in sorted(indices):
         events[index]
 
 

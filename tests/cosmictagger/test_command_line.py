@@ -1,0 +1,130 @@
+"""The commands as a user types them; whatever goes wrong is one line, status 2 and nothing left behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from cosmictagger.__main__ import main
+from cosmictagger.data import CHARGE, LABEL, TAGS
+from cosmictagger.model import UResNet
+from cosmictagger.weights import save_weights
+
+
+@pytest.fixture
+def weights(small, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    save_weights(UResNet(small), path)
+    return path
+
+
+def test_from_simulation_to_tags(engine, small, small_events, tmp_path, capsys):
+    assert main(["simulate", str(tmp_path / "events.h5"), "--events", "1"]) == 0
+    with h5py.File(tmp_path / "events.h5") as file:
+        assert file[f"{CHARGE}/image_meta"]["number_of_voxels"].tolist() == [[2048, 1280]] * 3
+    events, out = str(small_events), tmp_path / "run"
+    train = [
+        "train",
+        events,
+        str(out),
+        "--variant",
+        "a21",
+        "--validation",
+        events,
+        "--steps",
+        "2",
+        "--budget",
+        "1 GB",
+    ]
+    assert main(train) == 0
+    assert (out / "report.html").is_file()
+    assert main([*train[:-1], "3", "--resume"]) == 0
+    weights = str(out / "weights.safetensors")
+    assert main(["evaluate", events, weights, "--json", str(tmp_path / "scores.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "mIoU" in printed
+    assert json.loads((tmp_path / "scores.json").read_text())["events"] == 3
+    assert main(["predict", events, weights, str(tmp_path / "tags.h5")]) == 0
+    with h5py.File(tmp_path / "tags.h5") as tagged, h5py.File(events) as source:
+        tags, charge = tagged[f"{TAGS}/voxels"][:], source[f"{CHARGE}/voxels"][:]
+        assert LABEL not in tagged
+        assert np.array_equal(tags["id"], charge["id"])
+        assert set(np.unique(tags["value"])) <= {0, 1, 2}
+
+
+def test_half_resolution_tags_every_stored_pixel(engine, small_events, weights, tmp_path):
+    assert main(["predict", str(small_events), str(weights), str(tmp_path / "t.h5"), "--downsample", "1"]) == 0
+    with h5py.File(tmp_path / "t.h5") as file:
+        assert len(file[f"{TAGS}/voxels"]) == len(file[f"{CHARGE}/voxels"])
+
+
+WRONG = {
+    "missing events": (["train", "{tmp}/none.h5", "{out}"], "none.h5: no such file"),
+    "not hdf5": (["train", "{text}", "{out}"], "not an HDF5 file"),
+    "unsuitable sides": (["train", "{events}", "{out}"], "80 x 128 pixels does not suit a network of depth 6"),
+    "unknown option": (["train", "{events}", "{out}", "--lerning-rate", "1"], "--learning-rate"),
+    "unknown variant": (["train", "{events}", "{out}", "--variant", "vgg"], "vgg"),
+    "no number": (["train", "{events}", "{out}", "--steps", "many"], "many"),
+    "no step": (["train", "{events}", "{out}", "--steps", "0"], "steps is 0"),
+    "nothing to resume": (["train", "{events}", "{out}", "--resume", "--variant", "a21"], "no checkpoint"),
+    "missing weights": (["evaluate", "{events}", "{tmp}/w", "--json", "{out}"], "no such file"),
+    "weights that are none": (["predict", "{events}", "{text}", "{out}"], "neither safetensors nor"),
+    "nan charge, train": (["train", "{nan}", "{out}", "--variant", "a21"], "event 2 plane 2: charge is NaN"),
+    "nan charge, evaluate": (["evaluate", "{nan}", "{weights}", "--json", "{out}"], "charge is NaN"),
+    "nan charge, predict": (["predict", "{nan}", "{weights}", "{out}"], "event 2 plane 2: charge is NaN"),
+    "bad validation": (["train", "{events}", "{out}", "--variant", "a21", "--validation", "{nan}"], "charge is NaN"),
+    "no events": (["simulate", "{out}", "--events", "0"], "--events must be at least 1"),
+    "unwritable": (["simulate", "/proc/none/a.h5", "--events", "1"], "/proc/none"),
+    "no command": (["trian"], "trian"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_one_line_status_two_and_nothing_left(case, engine, small, small_events, weights, tmp_path, capsys):
+    arguments, message = WRONG[case]
+    inputs, outputs = tmp_path / "in", tmp_path / "results"
+    inputs.mkdir()
+    outputs.mkdir()
+    text, nan = inputs / "text", inputs / "nan.h5"
+    text.write_text("no events here")
+    nan.write_bytes(small_events.read_bytes())
+    with h5py.File(nan, "r+") as file:
+        rows = file[f"{CHARGE}/voxels"][:]
+        rows["value"][-1] = np.nan
+        file[f"{CHARGE}/voxels"][:] = rows
+    names = {"tmp": tmp_path, "text": text, "nan": nan, "events": small_events, "weights": weights}
+    names["out"] = outputs / "result"
+    assert main([a.format(**names) for a in arguments]) == 2
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if line.startswith("cosmictagger: ")]
+    assert len(lines) == 1
+    assert said.err.splitlines()[-1] == lines[0]
+    assert message in lines[0]
+    assert list(outputs.iterdir()) == []
+
+
+def test_too_small_a_budget_names_the_smallest(engine, small, small_events, tmp_path, capsys):
+    if engine == "plain":
+        pytest.skip("plain PyTorch knows no budget")
+    arguments = ["train", str(small_events), str(tmp_path / "run"), "--variant", "a21", "--budget", "10 KB"]
+    assert main(arguments) == 2
+    assert "budget" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_as_a_program(tmp_path):
+    command = [sys.executable, "-m", "cosmictagger", "evaluate", str(tmp_path / "a.h5"), str(tmp_path / "w")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"cosmictagger: {tmp_path / 'w'}: no such file\n"
+
+
+@pytest.mark.parametrize("command", ["simulate", "train", "evaluate", "predict", "demo"])
+def test_help(command, capsys):
+    assert main([command, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"Usage: cosmictagger {command}")
