@@ -1,0 +1,26 @@
+"""Fused pointwise kernels: one pass over the windows of a tile for a whole group of ATen calls.
+
+A `Group` says what is computed: operands (whole windows, per-channel vectors, per-pixel maps, scalars), nodes
+(ATen calls), outputs, and partial sums or moments over chosen axes. `build` makes it runnable: as generated
+C++, without torch headers, compiled once per form and kept in a private folder; or, where there is no
+compiler, through ATen, with the same results within rounding. `plain` is always the ATen version.
+"""
+
+from .group import Group, Node, Operand, Reduction, Ref
+from .kernel import Kernel, Plain, build, build_many, plain
+from .table import SUPPORTED, supports
+
+__all__ = [
+    "SUPPORTED",
+    "Group",
+    "Kernel",
+    "Node",
+    "Operand",
+    "Plain",
+    "Reduction",
+    "Ref",
+    "build",
+    "build_many",
+    "plain",
+    "supports",
+]

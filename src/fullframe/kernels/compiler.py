@@ -1,0 +1,122 @@
+"""From C++ source to a loaded function: finding a compiler, a private cache on disk, loading.
+
+A cached library ends with the SHA-256 of what precedes it, so that a damaged one is seen before it is loaded.
+It is written under a temporary name and then moved, so that other processes see all of it or nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+# Every node is rounded as PyTorch rounds it, so multiplications and additions are not contracted; NaN,
+# infinities and signed zeros keep their meaning. Only errno and floating-point traps are given up.
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
+_SECONDS = 300
+
+
+class BuildError(Exception):
+    """No compiler, or it could not make a library of the source."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler: its path, its flags, and all it predefines (version and instruction sets)."""
+
+    path: str
+    flags: tuple[str, ...]
+    identity: str
+
+
+@cache
+def find() -> Compiler:
+    """The compiler of this machine. Raises BuildError when there is none that works."""
+    for name in ("g++", "c++", "clang++"):
+        path = shutil.which(name)
+        for flags in ((*FLAGS, *WIDE), FLAGS) if path else ():
+            asked = subprocess.run(
+                [path, *flags, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=False
+            )
+            if asked.returncode == 0:
+                return Compiler(path, flags, asked.stdout)
+    raise BuildError("no C++ compiler found (g++, c++ or clang++ on the path)")
+
+
+@cache
+def directory() -> Path:
+    """The folder of compiled kernels: the user's, private; else a new one for this process alone."""
+    root = os.environ.get("XDG_CACHE_HOME") or ""
+    base = Path(root) if os.path.isabs(root) else Path.home() / ".cache"
+    folder = base / "fullframe" / "kernels"
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        for made in (folder.parent, folder):
+            made.mkdir(mode=0o700, exist_ok=True)
+            if not _ours(made.lstat(), stat.S_ISDIR):
+                raise PermissionError(f"{made} is open to others")
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError):
+        return Path(tempfile.mkdtemp(prefix="fullframe-"))
+
+
+def _ours(found: os.stat_result, kind: Callable[[int], bool]) -> bool:
+    """Whether nobody else could have written it."""
+    return kind(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+def load(source: str, entry: str) -> Callable[..., int]:
+    """The function `entry` of the compiled source, from the cache or built now. Raises BuildError."""
+    compiler = find()
+    key = hashlib.sha256("\0".join((source, *compiler.flags, compiler.identity)).encode()).hexdigest()
+    path = directory() / f"{key}.so"
+    if not _sound(path):
+        _build(compiler, source, path)
+    try:
+        return getattr(ctypes.CDLL(str(path)), entry)
+    except (OSError, AttributeError) as error:
+        raise BuildError(f"the compiled kernel cannot be loaded: {error}") from error
+
+
+def _sound(path: Path) -> bool:
+    """Whether a whole library of ours is there."""
+    try:
+        if not _ours(path.lstat(), stat.S_ISREG):
+            return False
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return len(content) > 32 and hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def _build(compiler: Compiler, source: str, path: Path) -> None:
+    """Compile to a temporary name, seal, move into place."""
+    handle, name = tempfile.mkstemp(prefix="build-", suffix=".so", dir=path.parent)
+    os.close(handle)
+    made = Path(name)
+    try:
+        done = subprocess.run(
+            [compiler.path, *compiler.flags, "-x", "c++", "-", "-o", name],
+            input=source, capture_output=True, text=True, timeout=_SECONDS, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise BuildError(f"{compiler.path} failed: {done.stderr.strip()[:2000]}")
+        content = made.read_bytes()
+        made.write_bytes(content + hashlib.sha256(content).digest())
+        made.chmod(0o600)
+        os.replace(made, path)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"the kernel could not be compiled: {error}") from error
+    finally:
+        made.unlink(missing_ok=True)

@@ -1,0 +1,129 @@
+"""How the loop of a group lies in memory: the extents, the order of the axes, the strides. No arithmetic on values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from .group import Group
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The loop of one call.
+
+    Attributes:
+        extents: per loop axis of the group.
+        shapes: per reduction, the shape of its partial.
+        offsets: per reduction, where its partial starts among all partials; one more for their total size.
+        words: what the compiled kernel reads: rank, extents, strides per tensor, and per reduction strides,
+            plane and offset, for the axes in their order in memory, merged where they are one run.
+    """
+
+    extents: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    offsets: tuple[int, ...]
+    words: tuple[int, ...]
+
+
+def measure(group: Group, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Geometry:
+    """The geometry of a call. Raises ValueError when the tensors are not those of the group."""
+    extents = _extents(group, operands, outputs)
+    strides = [_strides(tensor, extents) for tensor in (*operands, *outputs)]
+    for i, stride in enumerate(strides[len(operands) :]):
+        if any(step == 0 and extent > 1 for step, extent in zip(stride, extents, strict=True)):
+            raise ValueError(f"output {i} overlaps itself: strides {stride} for shape {extents}")
+    shapes, offsets, kept, ends = [], [0], [], []
+    for reduction in group.reductions:
+        shape = [extent for axis, extent in enumerate(extents) if axis not in reduction.axes]
+        kept.append(_partial_strides(extents, reduction.axes))
+        ends.append((prod(shape), offsets[-1]))
+        shapes.append(tuple(shape) if reduction.kind == "sum" else (3, *shape))
+        offsets.append(offsets[-1] + prod(shapes[-1]))
+    order = sorted(range(group.rank), key=lambda axis: -sum(stride[axis] for stride in strides))
+    axes = _merged([(extents[a], *(s[a] for s in (*strides, *kept))) for a in order if extents[a] != 1])
+    axes = _inner(axes, len(strides), len(strides) + len(kept))
+    columns = list(zip(*axes, strict=True))
+    words = [len(axes), *columns[0]]
+    for column in columns[1 : 1 + len(strides)]:
+        words += column
+    for column, end in zip(columns[1 + len(strides) :], ends, strict=True):
+        words += (*column, *end)
+    return Geometry(extents, tuple(shapes), tuple(offsets), tuple(words))
+
+
+def _extents(group: Group, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Extent per loop axis, from all tensors, which must agree."""
+    if len(operands) != len(group.operands) or len(outputs) != len(group.outputs):
+        raise ValueError(
+            f"{len(operands)} operands and {len(outputs)} outputs given, "
+            f"{len(group.operands)} and {len(group.outputs)} expected"
+        )
+    wanted = [(f"operand {i}", o.dtype, o.broadcast) for i, o in enumerate(group.operands)]
+    wanted += [(f"output {i}", group.dtype(r), (False,) * group.rank) for i, r in enumerate(group.outputs)]
+    extents: list[int | None] = [None] * group.rank
+    for (name, dtype, broadcast), tensor in zip(wanted, (*operands, *outputs), strict=True):
+        if tensor.dtype != dtype or tensor.dim() != len(broadcast) or tensor.device.type != "cpu":
+            raise ValueError(
+                f"{name} is {tensor.dtype} of {tensor.dim()} axes on {tensor.device}; "
+                f"the group has {dtype} of {len(broadcast)} axes on cpu"
+            )
+        for axis, repeated in enumerate(broadcast):
+            extent = tensor.shape[axis]
+            if repeated and extent == 1:
+                continue
+            if repeated or extents[axis] not in (None, extent):
+                raise ValueError(f"{name}: axis {axis} of {tuple(tensor.shape)} is not that of the loop")
+            extents[axis] = extent
+    return tuple(1 if extent is None else extent for extent in extents)
+
+
+def _strides(tensor: torch.Tensor, extents: tuple[int, ...]) -> list[int]:
+    """Elements between neighbours along each loop axis; 0 where the tensor is repeated."""
+    if tensor.dim() == 0:
+        return [0] * len(extents)
+    return [0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
+
+
+def _partial_strides(extents: tuple[int, ...], reduced: tuple[int, ...]) -> list[int]:
+    """The same for a contiguous partial."""
+    strides, step = [0] * len(extents), 1
+    for axis in reversed(range(len(extents))):
+        if axis not in reduced:
+            strides[axis] = step if extents[axis] > 1 else 0
+            step *= extents[axis]
+    return strides
+
+
+def _merged(axes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Neighbouring axes made one where every stride allows it.
+
+    An axis is its extent and its strides, outermost first.
+    """
+    width = len(axes[0]) if axes else 0
+    merged: list[tuple[int, ...]] = []
+    for inner in axes:
+        outer = merged[-1] if merged else None
+        if outer and all(outer[i] == inner[i] * inner[0] for i in range(1, width)):
+            merged[-1] = (outer[0] * inner[0], *inner[1:])
+        else:
+            merged.append(inner)
+    return merged
+
+
+_WIDEST = 2048  # elements of a pixel, beyond which they are better seen as pixels of one channel
+
+
+def _inner(axes: list[tuple[int, ...]], tensors: int, columns: int) -> list[tuple[int, ...]]:
+    """At least two axes, the last being channels. A long run that nobody needs channel by channel is pixels."""
+    one = (1,) + (0,) * columns
+    kept = bool(axes) and any(axes[-1][1 + tensors :])
+    if len(axes) == 1 and not kept:
+        return [*axes, one]
+    if len(axes) < 2:
+        return [one] * (2 - len(axes)) + axes
+    repeated = any(axes[-2][1 + t] == 0 != axes[-1][1 + t] for t in range(tensors))
+    return [*axes, one] if axes[-1][0] > _WIDEST and not kept and not repeated else axes

@@ -1,0 +1,170 @@
+"""Groups made runnable: compiled, or through ATen."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from . import compiler, source, table
+from .geometry import Geometry, measure
+from .group import Group, Ref
+
+_REMEMBERED = 256  # geometries per kernel: a plan has few classes of tiles
+
+
+class Plain:
+    """A group run by ATen, one call after the other: the reference, and what runs without a compiler."""
+
+    def __init__(self, group: Group, reason: str = "asked for") -> None:
+        self.group = group
+        self.reason = reason
+
+    @property
+    def compiled(self) -> bool:
+        """False: ATen runs it; `reason` says why."""
+        return False
+
+    def run(self, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
+        """As `Kernel.run`. Raises ValueError, too, when a node's dtype is not what PyTorch gives."""
+        group = self.group
+        extents = measure(group, operands, outputs).extents
+        values = list(operands)
+        with torch.no_grad():
+            for node in group.nodes:
+                args = [_resolved(a, values) for a in node.args]
+                kwargs = {name: _resolved(a, values) for name, a in node.kwargs}
+                values.append(table.find(node.target)(*args, **kwargs))
+                if values[-1].dtype != node.dtype:
+                    raise ValueError(f"{node.target} gives {values[-1].dtype}, the node says {node.dtype}")
+            partials = [_reduced(values[r.value.index].expand(extents), r.kind, r.axes) for r in group.reductions]
+            # An output may be the memory of an operand that another output still reads.
+            results = [values[ref.index] for ref in group.outputs]
+            if len(results) > 1:
+                results = [r.clone() if any(r is o for o in operands) else r for r in results]
+            for output, result in zip(outputs, results, strict=True):
+                output.copy_(result.expand(extents))
+        return partials
+
+
+def _resolved(argument: Any, values: list[torch.Tensor]) -> Any:
+    return values[argument.index] if isinstance(argument, Ref) else argument
+
+
+def _reduced(value: torch.Tensor, kind: str, axes: tuple[int, ...]) -> torch.Tensor:
+    """A reduction in float64; `axes` empty means none."""
+    value = value.to(torch.float64)
+    total = value.sum(axes) if axes else value
+    if kind == "sum":
+        return total.clone()
+    count = value.numel() // max(total.numel(), 1)
+    if not count:
+        return torch.zeros((3, *total.shape), dtype=torch.float64)
+    mean = value.mean(axes, keepdim=True) if axes else value
+    spread = (value - mean).square()
+    spread = spread.sum(axes) if axes else spread
+    return torch.stack([torch.full_like(total, count), mean.reshape(total.shape), spread])
+
+
+class Kernel:
+    """A group compiled for this processor. Threads may run it at the same time; it survives fork."""
+
+    reason = ""
+
+    def __init__(self, group: Group, function: Callable[..., int]) -> None:
+        self.group = group
+        self._function = function
+        self._calls: dict[tuple[object, ...], tuple[Geometry, Any]] = {}
+
+    @property
+    def compiled(self) -> bool:
+        """True: machine code runs it."""
+        return True
+
+    def run(self, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
+        """Run the group once.
+
+        Args:
+            operands: per operand, a CPU tensor of the loop's rank with extent 1 where it is broadcast, or a
+                zero-dimensional one. Any strides.
+            outputs: per output, the tensor that receives it, of the loop's shape. Any strides; it may be
+                exactly the memory of an operand, but not overlap one otherwise, nor another output.
+
+        Returns:
+            Per reduction a float64 tensor of the shape of the kept axes; for moments (3, *kept): count,
+            mean, sum of squared deviations (0, 0, 0 for no elements).
+
+        Raises:
+            ValueError: the tensors are not those of the group.
+            MemoryError: no memory for a few kilobytes of scratch.
+        """
+        tensors = (*operands, *outputs)
+        key = (len(operands), *((t.dtype, t.shape, t.stride()) for t in tensors))
+        call = self._calls.get(key)
+        if call is None:
+            geometry = measure(self.group, operands, outputs)
+            if len(self._calls) >= _REMEMBERED:
+                self._calls.clear()
+            call = (geometry, (ctypes.c_int64 * len(geometry.words))(*geometry.words))
+            self._calls[key] = call
+        geometry, words = call
+        partials = torch.zeros(geometry.offsets[-1], dtype=torch.float64)
+        if 0 not in geometry.extents:
+            pointers = (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+            if self._function(words, pointers, ctypes.c_void_p(partials.data_ptr())):
+                raise MemoryError("no memory for the scratch of a kernel")
+        return [
+            partials[start : start + size.numel()].view(size)
+            for start, size in zip(geometry.offsets, map(torch.Size, geometry.shapes), strict=False)
+        ]
+
+
+def plain(group: Group) -> Plain:
+    """The group through ATen."""
+    return Plain(group)
+
+
+def build(group: Group, *, compile: bool = True) -> Kernel | Plain:
+    """The group compiled, or, where that cannot be, through ATen, with the reason in `.reason`."""
+    return build_many([group], compile=compile)[0]
+
+
+def build_many(groups: Iterable[Group], *, compile: bool = True) -> list[Kernel | Plain]:
+    """As `build` for each group; groups of one form are compiled once, several at the same time."""
+    groups = list(groups)
+    if not compile:
+        return [Plain(group) for group in groups]
+    refused = [unsupported(group) for group in groups]
+    sources = [None if why else source.generate(g) for g, why in zip(groups, refused, strict=True)]
+    distinct = list(dict.fromkeys(text for text in sources if text))
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        loaded = dict(zip(distinct, pool.map(_load, distinct), strict=True))
+    kernels: list[Kernel | Plain] = []
+    for group, why, text in zip(groups, refused, sources, strict=True):
+        function = loaded[text] if text else why
+        kernels.append(Plain(group, function) if isinstance(function, str) else Kernel(group, function))
+    return kernels
+
+
+def _load(text: str) -> Callable[..., int] | str:
+    """The function, or why there is none."""
+    try:
+        return compiler.load(text, source.ENTRY)
+    except compiler.BuildError as error:
+        return str(error)
+
+
+def unsupported(group: Group) -> str:
+    """Why a group cannot be compiled: the first part of it that is not supported; '' when all is."""
+    for operand in group.operands:
+        if operand.dtype not in table.FORMATS:
+            return f"no kernels for {operand.dtype}"
+    for node in group.nodes:
+        dtypes = [*(group.dtype(ref) for ref in node.refs()), node.dtype]
+        if not table.supports(node.target, node.args, dtypes):
+            return f"no kernels for {node.target} of {', '.join(map(str, dtypes))}"
+    return ""

@@ -1,0 +1,366 @@
+// What every generated kernel shares: number formats, blocks of lanes, partial sums.
+//
+// The two innermost axes of a kernel's loop are called pixels and channels. A few whole pixels, seen as one
+// run of *lanes*, make a step; the lanes of a step are a multiple of VECTOR, which the source defines. A block
+// is several steps. The generated body walks the lanes VECTOR at a time and, for each of these columns, the
+// steps of the block: so it consists of full vectors whatever the number of channels, and per-channel operands
+// and accumulators stay in registers. An array that lies in memory that way already is used where it is; any
+// other one, and the last pixels of a row, which do not fill a step, pass through a buffer.
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define APART __attribute__((noinline))
+#define RARE __attribute__((noinline, cold))
+
+constexpr int64_t WIDEST = 2048;     // lanes of a step made of several pixels
+constexpr int64_t BUFFERED = 2048;   // lanes of a block with buffers: these stay in the first-level cache
+constexpr int64_t DIRECT = 16384;    // of one without
+constexpr int64_t FLUSH = 16;        // additions in a row in float32 before a double takes over
+constexpr int64_t TOGETHER = 4096;   // lanes of those steps
+constexpr int64_t RECENTRE = 8192;   // steps between two new shifts of a second moment
+constexpr int MAX_RANK = 16;
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- number formats: bfloat16 is held as float and rounded where PyTorch rounds ----------------------------
+
+template <class To, class From> INLINE To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From), "same size");
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+INLINE float load_bfloat16(uint16_t bits) { return bits_as<float>((uint32_t)bits << 16); }
+
+// To nearest, ties to even. A NaN stays one if its low bits do not carry into the sign, which holds for all
+// that arithmetic on bfloat16 values gives.
+INLINE float round_bfloat16(float x) {
+    const uint32_t bits = bits_as<uint32_t>(x);
+    return bits_as<float>((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
+}
+
+INLINE float narrow_bfloat16(float x) {  // the same for any NaN
+    const uint32_t nan = -(uint32_t)(x != x);
+    return bits_as<float>((bits_as<uint32_t>(round_bfloat16(x)) & ~nan) | (0x7fc00000u & nan));
+}
+
+INLINE uint16_t store_bfloat16(float x) { return (uint16_t)(bits_as<uint32_t>(x) >> 16); }  // x is rounded
+
+// ---- blocks --------------------------------------------------------------------------------------------------
+
+struct Form {  // how pixels make steps
+    int64_t channels, pixels, lanes;  // of a step: pixels of so many channels; lanes, the unused ones included
+    int64_t run;                      // steps that are done together, column by column; fit the first cache
+    bool single;                      // a block must not have more than one step
+
+    Form(int64_t channels_, bool alone, bool single_) : channels(channels_), pixels(1), run(FLUSH), single(single_ || alone) {
+        for (int64_t c = channels; pixels < VECTOR && c % 2 == 0; c /= 2) pixels *= 2;
+        pixels = VECTOR / pixels;
+        if (alone || pixels * channels > WIDEST) pixels = 1;
+        lanes = (pixels * channels + VECTOR - 1) / VECTOR * VECTOR;
+        while (run > 1 && run * lanes > TOGETHER) run /= 2;
+    }
+    bool full() const { return lanes == pixels * channels; }
+    // Whether an array needs no buffer, and then how far a step is from the next.
+    bool direct(int64_t across, int64_t along) const {
+        return full() && (along == 1 || channels == 1) && (pixels == 1 || across == channels);
+    }
+    int64_t pitch() const { return pixels == 1 ? lanes : channels; }  // of the pixels in a buffer
+};
+
+struct Block {
+    int64_t steps, pixels;
+    bool whole;   // the steps are full; else one is begun
+};
+
+struct Arena {  // scratch of one call: zeroed arrays of elements of at most 8 bytes
+    char *memory, *next;
+    int64_t bytes;
+
+    Arena(int64_t arrays, int64_t lanes) : bytes((lanes * 8 + 63) / 64 * 64) {
+        memory = (char *)calloc((size_t)arrays + 1, (size_t)bytes + 64);
+        next = memory + (64 - (uintptr_t)memory % 64);
+    }
+    ~Arena() { free(memory); }
+    template <class T> T *take() {
+        T *array = (T *)next;
+        next += bytes;
+        return array;
+    }
+};
+
+template <class T> INLINE void copy_row(T *to, const T *from, int64_t n) {
+    int64_t c = 0;
+    for (; c + 16 <= n; c += 16) memcpy(to + c, from + c, 16 * sizeof(T));
+    for (; c + 4 <= n; c += 4) memcpy(to + c, from + c, 4 * sizeof(T));
+    for (; c < n; c++) to[c] = from[c];
+}
+
+template <class T> struct Input {
+    int64_t across, along, step = 0;  // strides between pixels, between channels; between the steps of lanes()
+    bool direct;
+    T *buffer;
+    const T *held = nullptr;  // where the buffer was filled from
+    int64_t pixels = 0;       // and how far
+
+    Input(Arena &arena, const Form &form, const int64_t *inner)
+        : across(inner[0]), along(inner[1]), direct(form.direct(across, along)), buffer(arena.take<T>()) {}
+
+    inline __attribute__((always_inline)) const T *lanes(const T *at, const Form &form, Block block) {
+        if (direct && block.whole) {
+            step = across * form.pixels;
+            return at;
+        }
+        step = form.lanes;
+        // A constant or a vector per channel is filled once.
+        if (at != held || block.pixels > pixels) fill(at, form, block.pixels);
+        return buffer;
+    }
+    APART void fill(const T *at, const Form &form, int64_t count) {
+        held = at, pixels = count;
+        T *to = buffer;
+        for (int64_t p = 0; p < count; p++, at += across, to += form.pitch()) {
+            if (along == 1)
+                copy_row(to, at, form.channels);
+            else
+                for (int64_t c = 0; c < form.channels; c++) to[c] = at[c * along];
+        }
+    }
+};
+
+template <class T> struct Output {
+    int64_t across, along, step = 0;
+    bool direct;
+    T *buffer;
+
+    Output(Arena &arena, const Form &form, const int64_t *inner)
+        : across(inner[0]), along(inner[1]), direct(form.direct(across, along)), buffer(arena.take<T>()) {}
+
+    inline __attribute__((always_inline)) T *lanes(T *at, const Form &form, Block block) {
+        step = direct && block.whole ? across * form.pixels : form.lanes;
+        return direct && block.whole ? at : buffer;
+    }
+    inline __attribute__((always_inline)) void commit(T *at, const Form &form, Block block) {
+        if (!direct || !block.whole) spill(at, form, block.pixels);
+    }
+    APART void spill(T *at, const Form &form, int64_t count) {
+        const T *from = buffer;
+        for (int64_t p = 0; p < count; p++, at += across, from += form.pitch()) {
+            if (along == 1)
+                copy_row(at, from, form.channels);
+            else
+                for (int64_t c = 0; c < form.channels; c++) at[c * along] = from[c];
+        }
+    }
+};
+
+// ---- partial sums: a few additions in float32, then double per lane, then the slot of the result --------------
+//
+// Lanes l, l + period, ... belong to channel l; period 1: all to one sum.
+
+struct Sum {
+    double *total;
+    double *slot = nullptr;
+    int64_t period, apart, used = 0;
+
+    Sum(Arena &arena, const Form &, int64_t period_, int64_t apart_, int64_t)
+        : total(arena.take<double>()), period(period_), apart(apart_) {}
+
+    inline __attribute__((always_inline)) bool open(double *to) {  // whether a block must be one step: no
+        if (to != slot) turn(to);
+        return false;
+    }
+    inline __attribute__((always_inline)) void add(int64_t, int64_t valid) { used = valid > used ? valid : used; }
+    APART void turn(double *to) {
+        for (int64_t c = 0; c < (slot ? period : 0); c++) {
+            double all = 0;
+            for (int64_t l = c; l < used; l += period) all += total[l], total[l] = 0;
+            slot[c * apart] += all;
+        }
+        slot = to, used = 0;
+    }
+};
+
+// Count, mean and sum of squared deviations, about a shift near the mean, so that nothing cancels. The first
+// step is kept as it is and gives the first shift; chunks are then merged by the update of Chan, Golub and
+// LeVeque (1979), and each gives the next one its shift.
+template <class T> struct Moments {
+    double *total, *squares;
+    T *shift;
+    double *slot = nullptr;
+    int64_t lanes, period, apart, plane, used = 0, steps = 0, limit = 1;
+    double count = 0;
+
+    Moments(Arena &arena, const Form &form, int64_t period_, int64_t apart_, int64_t plane_)
+        : total(arena.take<double>()), squares(arena.take<double>()), shift(arena.take<T>()), lanes(form.lanes),
+          period(period_), apart(apart_), plane(plane_) {}
+
+    inline __attribute__((always_inline)) bool open(double *to) {  // whether the block must be one step, the first
+        if (to != slot) turn(to);
+        return limit == 1;
+    }
+    inline __attribute__((always_inline)) void add(int64_t done, int64_t valid) {
+        used = valid > used ? valid : used;
+        count += (double)(done * (valid / period));
+        steps += done;
+        if (steps >= limit) recentre();
+    }
+    RARE void turn(double *to) {
+        close();
+        slot = to;
+        if (!to) return;
+        limit = *slot == 0 ? 1 : RECENTRE;
+        choose();
+    }
+    RARE void recentre() {
+        close();
+        limit = limit == 1 ? 8 * FLUSH : least(8 * limit, RECENTRE);
+        choose();
+    }
+    void choose() {  // all lanes of a channel share the shift; an infinite or undefined mean gives none
+        for (int64_t c = 0; c < period; c++) {
+            const T mean = (T)slot[c * apart + plane];
+            const T centre = mean - mean == 0 ? mean : 0;
+            for (int64_t l = c; l < lanes; l += period) shift[l] = centre;
+        }
+    }
+    void close() {
+        if (!steps) return;
+        const bool first = limit == 1;  // one step, no shift: `total` holds the values themselves
+        for (int64_t c = 0; c < period; c++) {
+            double all = 0, spread = 0;
+            for (int64_t l = c; l < used; l += period) all += total[l];
+            const double middle = all / count;
+            for (int64_t l = c; l < used; l += period) {
+                spread += first ? (total[l] - middle) * (total[l] - middle) : squares[l];
+                total[l] = squares[l] = 0;
+            }
+            merge(slot + c * apart, (double)shift[c] + middle, first ? spread : spread - all * middle);
+        }
+        used = steps = 0, count = 0;
+    }
+    void merge(double *to, double mean, double spread) {
+        const double before = to[0], all = before + count, between = mean - to[plane];
+        to[0] = all;
+        to[plane] = before == 0 ? mean : to[plane] + between * (count / all);
+        to[2 * plane] += spread + (before == 0 ? 0 : between * between * (before * count / all));
+    }
+};
+
+// ---- elementary functions: the vector forms of the mathematics library where it has them ---------------------
+
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define VECTOR_FORM __attribute__((simd("notinbranch"), const))
+#else
+#define VECTOR_FORM
+#endif
+#define DECLARE_UNARY(name)                             \
+    extern "C" VECTOR_FORM double name(double) noexcept; \
+    extern "C" VECTOR_FORM float name##f(float) noexcept; \
+    INLINE float m_##name(float x) { return name##f(x); } \
+    INLINE double m_##name(double x) { return name(x); }
+DECLARE_UNARY(exp)
+DECLARE_UNARY(exp2)
+DECLARE_UNARY(expm1)
+DECLARE_UNARY(log)
+DECLARE_UNARY(log1p)
+DECLARE_UNARY(log2)
+DECLARE_UNARY(log10)
+DECLARE_UNARY(sin)
+DECLARE_UNARY(cos)
+DECLARE_UNARY(tan)
+DECLARE_UNARY(atan)
+DECLARE_UNARY(sinh)
+DECLARE_UNARY(cosh)
+DECLARE_UNARY(tanh)
+DECLARE_UNARY(erf)
+DECLARE_UNARY(erfc)
+extern "C" VECTOR_FORM double pow(double, double) noexcept;
+extern "C" VECTOR_FORM float powf(float, float) noexcept;
+INLINE float m_pow(float x, float y) { return powf(x, y); }
+INLINE double m_pow(double x, double y) { return pow(x, y); }
+#define DECLARE_BUILTIN(name)                                     \
+    INLINE float m_##name(float x) { return __builtin_##name##f(x); } \
+    INLINE double m_##name(double x) { return __builtin_##name(x); }
+DECLARE_BUILTIN(sqrt)
+DECLARE_BUILTIN(floor)
+DECLARE_BUILTIN(ceil)
+DECLARE_BUILTIN(trunc)
+DECLARE_BUILTIN(rint)
+template <class T> INLINE T m_abs(T x) { return x < 0 ? -x : x; }
+INLINE float m_abs(float x) { return __builtin_fabsf(x); }
+INLINE double m_abs(double x) { return __builtin_fabs(x); }
+
+// ---- pointwise operations; comparisons are written so that NaN goes where PyTorch lets it go -----------------
+
+template <class T> INLINE T m_max(T a, T b) { return a != a ? a : (a > b ? a : b); }
+template <class T> INLINE T m_min(T a, T b) { return a != a ? a : (a < b ? a : b); }
+template <class T> INLINE T clamp_low(T x, T low) { return x < low ? low : x; }
+template <class T> INLINE T clamp_high(T x, T high) { return x > high ? high : x; }
+template <class T> INLINE T sign(T x) { return (T)((T)(x > 0) - (T)(x < 0)); }
+template <class T> INLINE T sigmoid(T x) { return T(1) / (T(1) + m_exp(-x)); }
+template <class T> INLINE T lerp(T a, T b, T w) {
+    return m_abs(w) < T(0.5) ? a + w * (b - a) : b - (b - a) * (T(1) - w);
+}
+
+template <class T> INLINE T elu(T x, T alpha, T scale, T input) {
+    const T below = m_expm1(x * input) * (alpha * scale);
+    return x < 0 ? below : x * scale;
+}
+template <class T> INLINE T elu_backward(T g, T alpha, T scale, T input, bool is_result, T x) {
+    const T coefficient = alpha * scale;
+    const T below = is_result ? g * input * (x + coefficient) : g * input * coefficient * m_exp(x * input);
+    return x <= 0 ? below : g * scale;
+}
+
+template <class T> INLINE T gelu(T x) { return x * T(0.5) * (T(1) + m_erf(x * T(0.70710678118654752440))); }
+template <class T> INLINE T gelu_tanh(T x) {
+    const T beta = T(0.70710678118654752440 * 1.12837916709551257390);
+    return T(0.5) * x * (T(1) + m_tanh(beta * (x + T(0.044715) * (x * x * x))));
+}
+template <class T> INLINE T gelu_backward(T g, T x) {
+    const T cdf = T(0.5) * (T(1) + m_erf(x * T(0.70710678118654752440)));
+    const T pdf = T(0.5 * 1.12837916709551257390 * 0.70710678118654752440) * m_exp(x * x * T(-0.5));
+    return g * (cdf + x * pdf);
+}
+template <class T> INLINE T gelu_tanh_backward(T g, T x) {
+    const T beta = T(0.70710678118654752440 * 1.12837916709551257390), kappa = T(0.044715);
+    const T t = m_tanh(beta * (x + kappa * (x * x * x)));
+    const T left = T(0.5) * (T(1) + t);
+    const T right = T(0.5) * x * (T(1) - t * t) * (beta * (T(1) + T(3) * kappa * x * x));
+    return g * (left + right);
+}
+
+template <class T> INLINE T silu(T x) { return x / (T(1) + m_exp(-x)); }
+template <class T> INLINE T silu_backward(T g, T x) {
+    const T s = sigmoid(x);
+    return g * s * (T(1) + x * (T(1) - s));
+}
+template <class T> INLINE T mish(T x) { return x * m_tanh(m_log1p(m_exp(x))); }
+template <class T> INLINE T mish_backward(T g, T x) {
+    const T s = sigmoid(x), t = m_tanh(m_log1p(m_exp(x)));
+    return g * (t + x * s * (T(1) - t * t));
+}
+
+template <class T> INLINE T softplus(T x, T beta, T threshold) {
+    const T y = m_log1p(m_exp(x * beta)) / beta;
+    return x * beta > threshold ? x : y;
+}
+template <class T> INLINE T softplus_backward(T g, T x, T beta, T threshold) {
+    const T z = m_exp(x * beta), y = g * z / (z + T(1));
+    return x * beta > threshold ? g : y;
+}
+
+template <class T> INLINE T hardsigmoid(T x) { return clamp_high(clamp_low(x + T(3), T(0)), T(6)) / T(6); }
+template <class T> INLINE T hardsigmoid_backward(T g, T x) {
+    return x > T(-3) && x < T(3) ? g * T(1.0 / 6.0) : T(0);
+}
+template <class T> INLINE T hardswish(T x) { return x * clamp_high(clamp_low(x + T(3), T(0)), T(6)) / T(6); }
+template <class T> INLINE T hardswish_backward(T g, T x) {
+    const T inside = g * (x / T(3) + T(0.5));
+    return x <= T(-3) ? T(0) : (x < T(3) ? inside : g);
+}
