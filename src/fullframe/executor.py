@@ -125,7 +125,9 @@ class Run:
         found = []
         for value, read in zip(work.op.inputs, work.reads, strict=True):
             window = windows.get(value)
-            if window is None:
+            if box.is_empty(read):  # never made, where no op of the tile reads any of it
+                found.append(torch.empty(box.shape_of(read), dtype=value.dtype, device=self.device))
+            elif window is None:
                 tensor = self.values[value]
                 found.append(tensor if box.shape_of(read) == tuple(tensor.shape) else tensor[box.slices(read)])
             elif read == regions[value]:
