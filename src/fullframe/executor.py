@@ -112,7 +112,7 @@ class Run:
                     own = own_region(out, labels, tile)
                     self.values[out][box.slices(own)] = made[box.slices(own, regions[out])]
                 else:
-                    self.values[out] = made
+                    self.values[out] = self._apart(made)
             windows[out] = made
             for value in op.inputs:
                 if last[value] == k:
@@ -120,6 +120,11 @@ class Run:
             if out not in last:
                 windows.pop(out, None)
         return partials
+
+    def _apart(self, made: torch.Tensor) -> torch.Tensor:
+        """A tensor that does not look into the arena, whose places are used again."""
+        shared = made.untyped_storage().data_ptr() == self.arena.block.untyped_storage().data_ptr()
+        return made.clone() if shared else made
 
     def _windows(self, work: Work, windows: dict[Value, torch.Tensor], regions: dict[Value, Region]) -> list[torch.Tensor]:
         found = []
