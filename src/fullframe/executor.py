@@ -8,18 +8,32 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from fullframe import region as box
 from fullframe.graph import Op, Value
+from fullframe.kernels import Kernel, Plain
+from fullframe.lowering import build
 from fullframe.plan import Plan, Step
 from fullframe.region import Region
-from fullframe.section import Tile, Work, own_region, tiled, work_of
-from fullframe.store import Arena
+from fullframe.fusion import Unit, Work, work_of
+from fullframe.section import Section, Tile, own_region, tiled
+from fullframe.store import Arena, empty_map
 
+Kernels = dict[Unit, Kernel | Plain]
 _POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
+_KERNELS: WeakKeyDictionary[Plan, Kernels] = WeakKeyDictionary()
 _LOCK = threading.Lock()
+
+
+def kernels_of(plan: Plan, device: torch.device) -> Kernels:
+    """The kernels of a plan, built when it first runs."""
+    with _LOCK:
+        if plan not in _KERNELS:
+            _KERNELS[plan] = build(plan, device)
+        return _KERNELS[plan]
 
 
 def pool(workers: int) -> ThreadPoolExecutor:
@@ -42,6 +56,7 @@ class Run:
 
     def __init__(self, plan: Plan, arena: Arena, device: torch.device):
         self.plan, self.arena, self.device = plan, arena, device
+        self.kernels = kernels_of(plan, device)
         self.values: dict[Value, torch.Tensor] = dict(plan.graph.constants)
         self.outputs = {v for v in plan.graph.outputs if v is not None}
         self.position = 0
@@ -92,47 +107,30 @@ class Run:
             return tensor
         return self._allocate(value).copy_(tensor)
 
-    def _tile(self, step: Step, tile: Tile) -> list[tuple[Region, torch.Tensor] | None]:
+    def _tile(self, step: Step, tile: Tile) -> Partials:
         """Make one tile; returns the partial result of each sum with its place in the output."""
-        labels, section = self.plan.labels, step.section
-        works, regions = work_of(section, labels, tile)
-        saves, places = set(section.saves), {op: k for k, op in enumerate(section.sums)}
+        section = step.section
+        works, regions = work_of(step.units, section.saves, frozenset(section.sums), self.plan.labels, tile)
         windows: dict[Value, torch.Tensor] = {}
-        partials: list[tuple[Region, torch.Tensor] | None] = [None] * len(places)
-        last = {v: k for k, work in enumerate(works) for v in work.op.inputs}
+        partials: Partials = {}
+        last = {value: k for k, work in enumerate(works) for value in work.unit.reads}
         for k, work in enumerate(works):
-            made = run_op(work, self._windows(work, windows, regions))
-            op, out = work.op, work.op.output
-            if work.sums:
-                rule: Any = op.rule
-                partials[places[op]] = (rule.out_region(op, work.region), made)
-                continue
-            if out in saves:
-                if tiled(out, labels):
-                    own = own_region(out, labels, tile)
-                    self.values[out][box.slices(own)] = made[box.slices(own, regions[out])]
-                else:
-                    self.values[out] = self._apart(made)
-            windows[out] = made
-            for value in op.inputs:
+            unit = work.unit
+            reads = self._windows(work, windows, regions)
+            if unit.fused:
+                self._fused(work, reads, windows, regions, partials)
+            else:
+                self._single(work, reads, windows, tile, section, partials)
+            for value in unit.reads:
                 if last[value] == k:
                     windows.pop(value, None)
-            if out not in last:
-                windows.pop(out, None)
         return partials
-
-    def _apart(self, made: torch.Tensor) -> torch.Tensor:
-        """A tensor that does not look into the arena, whose places are used again."""
-        shared = made.untyped_storage().data_ptr() == self.arena.block.untyped_storage().data_ptr()
-        return made.clone() if shared else made
 
     def _windows(self, work: Work, windows: dict[Value, torch.Tensor], regions: dict[Value, Region]) -> list[torch.Tensor]:
         found = []
-        for value, read in zip(work.op.inputs, work.reads, strict=True):
+        for value, read in zip(work.unit.reads, work.reads, strict=True):
             window = windows.get(value)
-            if box.is_empty(read):  # never made, where no op of the tile reads any of it
-                found.append(torch.empty(box.shape_of(read), dtype=value.dtype, device=self.device))
-            elif window is None:
+            if window is None:
                 tensor = self.values[value]
                 found.append(tensor if box.shape_of(read) == tuple(tensor.shape) else tensor[box.slices(read)])
             elif read == regions[value]:
@@ -141,20 +139,59 @@ class Run:
                 found.append(window[box.slices(read, regions[value])])
         return found
 
+    def _single(self, work: Work, reads: list[torch.Tensor], windows: dict[Value, torch.Tensor], tile: Tile,
+                section: Section, partials: Partials) -> None:  # fmt: skip
+        unit = work.unit
+        (op,) = unit.ops or unit.sums
+        rule: Any = op.rule
+        made = rule.run(op, work.region, reads)
+        if op in section.sums:
+            partials[op] = rule.out_region(op, work.region), made
+            return
+        region = work.region
+        if rule.kind == "reduce":  # no tile cuts it: finished at once
+            made, region = rule.finish(op, made), rule.out_region(op, region)
+        for value in unit.saves:
+            if tiled(value, self.plan.labels):
+                own = own_region(value, self.plan.labels, tile)
+                self.values[value][box.slices(own)] = made[box.slices(own, region)]
+            else:
+                self.values[value] = made
+        windows[op.output] = made
 
-def run_op(work: Work, windows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The window of an op; a reduction that no tile cuts is finished at once."""
-    rule: Any = work.op.rule
-    made = rule.run(work.op, work.region, windows)
-    if rule.kind == "reduce" and not work.sums:
-        return rule.finish(work.op, made)
-    return made
+    def _fused(self, work: Work, reads: list[torch.Tensor], windows: dict[Value, torch.Tensor],
+               regions: dict[Value, Region], partials: Partials) -> None:  # fmt: skip
+        unit = work.unit
+        kernel = self.kernels[unit]
+        targets: dict[Value, torch.Tensor] = {}
+        for value in unit.saves:
+            targets[value] = self.values[value][box.slices(work.region)]
+        for value in unit.makes:
+            if value not in targets:
+                shape = box.shape_of(work.region)
+                targets[value] = empty_map(shape, value.dtype, self.device)
+            windows[value] = targets[value]
+        operands = [aligned(t, len(work.region)) for t in reads]
+        sums = kernel.run(operands, list(targets.values()))
+        for op, partial in zip(unit.sums, sums, strict=True):
+            rule: Any = op.rule
+            region = rule.out_region(op, work.region)
+            partials[op] = region, partial.view(box.shape_of(region))
 
 
-def _add(sums: Sequence[Summation], partials: Sequence[tuple[Region, torch.Tensor] | None]) -> None:
-    for total, partial in zip(sums, partials, strict=True):
-        if partial is not None:
-            total.add(*partial)
+Partials = dict[Op, tuple[Region, torch.Tensor]]
+
+
+def aligned(tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    """A broadcast operand with leading axes of extent 1, but for a zero-dimensional one."""
+    missing = rank - tensor.dim()
+    return tensor[(None,) * missing] if missing and tensor.dim() else tensor
+
+
+def _add(sums: Sequence[Summation], partials: Partials) -> None:
+    for total in sums:
+        if total.op in partials:
+            total.add(*partials[total.op])
 
 
 class Summation:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
+from fullframe.fusion import Unit
 from fullframe.graph import Graph, Value
 from fullframe.section import Labels, Section, Span, Tile
 
@@ -46,11 +47,11 @@ class Step:
     """One section with its tiles, and the stored values that are not needed after it."""
 
     section: Section
+    units: tuple[Unit, ...]
     grid: Grid
     frees: tuple[Value, ...]
     scratch: int
     parallel: bool
-    halo: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 from fullframe import region as box
+from fullframe.fusion import Fusable, Unit, units_of, work_of
 from fullframe.graph import BudgetError, Graph, Op, UnsupportedOpError, Value
 from fullframe.memory import Lifetimes, lifetimes, place, rounded
 from fullframe.plan import Bytes, Grid, Plan, Slot, Step
 from fullframe.schedule import orders
-from fullframe.section import Cuts, Labels, Section, build_sections, choose_cuts, finish_section, label_axes, own_region, tiled, work_of
+from fullframe.section import Cuts, Labels, Section, Tile, build_sections, choose_cuts, finish_section, label_axes, tiled
 
 WINDOW = 3 << 20  # bytes of the largest window of a tile: fits the caches of one core
 LEAST = 1 << 19  # maps smaller than this are not worth cutting
@@ -21,11 +22,13 @@ ROWS = 8  # nor are strips of fewer rows, mostly halo
 @dataclass(frozen=True)
 class Request:
     """What to plan for. ``roots``: the inputs' tileable axes. ``tile``: forced tile as
-    (input value, axis, pixels) triples. ``free``: values not counted (gradients)."""
+    (input value, axis, pixels) triples. ``free``: values not counted (gradients). ``fusable``:
+    whether a pointwise op or a sum has a place in a fused unit."""
 
     budget: int
     workers: int
     roots: tuple[tuple[Value, tuple[int, ...]], ...]
+    fusable: Fusable
     tile: tuple[tuple[Value, int, int], ...] | None = None
     free: frozenset[Value] = frozenset()
 
@@ -210,32 +213,30 @@ def _finish(graph: Graph, draft: Draft, sizes: dict[Value, int], request: Reques
 
 def _step(section: Section, frees: tuple[Value, ...], labels: Labels, request: Request) -> Step:
     grid = choose_grid(section, labels, request)
-    scratch, halo = 0, 0.0
-    for tile in grid.samples():
-        scratch = max(scratch, window_bytes(section, labels, tile))
-    parallel = len(grid) > 1
-    running = min(request.workers, len(grid)) if parallel else 1
+    units = units_of(section, labels, request.fusable)
+    scratch = max(window_bytes(section, units, labels, tile) for tile in grid.samples())
+    running = min(request.workers, len(grid))
     sums = sum(prod(op.output.shape) * 8 * (1 + running) for op in section.sums)
-    return Step(section, grid, frees, scratch * running + sums, parallel, halo)
+    return Step(section, units, grid, frees, scratch * running + sums, len(grid) > 1)
 
 
-def window_bytes(section: Section, labels: Labels, tile: dict) -> int:
+def window_bytes(section: Section, units: Sequence[Unit], labels: Labels, tile: Tile) -> int:
     """Most bytes of windows alive at once in a tile, copies for padding and layout included."""
-    works, _ = work_of(section, labels, tile)
-    last: dict[Value, int] = {}
-    for k, work in enumerate(works):
-        for value in work.op.inputs:
-            last[value] = k
-    stored = set(section.loads)
+    works, regions = work_of(units, section.saves, frozenset(section.sums), labels, tile)
+    last = {value: k for k, work in enumerate(works) for value in work.unit.reads}
     alive: dict[Value, int] = {}
     most = 0
     for k, work in enumerate(works):
-        shape = box.size(work.region) if not work.sums else prod(work.op.output.shape)
-        alive[work.op.output] = shape * work.op.output.itemsize if work.op.output not in stored else 0
-        # A convolution may copy what it reads (padding, layout of the library).
-        copies = sum(box.size(r) * v.itemsize for v, r in zip(work.op.inputs, work.reads, strict=True)) if work.op.rule.heavy else 0
+        unit = work.unit
+        for value in unit.makes:
+            stored = unit.fused and value in unit.saves
+            alive[value] = 0 if stored or value not in regions else box.size(regions[value]) * value.itemsize
+        copies = 0
+        if any(op.rule.heavy for op in (*unit.ops, *unit.sums)):
+            # The library may copy what a convolution reads, for padding or for its layout.
+            copies = sum(box.size(r) * v.itemsize for v, r in zip(unit.reads, work.reads, strict=True))
         most = max(most, sum(alive.values()) + copies)
-        for value in work.op.inputs:
+        for value in unit.reads:
             if last[value] == k:
                 alive.pop(value, None)
     return most
@@ -297,4 +298,3 @@ def _alignment(section: Section, labels: Labels, extents: dict[int, int]) -> dic
     return {label: n for label, n in found.items() if n <= 64}
 
 
-__all__ = ["Callable", "Request", "own_region", "plan"]

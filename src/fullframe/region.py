@@ -97,3 +97,9 @@ def scaled(boundary: int, extent: int, reference: int) -> int:
     boundaries are a disjoint cover of the axis whatever the two sizes are.
     """
     return boundary * extent // reference
+
+
+def broadcast(region: Region, shape: tuple[int, ...]) -> Region:
+    """The part of a (right-aligned, broadcast) operand of this shape that a region reads."""
+    shift = len(region) - len(shape)
+    return tuple((0, 1) if extent == 1 else region[axis + shift] for axis, extent in enumerate(shape))

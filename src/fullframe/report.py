@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from fullframe import region as box
 from fullframe.plan import Plan, Step
-from fullframe.section import tiled, work_of
+from fullframe.fusion import work_of
+from fullframe.section import tiled
 
 
 def human(nbytes: float) -> str:
@@ -59,11 +62,10 @@ def halo(plan: Plan, step: Step) -> float:
     tiles = list(step.grid.samples())
     tile = tiles[len(tiles) // 2]
     made = owned = 0
-    for work in work_of(step.section, plan.labels, tile)[0]:
-        if work.op.rule.heavy and not work.sums:
-            made += box.size(work.region)
-            whole = 1
-            for n in work.op.output.shape:
-                whole *= n
-            owned += whole / len(step.grid)
+    section = step.section
+    for work in work_of(step.units, section.saves, frozenset(section.sums), plan.labels, tile)[0]:
+        for op in work.unit.ops:
+            if op.rule.heavy:
+                made += box.size(work.region)
+                owned += prod(op.output.shape) / len(step.grid)
     return max(0.0, made / owned - 1) if owned else 0.0

@@ -267,7 +267,19 @@ def _can_join(state: Grouping, k: int, value: Value, ops: set[Op], loads: set[Va
                 return False
         elif state.drafts[home].before >> k & 1:
             return False
-    return _worth_joining(cuts, draft, value, ops)
+    return _shares_maps(cuts, draft, loads) and _worth_joining(cuts, draft, value, ops)
+
+
+def _shares_maps(cuts: Cuts, draft: _Draft, loads: set[Value]) -> bool:
+    """Whether most of the bytes a slice loads are at hand in the draft.
+
+    Maps made by the step decide; sharing only an input (the labels of all planes) would tie
+    branches together that could otherwise finish one after the other.
+    """
+    maps = [v for v in loads if tiled(v, cuts.labels)]
+    maps = [v for v in maps if v in cuts.maker] or maps
+    at_hand = sum(v.nbytes for v in maps if v in draft.loads or v in draft.outputs)
+    return not maps or 2 * at_hand >= sum(v.nbytes for v in maps)
 
 
 def _aligned(cuts: Cuts, value: Value, read: Value, ops: set[Op]) -> bool:
@@ -315,43 +327,3 @@ def own_region(value: Value, labels: Labels, tile: Tile) -> Region:
         else:
             found.append((box.scaled(span.low, n, span.reference), box.scaled(span.high, n, span.reference)))
     return tuple(found)
-
-
-@dataclass(frozen=True, eq=False)
-class Work:
-    """One op on one tile: the region to make (of the driver, for a sum) and what it reads."""
-
-    op: Op
-    region: Region
-    reads: Sequence[Region]
-    sums: bool
-
-
-def work_of(section: Section, labels: Labels, tile: Tile) -> tuple[list[Work], dict[Value, Region]]:
-    """The ops of one tile with their regions, in runnable order, and the region of each value."""
-    need: dict[Value, Region] = {v: own_region(v, labels, tile) for v in section.saves}
-    sums = set(section.sums)
-    found: list[Work] = []
-    for op in reversed(section.ops):
-        rule: Any = op.rule
-        if op in sums:
-            region = own_region(op.inputs[rule.driver], labels, tile)
-        else:
-            wanted = need.get(op.output)
-            if wanted is None or box.is_empty(wanted):
-                continue
-            region = wanted
-            if rule.kind == "reduce":
-                region = rule.grow(op, rule.driver_region(op, region))
-                need[op.output] = rule.out_region(op, region)
-            else:
-                need[op.output] = region = rule.grow(op, region)
-        if box.is_empty(region):
-            continue
-        reads = tuple(rule.footprint(op, region))
-        found.append(Work(op, region, reads, op in sums))
-        for value, read in zip(op.inputs, reads, strict=True):
-            known = need.get(value)
-            need[value] = read if known is None else box.union(known, read)
-    found.reverse()
-    return found, need

@@ -50,6 +50,14 @@ def shaped(flat: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return flat.view(inner).movedim(-1, 1)
 
 
+def empty_map(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised map in the layout of stored ones."""
+    count = 1
+    for n in shape:
+        count *= n
+    return shaped(torch.empty(count, dtype=dtype, device=device), shape)
+
+
 class Arenas:
     """The arenas of a tiled module: one per run in flight (a forward whose backward is to come)."""
 
