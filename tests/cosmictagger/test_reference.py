@@ -1,19 +1,16 @@
 """The network and its losses against numbers computed with the public CosmicTagger, plain and tiled."""
 
 from dataclasses import fields
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import fullframe
 from cosmictagger.model import NetworkConfig, UResNet, count_parameters
 from cosmictagger.objective import PlaneLoss
-
-try:
-    from fullframe import tile as fullframe_tile
-except ImportError:  # the engine is not there
-    fullframe_tile = None
 
 NAMES = (
     "uresnet_default",
@@ -23,8 +20,32 @@ NAMES = (
     "norm_none_no_connection",
     "deeper",
 )
-# None is plain PyTorch; the image has 96 x 160 pixels: dividing it, not dividing it, one number, larger than it
-TILES = (None, (32, 160), (40, 72), 33, (96, 160))
+LOSSES = ("none", "light", "focal")
+# None is plain PyTorch; the image has 96 x 160 pixels: not dividing it, dividing it, one number, all of it
+TILES = (None, (40, 72), (32, 160), 33, (96, 160))
+
+
+def cases(ordinary: dict) -> list:
+    """Every network, loss and tile; of the tiled ones only the `ordinary` are quick enough for every run."""
+    out = []
+    for name, loss, tile in product(NAMES, LOSSES, TILES):
+        quick = tile is None or name in ordinary.get((loss, tile), ())
+        mark = () if quick else pytest.mark.slow
+        out.append(pytest.param(name, loss, tile, marks=mark, id=f"{name}-{loss}-{tile}"))
+    return out
+
+
+STEPS = cases(
+    {
+        ("light", (40, 72)): NAMES,
+        ("focal", 33): ("sum_plain", "norm_none_no_connection"),
+        ("none", (32, 160)): ("uresnet_default",),
+    }
+)
+FORWARDS = [
+    pytest.param(name, tile, marks=() if tile in (None, (40, 72)) else pytest.mark.slow, id=f"{name}-{tile}")
+    for name, tile in product(NAMES, TILES)
+]
 
 
 def load(reference: Path, index: dict, name: str) -> tuple[UResNet, dict[str, np.ndarray]]:
@@ -42,9 +63,7 @@ def run(net: UResNet, loss: str, image: torch.Tensor, label: torch.Tensor, tile)
     criterion = PlaneLoss(loss)
     if tile is None:
         return criterion(net(image), label)
-    if fullframe_tile is None:
-        pytest.skip("the engine does not import")
-    return fullframe_tile(net, loss=criterion, tile=tile)(image, label)
+    return fullframe.tile(net, loss=criterion, tile=tile)(image, label)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,9 +76,7 @@ def test_index_is_covered(reference_index):
     assert set(reference_index) == set(NAMES)
 
 
-@pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("loss", ["none", "light", "focal"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "loss", "tile"), STEPS)
 def test_loss_gradients_and_buffers(reference, reference_index, name, loss, tile):
     net, arrays = load(reference, reference_index, name)
     image = torch.from_numpy(arrays["input"]).double()
@@ -86,16 +103,13 @@ def test_loss_gradients_and_buffers(reference, reference_index, name, loss, tile
         assert worst <= 1e-5 * scale, f"{key}: off by {worst:.3g}, scale {scale:.3g}"
 
 
-@pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "tile"), FORWARDS)
 def test_logits(reference, reference_index, name, tile):
     net, arrays = load(reference, reference_index, name)
     image = torch.from_numpy(arrays["input"]).double()
     call = net
     if tile is not None:
-        if fullframe_tile is None:
-            pytest.skip("the engine does not import")
-        call = fullframe_tile(net, tile=tile)
+        call = fullframe.tile(net, tile=tile)
     with torch.no_grad():
         logits = torch.stack(list(call(image)), dim=1).numpy()
     expected = arrays["logits"]
