@@ -1,52 +1,301 @@
-"""What a recording reads of a module besides its tensors: flags, attributes, hooks, structure.
+"""What a recording reads of a module besides the numbers in its tensors.
 
-A stale recording is a silent wrong number, so everything a forward could look at goes in.
+A stale recording is a silent wrong number, so everything a forward could look at goes in: flags,
+attributes, hooks and structure of modules; plain objects, containers, functions with their
+closures, defaults and the globals they name; class attributes. Tensors go in by shape, dtype,
+device, strides and requires_grad, and are listed, so that their numbers are read afresh each step.
+
+Not seen: files, the environment, the clock, the insides of compiled extensions, globals that
+installed packages read, and what lies more than DEPTH objects away from a module.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
+import sysconfig
+import types
+from collections import deque
+from collections.abc import Callable, Iterable
+from enum import Enum
+from pathlib import PurePath
 from typing import Any
 
 import torch
 from torch import nn
 
-PLAIN = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
+DEPTH = 8  # objects, containers and functions away from the nearest module
+ATOMS = frozenset(
+    (int, str, bool, bytes, complex, type(None), type(...), range, types.CodeType, types.BuiltinFunctionType,
+     torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout)
+)  # fmt: skip
+# Of a module's own dictionary: what never changes a forward, and what need not be looked at while empty.
+IGNORED = frozenset(
+    ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+     "_non_persistent_buffers_set", "_fullframe")
+)  # fmt: skip
+OFTEN_EMPTY = frozenset(
+    ("_parameters", "_buffers", "_modules", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
+     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+     "_forward_pre_hooks_with_kwargs")
+)  # fmt: skip
+INSTALLED = tuple({sysconfig.get_paths()[k] for k in ("purelib", "platlib", "stdlib", "platstdlib")})
+OPAQUE = frozenset(("logging", "threading", "weakref", "_weakref", "_thread", "io", "_io"))
 
 
-def fingerprint(module: nn.Module) -> tuple[Any, ...]:
-    """A hashable picture of a module tree; equal pictures may share a recording."""
-    seen: dict[int, int] = {}
-    return tuple((name, _object(m, seen)) for name, m in module.named_modules(remove_duplicate=False))
+class Same:
+    """Stands for an object in a key: equal only to itself, and keeps it alive."""
+
+    __slots__ = ("thing",)
+
+    def __init__(self, thing: Any):
+        self.thing = thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.thing is other.thing
 
 
-def _object(thing: Any, seen: dict[int, int]) -> Any:
-    """Type and attributes of an object; tensors by identity, what is met again by its number."""
-    if id(thing) in seen:
-        return "again", seen[id(thing)]
-    seen[id(thing)] = len(seen)
-    fields = getattr(thing, "__dict__", {})
-    return type(thing), id(type(thing).forward) if isinstance(thing, nn.Module) else None, tuple(
-        (key, _attribute(value, seen)) for key, value in sorted(fields.items()) if key != "_modules"
-    )
+class Survey:
+    """One look at everything reachable from some roots.
+
+    ``key`` is hashable: equal keys may share a recording. ``tensors`` are those met, each once, in
+    an order that equal keys share.
+    """
+
+    def __init__(self, roots: Iterable[Any]):
+        self.parts: list[Any] = []
+        self.tensors: list[torch.Tensor] = []
+        self.seen: dict[int, int] = {}
+        self.holders: list[Any] = []  # objects with attributes of their own, in the order met
+        for root in roots:
+            self.visit(root, 0)
+        self.key = tuple(self.parts)
+
+    def visit(self, thing: Any, depth: int) -> None:
+        kind = type(thing)
+        self.parts.append(kind)
+        if kind in ATOMS:
+            self.parts.append(thing)
+            return
+        if kind is float:
+            self.parts.append(repr(thing))  # tells -0.0 from 0.0, and NaN equals itself
+            return
+        name = id(thing)
+        if name in self.seen:
+            self.parts.append(self.seen[name])
+            return
+        self.seen[name] = len(self.seen)
+        if depth > DEPTH:
+            self.parts.append(Same(thing))
+            return
+        look = LOOKS.get(kind)
+        if look is None:
+            look = LOOKS[kind] = _look_for(kind)
+        look(self, thing, depth)
 
 
-def _attribute(value: Any, seen: dict[int, int]) -> Any:
-    if isinstance(value, PLAIN):
-        return type(value).__name__, repr(value) if isinstance(value, float) else value
-    if isinstance(value, torch.Tensor):
-        return "tensor", id(value)
-    if isinstance(value, nn.Module):
-        return "module", id(value)
-    if isinstance(value, (list, tuple)):
-        return type(value).__name__, tuple(_attribute(v, seen) for v in value)
-    if isinstance(value, (set, frozenset)):
-        return "set", tuple(sorted((repr(_attribute(v, seen)) for v in value)))
-    if isinstance(value, dict):
-        return "dict", tuple((repr(k), _attribute(v, seen)) for k, v in value.items())
-    if callable(value) and not hasattr(value, "__dict__"):
-        return "callable", id(value)
-    if callable(value):
-        return "callable", id(value), getattr(value, "__qualname__", None)
-    if hasattr(value, "__dict__"):
-        return _object(value, seen)
-    return "object", id(value)
+def _tensor(survey: Survey, tensor: torch.Tensor, depth: int) -> None:
+    strided = tensor.layout is torch.strided
+    survey.parts += (
+        tensor.shape, tensor.dtype, tensor.device, tensor.stride() if strided else tensor.layout,
+        tensor.requires_grad,
+    )  # fmt: skip
+    survey.tensors.append(tensor)
+
+
+def _module(survey: Survey, module: nn.Module, depth: int) -> None:
+    parts = survey.parts
+    survey.holders.append(module)
+    for name, value in module.__dict__.items():
+        if name in IGNORED or (not value and name in OFTEN_EMPTY):
+            continue
+        parts.append(name)
+        survey.visit(value, 0)
+    parts.append("end")
+    _class(survey, type(module), 0)
+
+
+def _object(survey: Survey, thing: Any, depth: int) -> None:
+    fields = getattr(thing, "__dict__", None)
+    slots = [s for c in type(thing).__mro__ for s in _slots(c) if hasattr(thing, s)]
+    if (fields is None and not slots) or type(thing).__module__.partition(".")[0] in OPAQUE:
+        survey.parts.append(Same(thing))
+        return
+    survey.holders.append(thing)
+    for name, value in [*(fields or {}).items(), *((s, getattr(thing, s)) for s in slots)]:
+        survey.parts.append(name)
+        survey.visit(value, depth + 1)
+    survey.parts.append("end")
+    _class(survey, type(thing), depth)
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    slots = vars(cls).get("__slots__", ())
+    slots = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(s for s in slots if s not in ("__dict__", "__weakref__"))
+
+
+def _mapping(survey: Survey, mapping: dict[Any, Any], depth: int) -> None:
+    survey.parts.append(len(mapping))
+    for key, value in mapping.items():
+        survey.visit(key, depth + 1)
+        survey.visit(value, depth + 1)
+
+
+def _sequence(survey: Survey, sequence: Any, depth: int) -> None:
+    survey.parts.append(len(sequence))
+    for value in sequence:
+        survey.visit(value, depth + 1)
+
+
+def _set(survey: Survey, things: Any, depth: int) -> None:
+    survey.parts.append(len(things))
+    for value in sorted(things, key=repr):
+        survey.visit(value, depth + 1)
+
+
+def _slice(survey: Survey, thing: slice, depth: int) -> None:
+    _sequence(survey, (thing.start, thing.stop, thing.step), depth)
+
+
+def _method(survey: Survey, method: types.MethodType, depth: int) -> None:
+    survey.visit(method.__func__, depth)
+    survey.visit(method.__self__, depth)
+
+
+def _partial(survey: Survey, call: functools.partial[Any], depth: int) -> None:
+    for part in (call.func, call.args, call.keywords):
+        survey.visit(part, depth + 1)
+
+
+def _array(survey: Survey, array: Any, depth: int) -> None:
+    survey.parts += (array.shape, str(array.dtype), array.tobytes() if array.dtype != object else Same(array))
+
+
+def _atom(survey: Survey, thing: Any, depth: int) -> None:
+    survey.parts.append(thing)
+
+
+def _identity(survey: Survey, thing: Any, depth: int) -> None:
+    survey.parts.append(Same(thing))
+
+
+def _descriptor(survey: Survey, thing: Any, depth: int) -> None:
+    for name in ("fget", "__func__", "func"):
+        if hasattr(thing, name):
+            survey.visit(getattr(thing, name), depth)
+
+
+def _function(survey: Survey, function: types.FunctionType, depth: int) -> None:
+    """Code, defaults and closure; for code that is not an installed package's also the globals it names."""
+    code = function.__code__
+    survey.parts.append(code)
+    for value in (function.__defaults__, function.__kwdefaults__, function.__dict__ or None):
+        if value is not None:
+            survey.visit(value, depth + 1)
+    for cell in function.__closure__ or ():
+        try:
+            survey.visit(cell.cell_contents, depth + 1)
+        except ValueError:
+            survey.parts.append("empty")
+    if not _installed(code.co_filename):
+        space = function.__globals__
+        names = global_names(code)
+        for name in names:
+            if name in space:
+                _global(survey, name, space[name], names, depth)
+
+
+def _global(survey: Survey, name: str, value: Any, names: Iterable[str], depth: int) -> None:
+    survey.parts.append(name)
+    if isinstance(value, types.ModuleType):
+        if not _installed(getattr(value, "__file__", None) or ""):
+            for inner in names:
+                if inner in vars(value) and not isinstance(vars(value)[inner], types.ModuleType):
+                    _global(survey, inner, vars(value)[inner], (), depth + 1)
+    else:
+        survey.visit(value, depth + 1)
+
+
+def _class(survey: Survey, cls: type, depth: int) -> None:
+    """Attributes and methods of a class and its bases, once per survey."""
+    if id(cls) in survey.seen:
+        return
+    survey.seen[id(cls)] = len(survey.seen)
+    for base in cls.__mro__:
+        if base is object or (base is not cls and id(base) in survey.seen):
+            continue
+        survey.seen.setdefault(id(base), len(survey.seen))
+        if base.__module__.partition(".")[0] in ("torch", "builtins", *OPAQUE):
+            survey.parts += (base, Same(vars(base).get("forward")))  # a replaced forward still shows
+            continue
+        if _installed(getattr(sys.modules.get(base.__module__), "__file__", None) or ""):
+            # An installed class: what it holds, but not the insides of its methods.
+            survey.parts += [v if isinstance(v, types.FunctionType) else k for k, v in vars(base).items()]
+            values: Iterable[tuple[str, Any]] = (
+                (k, v) for k, v in vars(base).items() if not isinstance(v, types.FunctionType)
+            )
+        else:
+            values = vars(base).items()
+        for name, value in values:
+            if not name.startswith("__") and name not in ("_abc_impl", "_is_protocol"):
+                survey.parts.append(name)
+                survey.visit(value, depth + 1)
+
+
+def _type(survey: Survey, cls: type, depth: int) -> None:
+    survey.parts.append(cls)
+    survey.seen.pop(id(cls), None)
+    if cls.__module__ not in ("builtins", "typing"):
+        _class(survey, cls, depth)
+
+
+@functools.lru_cache(maxsize=4096)
+def _installed(filename: str) -> bool:
+    """Whether a file belongs to Python or an installed package."""
+    return filename.startswith(("<frozen", *INSTALLED)) or filename == ""
+
+
+@functools.lru_cache(maxsize=4096)
+def global_names(code: types.CodeType) -> tuple[str, ...]:
+    """Names that code, with the functions defined in it, may read as globals."""
+    names = dict.fromkeys(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names.update(dict.fromkeys(global_names(constant)))
+    return tuple(names)
+
+
+Look = Callable[[Survey, Any, int], None]
+LOOKS: dict[type, Look] = {}
+
+
+def _look_for(kind: type) -> Look:
+    """How things of a kind are looked at."""
+    families: list[tuple[Any, Look]] = [
+        (torch.Tensor, _tensor),
+        (nn.Module, _module),
+        (Enum, _atom),
+        (PurePath, _atom),
+        (dict, _mapping),
+        ((list, tuple, deque), _sequence),
+        ((set, frozenset), _set),
+        (types.FunctionType, _function),
+        (types.MethodType, _method),
+        (functools.partial, _partial),
+        ((property, staticmethod, classmethod, functools.cached_property), _descriptor),
+        (slice, _slice),
+        (types.ModuleType, _identity),
+        (type, _type),
+    ]
+    for classes, look in families:
+        if issubclass(kind, classes):
+            return look
+    if kind.__module__.startswith(("torch._", "torch.fx")):
+        return _identity
+    if kind.__module__ == "numpy":
+        return _array if hasattr(kind, "tobytes") and hasattr(kind, "shape") else _identity
+    return _object

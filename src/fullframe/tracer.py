@@ -8,40 +8,46 @@ so no alias survives.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
-from torch.fx import Graph as FxGraph
 from torch.fx import Node
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fullframe.graph import CaptureError, Graph, Value, live_ops, verify
 from fullframe.ops import LOWERINGS, Builder
+from fullframe.watch import Watch
 
-Function = Callable[..., Sequence["torch.Tensor | None"]]
+Function = Callable[..., "tuple[Sequence[torch.Tensor | None], Sequence[torch.Tensor]]"]
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
+BLAME = "get value out of a tracing tensor"  # how make_fx reports a read of a tensor's numbers
 
 
 @dataclass
 class Recording:
-    """A function to record: called with one tensor per input, returns a flat list of tensors."""
+    """A function to record: called with one tensor per input.
+
+    It returns its outputs, and tensors that stand for inputs that arrive late: whatever it computed
+    them from, in the graph they are inputs.
+    """
 
     function: Function
     inputs: list[torch.Tensor]
     names: list[str]
+    watch: Watch
 
 
 def capture(recording: Recording) -> Graph:
     """Record a function as a graph in normal form; raises `CaptureError` where it cannot be."""
     device = recording.inputs[0].device if recording.inputs else torch.device("cpu")
     recorded = _record(recording)
-    return _lower(recorded.graph, recorded, recording.names, device)
+    return _lower(recorded, recording.names, device)
 
 
 def _record(recording: Recording) -> Any:
@@ -50,13 +56,12 @@ def _record(recording: Recording) -> Any:
     random_before = random.getstate()
     numpy_before = _numpy_state()
     try:
-        with module_paths(), fx_traceback.preserve_node_meta():
+        with recording.watch.paths(), fx_traceback.preserve_node_meta():
             module = make_fx(dispatch_functionalize(recording.function))(*fakes)
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise CaptureError(
-            f"the step depends on the data of a tensor ({error}), so it cannot be recorded once for all "
-            "inputs; compute that value outside the step and pass it in, or use a mask of fixed shape"
-        ) from error
+    except RuntimeError as error:
+        if not isinstance(error, DATA_DEPENDENT) and BLAME not in str(error):
+            raise
+        raise _data_dependent(recording.watch.current, error) from error
     finally:
         torch.clear_autocast_cache()
     if random.getstate() != random_before or _numpy_state() != numpy_before:
@@ -67,50 +72,34 @@ def _record(recording: Recording) -> Any:
     return module
 
 
+def _data_dependent(path: str, error: Exception) -> CaptureError:
+    op = str(getattr(error, "func", "")) or "the numbers of a tensor"
+    return CaptureError(
+        f"in {path or 'the step'}, the course of the computation depends on the data ({op}), so it cannot be "
+        "recorded once for all inputs; compute that value outside the step and pass it in, or use a mask of fixed "
+        "shape (torch.where) in place of an if or of a selection"
+    )
+
+
 def _numpy_state() -> Any:
     import sys
 
     numpy = sys.modules.get("numpy")
-    return None if numpy is None else numpy.random.get_state()[1].tobytes() + bytes(str(numpy.random.get_state()[2]), "ascii")
+    if numpy is None:
+        return None
+    state = numpy.random.get_state()
+    return state[1].tobytes(), state[2:]
 
 
-@contextmanager
-def module_paths() -> Iterator[None]:
-    """While recording, note on every node the path of the module whose forward made it."""
-    stack: list[str] = []
-    names: dict[int, str] = {}
-
-    def enter(module: nn.Module, _: Any) -> None:
-        if not stack:
-            names.update({id(m): f"{type(module).__name__}.{n}" if n else type(module).__name__
-                          for n, m in module.named_modules()})  # fmt: skip
-        stack.append(names.get(id(module), type(module).__name__))
-        fx_traceback.current_meta["path"] = stack[-1]
-
-    def leave(module: nn.Module, *_: Any) -> None:
-        if stack:
-            stack.pop()
-        fx_traceback.current_meta["path"] = stack[-1] if stack else ""
-
-    hooks = nn.modules.module
-    first = hooks.register_module_forward_pre_hook(enter)
-    last = hooks.register_module_forward_hook(leave, always_call=True)
-    try:
-        yield
-    finally:
-        first.remove()
-        last.remove()
-        fx_traceback.current_meta.pop("path", None)
-
-
-def _lower(recorded: FxGraph, module: Any, names: Sequence[str], device: torch.device) -> Graph:
+def _lower(module: Any, names: Sequence[str], device: torch.device) -> Graph:
     builder = Builder()
     builder.device = device
     made: dict[Node, Any] = {}
     inputs: list[Value] = []
     constants: dict[Value, Any] = {}
-    outputs: list[Value | None] = []
-    for node in recorded.nodes:
+    nodes = list(module.graph.nodes)
+    results, late = nodes[-1].args[0]
+    for node in nodes[:-1]:
         if node.op == "placeholder":
             meta = node.meta["val"]
             made[node] = builder.value(meta.shape, meta.dtype, names[len(inputs)])
@@ -119,12 +108,16 @@ def _lower(recorded: FxGraph, module: Any, names: Sequence[str], device: torch.d
             tensor = getattr(module, str(node.target))
             made[node] = builder.value(tensor.shape, tensor.dtype, f"constant.{node.target}")
             constants[made[node]] = tensor
-        elif node.op == "output":
-            outputs = [made[n] if isinstance(n, Node) else None for n in node.args[0]]  # type: ignore[union-attr]
+        elif node in late:
+            meta = node.meta["val"]
+            made[node] = builder.value(meta.shape, meta.dtype, f"grad_output{late.index(node)}")
         else:
             made[node] = _lower_call(builder, node, made)
+    outputs = [made[n] if isinstance(n, Node) else None for n in results]
+    later = [made[n] for n in late]
     wanted = [v for v in outputs if v is not None]
-    graph = Graph(inputs, live_ops(builder.ops, wanted), outputs, constants=constants)
+    ops = live_ops(builder.ops, wanted)
+    graph = Graph([*inputs, *later], ops, outputs, late=frozenset(later), constants=constants)
     verify(graph)
     return graph
 
@@ -140,7 +133,7 @@ def _lower_call(builder: Builder, node: Node, made: dict[Node, Any]) -> Any:
     builder.target, builder.call = str(node.target), node.target  # type: ignore[assignment]
     builder.arguments, builder.keywords = args, kwargs
     builder.meta = [(tuple(m.shape), m.dtype) if isinstance(m, torch.Tensor) else None for m in metas]
-    builder.path = node.meta.get("path", "") or builder.path
+    builder.path = node.meta.get("custom", {}).get("path", "")
     lowering = LOWERINGS.get(builder.target)
     result = builder.recorded() if lowering is None else lowering(builder, *args, **kwargs)
     if single:
@@ -154,3 +147,8 @@ def _values(arg: Any, made: dict[Node, Any]) -> Any:
     if isinstance(arg, (list, tuple)):
         return [_values(a, made) for a in arg]
     return arg
+
+
+def recording() -> bool:
+    """Whether a step is being recorded on this thread."""
+    return detect_fake_mode() is not None

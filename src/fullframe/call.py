@@ -1,0 +1,93 @@
+"""One call taken apart: the tensors it reads in a fixed order, and the key of its recording."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fullframe.fingerprint import Survey
+
+Tensors = list[torch.Tensor]
+
+
+class Pair(nn.Module):
+    """Module and criterion under one root, so that both have their parameters replaced."""
+
+    def __init__(self, module: nn.Module, criterion: Callable[..., Any] | None):
+        super().__init__()
+        self.module = module
+        self.criterion = criterion
+
+    def forward(self, args: Any, kwargs: Any) -> Any:
+        if self.criterion is None:
+            return self.module(*args, **kwargs)
+        return self.criterion(self.module(args[0]), args[1])
+
+
+class Call:
+    """A call of a tiled module.
+
+    ``tensors`` holds everything with numbers: parameters, buffers, ``others`` (tensors met in
+    attributes, closures and the like), inputs. The first three are read where they live at each
+    call; buffers and others may be changed by the step.
+    """
+
+    def __init__(self, pair: Pair, args: Any, kwargs: Any):
+        self.pair = pair
+        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        self.inputs: Tensors = [x for x in self.leaves if isinstance(x, torch.Tensor)]
+        for k, x in enumerate(self.inputs):
+            if 0 in x.shape:
+                raise ValueError(f"input {k} has shape {tuple(x.shape)}, without elements; leave that batch out")
+        self.parameters = dict(pair.named_parameters())
+        self.buffers = {k: v for k, v in pair.named_buffers() if v is not None}
+        self.survey = Survey([pair, args, kwargs])
+        known = {id(t) for t in (*self.parameters.values(), *self.buffers.values(), *self.inputs)}
+        self.others: Tensors = [t for t in self.survey.tensors if id(t) not in known]
+        self.grad = torch.is_grad_enabled()
+
+    @property
+    def tensors(self) -> Tensors:
+        return [*self.parameters.values(), *self.buffers.values(), *self.others, *self.inputs]
+
+    @property
+    def names(self) -> list[str]:
+        names = [n.removeprefix("module.") for n in (*self.parameters, *self.buffers)]
+        names += [f"attribute{k}" for k in range(len(self.others))]
+        return names + [f"input{k}" for k in range(len(self.inputs))]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        found = self.inputs or self.tensors
+        return max(found, key=lambda t: t.dim()).device if found else torch.device("cpu")
+
+    @property
+    def wanted(self) -> Tensors:
+        """Tensors whose gradient is wanted, in the order of ``tensors``."""
+        if not self.grad:
+            return []
+        return [t for t in self.tensors if t.requires_grad]
+
+    @property
+    def mutable(self) -> Tensors:
+        """Tensors that the step may change in place: buffers, and others that take no gradient."""
+        return [*self.buffers.values(), *(t for t in self.others if not t.requires_grad)]
+
+    def key(self) -> Any:
+        """Everything the recording reads."""
+        autocast = tuple(
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")
+        )
+        modes = (self.grad, autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
+        return self.survey.key, str(self.spec), modes
+
+    def rebuild(self, inputs: Sequence[torch.Tensor]) -> tuple[Any, Any]:
+        """Arguments and keyword arguments with other tensors in place of the inputs."""
+        found = iter(inputs)
+        leaves = [next(found) if isinstance(x, torch.Tensor) else x for x in self.leaves]
+        return pytree.tree_unflatten(leaves, self.spec)

@@ -1,0 +1,222 @@
+"""From a call to a program: the step recorded once, and planned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils import _pytree as pytree
+
+from fullframe.budget import free_bytes
+from fullframe.call import Call, Tensors
+from fullframe.fingerprint import Survey
+from fullframe.graph import CaptureError, Graph, Value
+from fullframe.lowering import fusable
+from fullframe.plan import Plan
+from fullframe.planner import Request, plan
+from fullframe.tracer import Recording, capture
+from fullframe.watch import Watch
+
+TENSOR = object()  # stands for a tensor among the leaves of a program's outputs
+PLAIN = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Budget in bytes (None: what is free when first planned), forced tile, worker threads."""
+
+    budget: int | None
+    tile: int | tuple[int, ...] | None
+    workers: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured and planned call.
+
+    The graph's outputs are ``outputs`` tensors to hand out, then the new contents of what the call
+    may change (`Call.mutable`), then the gradients of `Call.wanted`. ``spec`` rebuilds the call's
+    own output from ``fixed``, where `TENSOR` stands for the next tensor. ``lasting`` is False where
+    the forward changes what it reads (a counter), so that the next call must be recorded anew.
+    """
+
+    graph: Graph
+    plan: Plan
+    spec: Any
+    fixed: tuple[Any, ...]
+    outputs: int
+    mutable: int
+    wanted: int
+    differentiable: tuple[bool, ...]
+    lasting: bool
+
+    def assemble(self, outputs: Sequence[torch.Tensor]) -> Any:
+        """The call's own output from its tensors."""
+        found = iter(outputs)
+        return pytree.tree_unflatten([next(found) if x is TENSOR else x for x in self.fixed], self.spec)
+
+
+class _Recorder:
+    """The function that is recorded: forward, and backward where gradients are wanted."""
+
+    def __init__(self, call: Call, watch: Watch):
+        self.call, self.watch = call, watch
+        self.criterion = call.pair.criterion is not None
+        self.spec: Any = None
+        self.fixed: list[Any] = []
+        self.differentiable: list[bool] = []
+        self.stand_ins: dict[int, torch.Tensor] = {}
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[list[Any], Tensors]:
+        """What is handed out, kept and differentiated; and stand-ins for gradients that come later."""
+        call = self.call
+        mutable = {id(t) for t in call.mutable}
+        # As in PyTorch, backward runs outside autocast, in the dtypes the forward chose.
+        with torch.set_grad_enabled(call.grad):
+            made = [
+                t.clone() if id(old) in mutable else t.detach().requires_grad_(old.requires_grad)
+                for t, old in zip(tensors, call.tensors, strict=True)
+            ]
+            self.stand_ins = {id(old): t for t, old in zip(made, call.tensors, strict=True)}
+            state = {k: self.stand_ins[id(t)] for k, t in (*call.parameters.items(), *call.buffers.items())}
+            arguments = call.rebuild(made[len(made) - len(call.inputs) :])
+            with self.watch.replacing(self.stand_ins):
+                returned = torch.func.functional_call(call.pair, state, arguments, tie_weights=True, strict=True)
+                outputs = self._take(returned)
+                wanted = [t for t in made if t.requires_grad] if call.grad else []
+                grads, seeds = self._gradients(outputs, wanted)
+        kept = [*(state[k] for k, t in call.buffers.items() if id(t) in mutable)]
+        kept += [self.stand_ins[id(t)] for t in call.others if id(t) in mutable]
+        for new, old in zip(kept, call.mutable, strict=True):
+            if new.shape != old.shape:
+                raise CaptureError(
+                    f"a buffer changes its shape from {tuple(old.shape)} to {tuple(new.shape)} during the step; "
+                    "register it with its final shape"
+                )
+        return [*(t.detach() for t in outputs), *(t.detach() for t in kept), *grads], seeds
+
+    def _take(self, returned: Any) -> Tensors:
+        leaves, self.spec = pytree.tree_flatten(returned)
+        for leaf in leaves:
+            if not isinstance(leaf, (torch.Tensor, *PLAIN)):
+                raise CaptureError(
+                    f"the step returns a {type(leaf).__name__}, which may hide tensors; "
+                    "return tensors in tuples, lists or dicts"
+                )
+        self.fixed = [TENSOR if isinstance(x, torch.Tensor) else x for x in leaves]
+        outputs = [x for x in leaves if isinstance(x, torch.Tensor)]
+        self.differentiable = [t.requires_grad for t in outputs]
+        if self.criterion:
+            if not outputs or outputs[0].dim() != 0 or self.fixed[0] is not TENSOR:
+                shape = tuple(outputs[0].shape) if outputs else None
+                raise ValueError(
+                    f"the criterion must return a scalar loss, or (loss, extras); got shape {shape}. "
+                    "Use reduction='mean' or 'sum'"
+                )
+            self.differentiable = [outputs[0].requires_grad] + [False] * (len(outputs) - 1)
+        return outputs
+
+    def _gradients(self, outputs: Tensors, wanted: Tensors) -> tuple[list[Any], Tensors]:
+        chosen = [t for t, yes in zip(outputs, self.differentiable, strict=True) if yes]
+        if not wanted or not chosen:
+            return [None] * len(wanted), []
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            late = [] if self.criterion else [torch.empty_like(t) for t in chosen]
+            seeds = late or [torch.ones_like(chosen[0])]
+            self.watch.follow_backward()
+            return list(torch.autograd.grad(chosen, wanted, seeds, allow_unused=True)), late
+
+
+@contextmanager
+def _undisturbed(recorder: _Recorder, survey: Survey) -> Iterator[None]:
+    """Put back what the recording left in attributes; refuse where that loses something.
+
+    An attribute updated in place (``self.count += 1`` on a tensor) gets its own tensor back: the
+    new number is an output of the recording. Any other recorded tensor that stays behind would
+    never be brought up to date by the recorded step.
+    """
+    saved = [(space, key, value) for space in _spaces(survey) for key, value in _items(space)]
+    lost = ""
+    try:
+        yield
+    finally:
+        before = {(id(space), key): value for space, key, value in saved}
+        originals = {id(t): old for t, old in zip(recorder.stand_ins.values(), recorder.call.tensors, strict=False)}
+        for space in {id(s): s for s, _, _ in saved}.values():
+            for key, value in list(_items(space)):
+                if not isinstance(value, (FunctionalTensor, FakeTensor)):
+                    continue
+                old = before.get((id(space), key))
+                if id(value) not in originals or originals[id(value)] is not old:
+                    lost = lost or str(key)
+                if old is None and isinstance(space, dict) and (id(space), key) not in before:
+                    del space[key]
+                else:
+                    space[key] = old
+    if lost:
+        raise CaptureError(
+            f"the forward stores a tensor under {lost!r}, which a recorded step would not bring up to date; "
+            "return it as an output, or register it as a buffer of fixed shape and copy into it"
+        )
+
+
+def _spaces(survey: Survey) -> list[Any]:
+    """Dictionaries and lists where a forward may leave tensors: attributes, one level of containers."""
+    spaces: list[Any] = []
+    for holder in survey.holders:
+        space = getattr(holder, "__dict__", None)
+        if space is not None:
+            spaces.append(space)
+            spaces += [v for v in space.values() if isinstance(v, (dict, list))]
+    return spaces
+
+
+def _items(space: Any) -> Iterator[tuple[Any, Any]]:
+    yield from space.items() if isinstance(space, dict) else enumerate(space)
+
+
+def compile_call(call: Call, options: Options) -> Program:
+    """Record and plan a call; raises `CaptureError`, `BudgetError` or `UnsupportedOpError`."""
+    watch = Watch(call.pair)
+    recorder = _Recorder(call, watch)
+    before = Survey([call.pair]).key
+    with torch.inference_mode(False), _undisturbed(recorder, call.survey):
+        graph = capture(Recording(recorder, call.tensors, call.names, watch))
+    after = Survey([call.pair])
+    if any(isinstance(t, (FunctionalTensor, FakeTensor)) for t in after.tensors):
+        raise CaptureError("the forward stores a tensor in an object that it can reach; return it as an output")
+    outputs, mutable = len(recorder.differentiable), len(call.mutable)
+    if graph.late:
+        graph.early = outputs + mutable
+    request = _request(graph, call, options, outputs + mutable)
+    return Program(
+        graph, plan(graph, request), recorder.spec, tuple(recorder.fixed), outputs, mutable,
+        len(call.wanted), tuple(recorder.differentiable), after.key == before,
+    )  # fmt: skip
+
+
+def _request(graph: Graph, call: Call, options: Options, first_grad: int) -> Request:
+    end = len(call.tensors)
+    images = graph.inputs[end - len(call.inputs) : end]
+    images = [v for v in images if len(v.shape) >= 3 and v.dtype.is_floating_point]
+    roots = tuple((v, (0, *range(2, len(v.shape)))) for v in images)
+    forced: list[tuple[Value, int, int]] | None = None
+    if options.tile is not None:
+        if not roots:
+            raise ValueError("tile= needs an image input with a batch, a channel and spatial axes")
+        image = roots[0][0]
+        rank = len(image.shape) - 2
+        extents = (options.tile,) * rank if isinstance(options.tile, int) else tuple(options.tile)
+        if len(extents) != rank:
+            raise ValueError(f"tile={options.tile} has {len(extents)} extents; the input has {rank} spatial axes")
+        forced = [(image, 0, 1), *((image, a + 2, n) for a, n in enumerate(extents))]
+    budget = options.budget if options.budget is not None else free_bytes(call.device)
+    free = frozenset(v for v in graph.outputs[first_grad:] if v is not None)
+    return Request(budget, options.workers, roots, fusable, None if forced is None else tuple(forced), free)

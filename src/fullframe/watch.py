@@ -1,0 +1,133 @@
+"""Watches a step while it is recorded: which module is at work, and which tensors it touches.
+
+Code reaches tensors in many ways: parameters, attributes, closures, globals. Whatever the way,
+a tensor that is an input of the recording is replaced by its recorded stand-in as it enters an
+operation, so that its number is never frozen and its gradient never lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx import traceback as fx_traceback
+from torch.overrides import TorchFunctionMode
+
+from fullframe.graph import CaptureError
+
+READERS = frozenset(("item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__"))
+WRITERS = frozenset(("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__iand__",
+                     "__ior__", "__ixor__", "__ifloordiv__", "__imod__"))  # fmt: skip
+
+
+class Watch(TorchFunctionMode):
+    """``replacing`` swaps tensors for their stand-ins; ``paths`` follows the modules at work."""
+
+    def __init__(self, root: nn.Module):
+        super().__init__()
+        self.names = {id(m): _path(name, m) for name, m in root.named_modules()}
+        self.stack: list[int] = []
+        self.current = ""
+        self.stand_ins: dict[int, torch.Tensor] = {}
+        self.owners: dict[Any, str] = {}  # autograd node -> path of the module that made it
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        made = func(*self._swap(args, name), **self._swap(kwargs or {}, name))
+        if self.current:
+            for tensor in made if isinstance(made, (list, tuple)) else (made,):
+                if isinstance(tensor, torch.Tensor) and tensor.requires_grad and name != "grad_fn":
+                    self._own(tensor.grad_fn)
+        return made
+
+    def _swap(self, thing: Any, name: str) -> Any:
+        if isinstance(thing, torch.Tensor):
+            found = self.stand_ins.get(id(thing))
+            if found is None and not isinstance(thing, (FunctionalTensor, FakeTensor)):
+                self._judge(thing, name)
+            return thing if found is None else found
+        if type(thing) in (list, tuple):
+            return type(thing)([self._swap(x, name) for x in thing])
+        if type(thing) is dict:
+            return {k: self._swap(v, name) for k, v in thing.items()}
+        return thing
+
+    def _judge(self, tensor: torch.Tensor, name: str) -> None:
+        """Refuse uses that a recording would get wrong of a tensor it does not know."""
+        where = f"in {self.current or 'the step'}, a tensor of shape {tuple(tensor.shape)} that is no parameter, "
+        where += "buffer, attribute or input"
+        if name in READERS and tensor.device.type != "meta":
+            raise CaptureError(f"{where} has its numbers read by {name}(); read them outside the step")
+        if name in WRITERS or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_"):
+            raise CaptureError(f"{where} is changed by {name}; clone it first, or make it a buffer")
+        if tensor.requires_grad and name not in ("__get__", "requires_grad_", "detach", "size", "dim"):
+            raise CaptureError(f"{where} would get no gradient; make it a parameter or pass it as an input")
+
+    def _own(self, node: Any) -> None:
+        """Note the module at work as owner of a new autograd node and of those below it."""
+        stack = [node]
+        while stack:
+            node = stack.pop()
+            if node is None or node in self.owners:
+                continue
+            self.owners[node] = self.current
+            stack.extend(n for n, _ in node.next_functions)
+
+    def follow_backward(self) -> None:
+        """From now on the backward of a module's nodes counts as the module's work."""
+        for node, path in self.owners.items():
+            node.register_prehook(lambda _, path=path: self._at(path))
+
+    def _at(self, path: str) -> None:
+        self.current = path
+        fx_traceback.current_meta["custom"] = {"path": path}  # a field that nodes copy as they are made
+
+    @contextmanager
+    def replacing(self, stand_ins: dict[int, torch.Tensor]) -> Iterator[None]:
+        """Inside, each tensor with one of these ids is replaced by its stand-in."""
+        self.stand_ins = stand_ins
+        try:
+            with self:
+                yield
+        finally:
+            self.stand_ins = {}
+
+    @contextmanager
+    def paths(self) -> Iterator[None]:
+        """Inside, ``current`` is the path of the innermost module at work, and so is every node's.
+
+        When forward fails, ``current`` stays where it failed.
+        """
+        hooks = nn.modules.module
+        first = hooks.register_module_forward_pre_hook(self._enter)
+        last = hooks.register_module_forward_hook(self._leave)
+        try:
+            yield
+        finally:
+            first.remove()
+            last.remove()
+            fx_traceback.current_meta.pop("custom", None)
+            self.owners.clear()
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self.stack.append(id(module))
+        self._at(self.names.get(id(module)) or type(module).__name__)
+
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        while self.stack and self.stack.pop() != id(module):
+            pass  # modules whose forward failed and was caught
+        self._at(self.names.get(self.stack[-1], "") if self.stack else "")
+
+
+def _path(name: str, module: nn.Module) -> str:
+    """As users write it, and the type: ``encoder.conv1 (Conv2d)``; the wrapped module is ``the module``."""
+    if name == "":
+        return ""
+    first, _, rest = name.partition(".")
+    shown = rest or first if first == "module" else name
+    return f"{shown} ({type(module).__name__})"
