@@ -65,6 +65,8 @@ class TrainingOptions:
     """Training steps in all, those before a resume included."""
     minutes: float | None = None
     """Stop after the step that passes this time."""
+    decay: bool = False
+    """Let the learning rate fall to zero in a straight line, by the last step or the end of the minutes."""
     validate_every: int = 100
     """Steps between validations; a checkpoint is written each time."""
     seed: int = 0
@@ -80,6 +82,7 @@ class TrainingOptions:
             seed=self.seed,
             validate_every=self.validate_every,
             minutes=self.minutes,
+            decay=self.decay,
         )
 
 

@@ -10,7 +10,8 @@ import fullframe
 class Plan(Protocol):
     """Printable; says what a step will take before it runs."""
 
-    projected_bytes: int
+    @property
+    def projected_bytes(self) -> int: ...
 
 
 class Step(Protocol):

@@ -52,6 +52,8 @@ class Recipe:
     """Steps between validations and checkpoints."""
     minutes: float | None = None
     """Stop after the step that passes this time."""
+    decay: bool = False
+    """Let the learning rate fall in a straight line to zero at the last step, or at the end of the minutes."""
 
     def __post_init__(self) -> None:
         PlaneLoss(self.loss)
@@ -122,6 +124,10 @@ def train(
     tagger = Tagger(state.net, running) if validation is not None else None
     start, measured, late = time.monotonic(), None, False
     while state.step < recipe.steps and not late:
+        if recipe.decay:
+            _set_rate(
+                state.optimizer, recipe.learning_rate * (1 - _done(recipe, state.step, time.monotonic() - start))
+            )
         line, added = _one_step(step, state, _batch(recipe, state.step, events, running), running, measured is None)
         measured = added if measured is None else measured
         log.add(line)
@@ -138,6 +144,17 @@ def train(
 def read_log(out: Path) -> list[dict]:
     """The lines of a training's log."""
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def _done(recipe: Recipe, step: int, seconds: float) -> float:
+    """Share of the training that is over, below 1."""
+    by_time = 0.0 if recipe.minutes is None else min(seconds / (60 * recipe.minutes), 0.99)
+    return max(step / recipe.steps, by_time)
+
+
+def _set_rate(optimizer: Adam, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def _one_step(

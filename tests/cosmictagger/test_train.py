@@ -13,13 +13,21 @@ from cosmictagger.evaluate import Running, Tagger, evaluate
 from cosmictagger.metrics import all_cosmic, confusion, scores
 from cosmictagger.model import UResNet
 from cosmictagger.session import Files, train_with_report
-from cosmictagger.train import Recipe, read_log, train
+from cosmictagger.train import Recipe, _done, read_log, train
 from cosmictagger.weights import load_weights, save_weights
 
 
 @pytest.fixture
 def recipe(small) -> Recipe:
     return Recipe(small, steps=4, batch=2, validate_every=2, learning_rate=1e-2)
+
+
+def test_learning_rate_falls_by_steps_or_by_time(small):
+    by_steps = Recipe(small, steps=4, decay=True)
+    assert [_done(by_steps, step, 1e6) for step in range(4)] == [0, 0.25, 0.5, 0.75]
+    by_time = replace(by_steps, minutes=1)
+    assert _done(by_time, 1, 30) == 0.5
+    assert _done(by_time, 3, 90) == 0.99
 
 
 def test_every_event_once_per_epoch_in_an_order_of_the_seed():
