@@ -40,6 +40,9 @@ class Call:
         self.pair = pair
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
         self.inputs: Tensors = [x for x in self.leaves if isinstance(x, torch.Tensor)]
+        if pair.criterion is not None and (len(args) != 2 or kwargs):
+            given = f"{len(args)} arguments" + (f" and {sorted(kwargs)} by name" if kwargs else "")
+            raise TypeError(f"a tiled step takes an input and a target, step(input, target); got {given}")
         for k, x in enumerate(self.inputs):
             if 0 in x.shape:
                 raise ValueError(f"input {k} has shape {tuple(x.shape)}, without elements; leave that batch out")

@@ -18,7 +18,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterable
 from enum import Enum
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ ATOMS = frozenset(
 # Of a module's own dictionary: what never changes a forward, and what need not be looked at while empty.
 IGNORED = frozenset(
     ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-     "_non_persistent_buffers_set", "_fullframe")
+     "_non_persistent_buffers_set")
 )  # fmt: skip
 OFTEN_EMPTY = frozenset(
     ("_parameters", "_buffers", "_modules", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
@@ -40,6 +40,7 @@ OFTEN_EMPTY = frozenset(
      "_forward_pre_hooks_with_kwargs")
 )  # fmt: skip
 INSTALLED = tuple({sysconfig.get_paths()[k] for k in ("purelib", "platlib", "stdlib", "platstdlib")})
+INSTALLED += (str(Path(__file__).parent),)
 OPAQUE = frozenset(("logging", "threading", "weakref", "_weakref", "_thread", "io", "_io"))
 
 
@@ -110,8 +111,10 @@ def _module(survey: Survey, module: nn.Module, depth: int) -> None:
     parts = survey.parts
     survey.holders.append(module)
     for name, value in module.__dict__.items():
-        if name in IGNORED or (not value and name in OFTEN_EMPTY):
+        if name in IGNORED or (name in OFTEN_EMPTY and not value):
             continue
+        if name == "_fullframe":  # a tiled module inside another: what it wraps, not its recordings
+            value = value["pair"]
         parts.append(name)
         survey.visit(value, 0)
     parts.append("end")

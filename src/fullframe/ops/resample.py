@@ -195,7 +195,7 @@ class Resample(BaseRule):
         y = x.to(wide)
         for axis in range(lead, len(region)):
             spec = op.args[1][axis - lead]
-            if spec.source == spec.target and spec.scale in (None, 1.0):
+            if spec.mode != "average" and spec.source == spec.target and spec.scale in (None, 1.0):
                 continue
             if read[axis][1] <= read[axis][0]:
                 return x.new_zeros(box.shape_of(region))
