@@ -1,4 +1,4 @@
-"""How the loop of a group lies in memory: the extents, the order of the axes, the strides. No arithmetic on values."""
+"""How the loop of a group lies in memory: extents, order of the axes, strides. No arithmetic on values."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class Geometry:
     Attributes:
         extents: per loop axis of the group.
         shapes: per reduction, the shape of its partial.
+        steps: and its strides.
         offsets: per reduction, where its partial starts among all partials; one more for their total size.
         words: what the compiled kernel reads: rank, extents, strides per tensor, and per reduction strides,
             plane and offset, for the axes in their order in memory, merged where they are one run.
@@ -25,6 +26,7 @@ class Geometry:
 
     extents: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
+    steps: tuple[tuple[int, ...], ...]
     offsets: tuple[int, ...]
     words: tuple[int, ...]
 
@@ -52,7 +54,8 @@ def measure(group: Group, operands: Sequence[torch.Tensor], outputs: Sequence[to
         words += column
     for column, end in zip(columns[1 + len(strides) :], ends, strict=True):
         words += (*column, *end)
-    return Geometry(extents, tuple(shapes), tuple(offsets), tuple(words))
+    steps = tuple(_contiguous(shape) for shape in shapes)
+    return Geometry(extents, tuple(shapes), steps, tuple(offsets), tuple(words))
 
 
 def _extents(group: Group, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
@@ -88,14 +91,16 @@ def _strides(tensor: torch.Tensor, extents: tuple[int, ...]) -> list[int]:
     return [0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous array."""
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
 def _partial_strides(extents: tuple[int, ...], reduced: tuple[int, ...]) -> list[int]:
-    """The same for a contiguous partial."""
-    strides, step = [0] * len(extents), 1
-    for axis in reversed(range(len(extents))):
-        if axis not in reduced:
-            strides[axis] = step if extents[axis] > 1 else 0
-            step *= extents[axis]
-    return strides
+    """Strides of a contiguous partial along the loop axes; 0 where it has none."""
+    kept = [axis for axis in range(len(extents)) if axis not in reduced]
+    steps = dict(zip(kept, _contiguous([extents[axis] for axis in kept]), strict=True))
+    return [steps.get(axis, 0) if extent > 1 else 0 for axis, extent in enumerate(extents)]
 
 
 def _merged(axes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
 
-class Ref(NamedTuple):
+@dataclass(frozen=True)
+class Ref:
     """A value of a group: operands are numbered first, from 0, then the nodes."""
 
     index: int

@@ -118,8 +118,8 @@ class Kernel:
             if self._function(words, pointers, ctypes.c_void_p(partials.data_ptr())):
                 raise MemoryError("no memory for the scratch of a kernel")
         return [
-            partials[start : start + size.numel()].view(size)
-            for start, size in zip(geometry.offsets, map(torch.Size, geometry.shapes), strict=False)
+            partials.as_strided(shape, stride, start)
+            for shape, stride, start in zip(geometry.shapes, geometry.steps, geometry.offsets, strict=False)
         ]
 
 

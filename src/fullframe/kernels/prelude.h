@@ -12,14 +12,16 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
+#define MEMBER inline __attribute__((always_inline))
 #define APART __attribute__((noinline))
 #define RARE __attribute__((noinline, cold))
 
 constexpr int64_t WIDEST = 2048;     // lanes of a step made of several pixels
 constexpr int64_t BUFFERED = 2048;   // lanes of a block with buffers: these stay in the first-level cache
 constexpr int64_t DIRECT = 16384;    // of one without
-constexpr int64_t FLUSH = 16;        // additions in a row in float32 before a double takes over
-constexpr int64_t TOGETHER = 4096;   // lanes of those steps
+constexpr int64_t FEW = 16;          // additions in a row in float32; so many such sums are then added,
+                                     // and then a double takes over
+constexpr int64_t NEAR = 256;        // lanes walked out of order: where they are more, prefetching suffers
 constexpr int64_t RECENTRE = 8192;   // steps between two new shifts of a second moment
 constexpr int MAX_RANK = 16;
 
@@ -54,15 +56,15 @@ INLINE uint16_t store_bfloat16(float x) { return (uint16_t)(bits_as<uint32_t>(x)
 
 struct Form {  // how pixels make steps
     int64_t channels, pixels, lanes;  // of a step: pixels of so many channels; lanes, the unused ones included
-    int64_t run;                      // steps that are done together, column by column; fit the first cache
+    int64_t few;                      // steps that are done together, column by column
     bool single;                      // a block must not have more than one step
 
-    Form(int64_t channels_, bool alone, bool single_) : channels(channels_), pixels(1), run(FLUSH), single(single_ || alone) {
+    Form(int64_t channels_, bool alone, bool single_) : channels(channels_), pixels(1), few(FEW), single(single_ || alone) {
         for (int64_t c = channels; pixels < VECTOR && c % 2 == 0; c /= 2) pixels *= 2;
         pixels = VECTOR / pixels;
         if (alone || pixels * channels > WIDEST) pixels = 1;
         lanes = (pixels * channels + VECTOR - 1) / VECTOR * VECTOR;
-        while (run > 1 && run * lanes > TOGETHER) run /= 2;
+        while (lanes > VECTOR && few > 1 && few * lanes > NEAR) few /= 2;
     }
     bool full() const { return lanes == pixels * channels; }
     // Whether an array needs no buffer, and then how far a step is from the next.
@@ -77,12 +79,12 @@ struct Block {
     bool whole;   // the steps are full; else one is begun
 };
 
-struct Arena {  // scratch of one call: zeroed arrays of elements of at most 8 bytes
+struct Arena {  // scratch of one call, for arrays of elements of at most 8 bytes
     char *memory, *next;
     int64_t bytes;
 
     Arena(int64_t arrays, int64_t lanes) : bytes((lanes * 8 + 63) / 64 * 64) {
-        memory = (char *)calloc((size_t)arrays + 1, (size_t)bytes + 64);
+        memory = (char *)malloc((size_t)(arrays * bytes + 64));
         next = memory + (64 - (uintptr_t)memory % 64);
     }
     ~Arena() { free(memory); }
@@ -91,6 +93,7 @@ struct Arena {  // scratch of one call: zeroed arrays of elements of at most 8 b
         next += bytes;
         return array;
     }
+    template <class T> T *zeros(int64_t lanes) { return (T *)memset(take<T>(), 0, (size_t)lanes * sizeof(T)); }
 };
 
 template <class T> INLINE void copy_row(T *to, const T *from, int64_t n) {
@@ -110,7 +113,7 @@ template <class T> struct Input {
     Input(Arena &arena, const Form &form, const int64_t *inner)
         : across(inner[0]), along(inner[1]), direct(form.direct(across, along)), buffer(arena.take<T>()) {}
 
-    inline __attribute__((always_inline)) const T *lanes(const T *at, const Form &form, Block block) {
+    MEMBER const T *lanes(const T *at, const Form &form, Block block) {
         if (direct && block.whole) {
             step = across * form.pixels;
             return at;
@@ -140,11 +143,11 @@ template <class T> struct Output {
     Output(Arena &arena, const Form &form, const int64_t *inner)
         : across(inner[0]), along(inner[1]), direct(form.direct(across, along)), buffer(arena.take<T>()) {}
 
-    inline __attribute__((always_inline)) T *lanes(T *at, const Form &form, Block block) {
+    MEMBER T *lanes(T *at, const Form &form, Block block) {
         step = direct && block.whole ? across * form.pixels : form.lanes;
         return direct && block.whole ? at : buffer;
     }
-    inline __attribute__((always_inline)) void commit(T *at, const Form &form, Block block) {
+    MEMBER void commit(T *at, const Form &form, Block block) {
         if (!direct || !block.whole) spill(at, form, block.pixels);
     }
     APART void spill(T *at, const Form &form, int64_t count) {
@@ -162,19 +165,31 @@ template <class T> struct Output {
 //
 // Lanes l, l + period, ... belong to channel l; period 1: all to one sum.
 
-struct Sum {
+template <class T> APART void flush_lanes(double *to, T *from, int64_t lanes, int64_t valid) {
+    for (int64_t l = 0; l < valid; l++) to[l] += (double)from[l];
+    memset(from, 0, (size_t)lanes * sizeof(T));  // the lanes that are not valid, too
+}
+
+template <class T> struct Sum {
+    T *sum, *square = nullptr;
     double *total;
     double *slot = nullptr;
-    int64_t period, apart, used = 0;
+    int64_t lanes, period, apart, used = 0, pending = 0;
 
-    Sum(Arena &arena, const Form &, int64_t period_, int64_t apart_, int64_t)
-        : total(arena.take<double>()), period(period_), apart(apart_) {}
+    Sum(Arena &arena, const Form &form, int64_t period_, int64_t apart_, int64_t)
+        : sum(arena.zeros<T>(form.lanes)), total(arena.zeros<double>(form.lanes)), lanes(form.lanes),
+          period(period_), apart(apart_) {}
 
-    inline __attribute__((always_inline)) bool open(double *to) {  // whether a block must be one step: no
+    MEMBER int64_t open(double *to) {  // how many steps the next block may have
         if (to != slot) turn(to);
-        return false;
+        return INT64_MAX;
     }
-    inline __attribute__((always_inline)) void add(int64_t, int64_t valid) { used = valid > used ? valid : used; }
+    MEMBER void pause(int64_t valid, bool last) {  // after a few steps
+        if (++pending < FEW && !last) return;
+        flush_lanes(total, sum, lanes, valid);
+        pending = 0;
+    }
+    MEMBER void add(int64_t, int64_t valid) { used = valid > used ? valid : used; }  // after a block
     APART void turn(double *to) {
         for (int64_t c = 0; c < (slot ? period : 0); c++) {
             double all = 0;
@@ -186,24 +201,35 @@ struct Sum {
 };
 
 // Count, mean and sum of squared deviations, about a shift near the mean, so that nothing cancels. The first
-// step is kept as it is and gives the first shift; chunks are then merged by the update of Chan, Golub and
-// LeVeque (1979), and each gives the next one its shift.
+// few elements are kept as they are and give the first shift. Chunks of steps are merged by the update of Chan,
+// Golub and LeVeque (1979), and each gives the next one its shift; an outlier among n elements moves the mean by
+// a part in n, so a chunk has a sixteenth of n squared elements at most. A shift is a
+// multiple of a small part of the standard deviation: then what is left of values of few digits (bfloat16,
+// masks, counts) are numbers of few digits, whose squares are exact.
 template <class T> struct Moments {
+    T *sum, *square, *shift;
     double *total, *squares;
-    T *shift;
     double *slot = nullptr;
-    int64_t lanes, period, apart, plane, used = 0, steps = 0, limit = 1;
+    int64_t lanes, period, apart, plane, used = 0, pending = 0, steps = 0, limit = 1;
     double count = 0;
+    bool raw = true;  // one step, no shift: `total` holds the values themselves
 
     Moments(Arena &arena, const Form &form, int64_t period_, int64_t apart_, int64_t plane_)
-        : total(arena.take<double>()), squares(arena.take<double>()), shift(arena.take<T>()), lanes(form.lanes),
+        : sum(arena.zeros<T>(form.lanes)), square(arena.zeros<T>(form.lanes)), shift(arena.zeros<T>(form.lanes)),
+          total(arena.zeros<double>(form.lanes)), squares(arena.zeros<double>(form.lanes)), lanes(form.lanes),
           period(period_), apart(apart_), plane(plane_) {}
 
-    inline __attribute__((always_inline)) bool open(double *to) {  // whether the block must be one step, the first
+    MEMBER int64_t open(double *to) {  // how many steps the next block may have
         if (to != slot) turn(to);
-        return limit == 1;
+        return limit - steps;
     }
-    inline __attribute__((always_inline)) void add(int64_t done, int64_t valid) {
+    MEMBER void pause(int64_t valid, bool last) {
+        if (++pending < FEW && !last) return;
+        flush_lanes(total, sum, lanes, valid);
+        flush_lanes(squares, square, lanes, valid);
+        pending = 0;
+    }
+    MEMBER void add(int64_t done, int64_t valid) {
         used = valid > used ? valid : used;
         count += (double)(done * (valid / period));
         steps += done;
@@ -212,34 +238,37 @@ template <class T> struct Moments {
     RARE void turn(double *to) {
         close();
         slot = to;
-        if (!to) return;
-        limit = *slot == 0 ? 1 : RECENTRE;
-        choose();
+        if (to) prepare();
     }
     RARE void recentre() {
         close();
-        limit = limit == 1 ? 8 * FLUSH : least(8 * limit, RECENTRE);
-        choose();
+        prepare();
     }
-    void choose() {  // all lanes of a channel share the shift; an infinite or undefined mean gives none
+    void prepare() {  // the next chunk: its length; its shift, one per channel, none where the mean is not finite
+        const double most = *slot * *slot / 16 / (double)(lanes > period ? lanes / period : 1);
+        raw = *slot < 4;
+        limit = raw || most < 1 ? 1 : most < (double)RECENTRE ? (int64_t)most : RECENTRE;
         for (int64_t c = 0; c < period; c++) {
-            const T mean = (T)slot[c * apart + plane];
-            const T centre = mean - mean == 0 ? mean : 0;
+            const double *at = slot + c * apart;
+            const double deviation = __builtin_sqrt(at[2 * plane] / *at);
+            const double part = bits_as<double>(bits_as<uint64_t>(deviation) & 0x7ff0000000000000u) / 16;
+            const double multiple = part > 0 ? __builtin_rint(at[plane] / part) * part : at[plane];
+            const T mean = (T)multiple;
+            const T centre = !raw && mean - mean == 0 ? mean : 0;
             for (int64_t l = c; l < lanes; l += period) shift[l] = centre;
         }
     }
     void close() {
         if (!steps) return;
-        const bool first = limit == 1;  // one step, no shift: `total` holds the values themselves
         for (int64_t c = 0; c < period; c++) {
             double all = 0, spread = 0;
             for (int64_t l = c; l < used; l += period) all += total[l];
             const double middle = all / count;
             for (int64_t l = c; l < used; l += period) {
-                spread += first ? (total[l] - middle) * (total[l] - middle) : squares[l];
+                spread += raw ? (total[l] - middle) * (total[l] - middle) : squares[l];
                 total[l] = squares[l] = 0;
             }
-            merge(slot + c * apart, (double)shift[c] + middle, first ? spread : spread - all * middle);
+            merge(slot + c * apart, (double)shift[c] + middle, raw ? spread : spread - all * middle);
         }
         used = steps = 0, count = 0;
     }
@@ -291,6 +320,12 @@ DECLARE_BUILTIN(floor)
 DECLARE_BUILTIN(ceil)
 DECLARE_BUILTIN(trunc)
 DECLARE_BUILTIN(rint)
+// a * b + c, rounded once where the processor can: where PyTorch's own kernels do that.
+#ifdef __FMA__
+INLINE float m_fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+INLINE double m_fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#endif
+template <class T> INLINE T m_fma(T a, T b, T c) { return (T)(a * b + c); }
 template <class T> INLINE T m_abs(T x) { return x < 0 ? -x : x; }
 INLINE float m_abs(float x) { return __builtin_fabsf(x); }
 INLINE double m_abs(double x) { return __builtin_fabs(x); }
@@ -304,7 +339,8 @@ template <class T> INLINE T clamp_high(T x, T high) { return x > high ? high : x
 template <class T> INLINE T sign(T x) { return (T)((T)(x > 0) - (T)(x < 0)); }
 template <class T> INLINE T sigmoid(T x) { return T(1) / (T(1) + m_exp(-x)); }
 template <class T> INLINE T lerp(T a, T b, T w) {
-    return m_abs(w) < T(0.5) ? a + w * (b - a) : b - (b - a) * (T(1) - w);
+    const bool low = m_abs(w) < T(0.5);
+    return m_fma(low ? w : w - T(1), b - a, low ? a : b);
 }
 
 template <class T> INLINE T elu(T x, T alpha, T scale, T input) {
@@ -314,7 +350,7 @@ template <class T> INLINE T elu(T x, T alpha, T scale, T input) {
 template <class T> INLINE T elu_backward(T g, T alpha, T scale, T input, bool is_result, T x) {
     const T coefficient = alpha * scale;
     const T below = is_result ? g * input * (x + coefficient) : g * input * coefficient * m_exp(x * input);
-    return x <= 0 ? below : g * scale;
+    return x > 0 ? g * scale : below;
 }
 
 template <class T> INLINE T gelu(T x) { return x * T(0.5) * (T(1) + m_erf(x * T(0.70710678118654752440))); }
@@ -357,10 +393,10 @@ template <class T> INLINE T softplus_backward(T g, T x, T beta, T threshold) {
 
 template <class T> INLINE T hardsigmoid(T x) { return clamp_high(clamp_low(x + T(3), T(0)), T(6)) / T(6); }
 template <class T> INLINE T hardsigmoid_backward(T g, T x) {
-    return x > T(-3) && x < T(3) ? g * T(1.0 / 6.0) : T(0);
+    return x > T(-3) && x < T(3) ? g * T(1.0f / 6.0f) : T(0);  // PyTorch's constant, in float64 too
 }
 template <class T> INLINE T hardswish(T x) { return x * clamp_high(clamp_low(x + T(3), T(0)), T(6)) / T(6); }
 template <class T> INLINE T hardswish_backward(T g, T x) {
     const T inside = g * (x / T(3) + T(0.5));
-    return x <= T(-3) ? T(0) : (x < T(3) ? inside : g);
+    return x <= T(-3) ? T(0) : (x >= T(3) ? g : inside);
 }

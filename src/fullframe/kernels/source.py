@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from . import table
-from .group import Group, Operand
+from .group import Group, Operand, Reduction
 
 PRELUDE = Path(__file__).with_name("prelude.h").read_text()
 """What all sources begin with."""
@@ -44,23 +44,18 @@ def _vector(group: Group) -> int:
 
 
 def _body(group: Group) -> list[str]:
-    """The function that runs a block: runs of a few steps, and in each run one column of lanes after another."""
-    parameters, before, loads, stores = ["const Form &form", "int64_t steps", "int64_t valid"], [], [], []
+    """The function that runs a block: a few steps at a time, and of these one column of lanes after another."""
+    parameters, loads, stores = ["const Form &form", "int64_t steps", "int64_t valid"], [], []
     names = [f"v{i}" for i in range(len(group.operands) + len(group.nodes))]
     for i, operand in enumerate(group.operands):
         form = table.FORMATS[operand.dtype]
         if not _varying(operand):
             parameters.append(f"{form.held} v{i}")
-        elif is_vector(operand):
-            parameters.append(f"const {form.stored} *x{i}, int64_t")
-            before += [
-                f"        {form.held} p{i}[VECTOR];",
-                f"        for (int64_t j = 0; j < VECTOR; j++) p{i}[j] = {form.load(f'x{i}[g + j]')};",
-            ]
-            loads.append(f"const {form.held} v{i} = p{i}[j];")
-        else:
-            parameters.append(f"const {form.stored} *x{i}, int64_t t{i}")
-            loads.append(f"const {form.held} v{i} = {form.load(f'x{i}[k * t{i} + g + j]')};")
+            continue
+        fixed = is_vector(operand)  # then `restrict` lets it stay in registers
+        parameters.append(f"const {form.stored} *{'__restrict ' * fixed}x{i}, int64_t t{i}")
+        place = "g + j" if fixed else f"k * t{i} + g + j"
+        loads.append(f"const {form.held} v{i} = {form.load(f'x{i}[{place}]')};")
     dimensioned = group.dimensioned()
     for name, node in zip(names[len(group.operands) :], group.nodes, strict=True):
         held = table.FORMATS[node.dtype].held
@@ -69,23 +64,30 @@ def _body(group: Group) -> list[str]:
         form = table.FORMATS[group.dtype(ref)]
         parameters.append(f"{form.stored} *y{i}, int64_t u{i}")
         stores.append(f"y{i}[k * u{i} + g + j] = {form.store(names[ref.index])};")
-    start, ends = [], []
+    begins, few, ends = [], [], []
     for i, reduction in enumerate(group.reductions):
-        lines = _accumulation(i, reduction.kind, accumulator(group.dtype(reduction.value)))
-        parameters.append(lines[0])
-        start.append(lines[1])
-        stores.append(lines[2].format(value=names[reduction.value.index]))
-        ends += lines[3:]
+        held, value = accumulator(group.dtype(reduction.value)), names[reduction.value.index]
+        parameters.append(f"{_accumulator_type(group, reduction)} &r{i}")
+        begins.append(f"{held} *__restrict s{i} = r{i}.sum, *__restrict q{i} = r{i}.square;")
+        few.append(f"{held} a{i}[VECTOR] = {{0}}, b{i}[VECTOR] = {{0}};")
+        if reduction.kind == "sum":
+            stores.append(f"a{i}[j] += ({held}){value};")
+        else:
+            begins.append(f"const {held} *__restrict c{i} = r{i}.shift;")
+            stores.append(f"const {held} d{i} = ({held}){value} - c{i}[g + j];")
+            stores.append(f"a{i}[j] += d{i}, b{i}[j] += d{i} * d{i};")
+            ends.append(f"for (int64_t j = 0; j < VECTOR; j++) q{i}[g + j] += b{i}[j];")
+        ends.append(f"for (int64_t j = 0; j < VECTOR; j++) s{i}[g + j] += a{i}[j];")
     # An output may be the array of an operand: no lane reads what another one writes, which is what
     # `ivdep` says and `restrict` would deny.
     return [
         f"static APART void body({', '.join(parameters)}) {{",
-        "    for (int64_t first = 0; first < steps; first += form.run) {",
-        "        const int64_t end = least(first + form.run, steps);",
+        *("    " + line for line in begins),
+        "    for (int64_t begin = 0; begin < steps; begin += form.few) {",
+        "        const int64_t end = least(begin + form.few, steps);",
         "        for (int64_t g = 0; g < form.lanes; g += VECTOR) {",
-        *("    " + line for line in before),
-        *("            " + line for line in start),
-        "            for (int64_t k = first; k < end; k++) {",
+        *("            " + line for line in few),
+        "            for (int64_t k = begin; k < end; k++) {",
         "#pragma GCC ivdep",
         "                for (int64_t j = 0; j < VECTOR; j++) {",
         *("                    " + line for line in (*loads, *stores)),
@@ -93,29 +95,16 @@ def _body(group: Group) -> list[str]:
         "            }",
         *("            " + line for line in ends),
         "        }",
+        *(f"        r{i}.pause(valid, end == steps);" for i in range(len(group.reductions))),
         "    }",
+        *(f"    r{i}.add(steps, valid);" for i in range(len(group.reductions))),
         "}",
     ]
 
 
-def _accumulation(i: int, kind: str, held: str) -> list[str]:
-    """Of reduction `i`: its parameters, what it starts with, what a lane adds, how the sums go to the totals."""
-    if kind == "sum":
-        return [
-            f"double *s{i}",
-            f"{held} a{i}[VECTOR] = {{0}};",
-            f"a{i}[j] += ({held}){{value}};",
-            "#pragma GCC ivdep",
-            f"for (int64_t j = 0; j < VECTOR; j++) s{i}[g + j] += g + j < valid ? (double)a{i}[j] : 0;",
-        ]
-    return [
-        f"double *s{i}, double *q{i}, const {held} *k{i}",
-        f"{held} a{i}[VECTOR] = {{0}}, b{i}[VECTOR] = {{0}}, c{i}[VECTOR]; memcpy(c{i}, k{i} + g, sizeof c{i});",
-        f"const {held} d{i} = ({held}){{value}} - c{i}[j]; a{i}[j] += d{i}, b{i}[j] += d{i} * d{i};",
-        "#pragma GCC ivdep",
-        f"for (int64_t j = 0; j < VECTOR; j++) s{i}[g + j] += g + j < valid ? (double)a{i}[j] : 0,",
-        f"    q{i}[g + j] += g + j < valid ? (double)b{i}[j] : 0;",
-    ]
+def _accumulator_type(group: Group, reduction: Reduction) -> str:
+    kind = "Sum" if reduction.kind == "sum" else "Moments"
+    return f"{kind}<{accumulator(group.dtype(reduction.value))}>"
 
 
 def _entry(group: Group) -> list[str]:
@@ -132,7 +121,7 @@ def _entry(group: Group) -> list[str]:
         "    const int64_t rank = geometry[0], *extent = geometry + 1, outer = rank - 2;",
         f"    const int64_t *strides = extent + rank, *kept = strides + {tensors} * rank;",
         f"    const Form form(extent[rank - 1], {' || '.join(alone) or 'false'}, {' || '.join(moving) or 'false'});",
-        f"    Arena arena({tensors + 3 * sums}, form.lanes > BUFFERED ? form.lanes : BUFFERED);",
+        f"    Arena arena({tensors + 5 * sums}, form.lanes > BUFFERED ? form.lanes : BUFFERED);",
         "    if (!arena.memory) return 1;",
     ]
     for i, operand in enumerate(group.operands):
@@ -145,11 +134,10 @@ def _entry(group: Group) -> list[str]:
         place = f"strides + {len(group.operands) + i} * rank + outer"
         lines.append(f"    Output<{table.FORMATS[group.dtype(ref)].stored}> y{i}(arena, form, {place});")
     for i, reduction in enumerate(group.reductions):
-        held = accumulator(group.dtype(reduction.value))
-        kind = "Sum" if reduction.kind == "sum" else f"Moments<{held}>"
+        kind = _accumulator_type(group, reduction)
         base = f"kept[{i} * (rank + 2) + outer + "
         lines.append(f"    {kind} r{i}(arena, form, {base}1] ? form.channels : 1, {base}1], {base}2]);")
-    arrays = [f"x{i}" for i, o in enumerate(group.operands) if _varying(o) > 1 or len(o.broadcast) == 1]
+    arrays = [f"x{i}" for i, o in enumerate(group.operands) if _varying(o) and not is_vector(o)]
     direct = [f"{name}.direct" for name in (*arrays, *(f"y{i}" for i in range(len(group.outputs))))]
     return [
         *lines,
@@ -184,10 +172,10 @@ def _block(group: Group) -> list[str]:
     lines, arguments = [], ["form", "block.steps", "valid"]
     for i in range(sums):
         place = f"partials + at[{tensors + i}] + p * kept[{i} * (rank + 2) + outer]"
-        lines.append(f"const bool first{i} = r{i}.open({place});")
-    one = " | ".join(f"first{i}" for i in range(sums)) or "false"
+        lines.append(f"const int64_t room{i} = r{i}.open({place});")
+    lines.append("int64_t steps = least(most, left / form.pixels);")
+    lines += [f"steps = least(steps, room{i});" for i in range(sums)]
     lines += [
-        f"const int64_t steps = least({one} ? 1 : most, left / form.pixels);",
         "const Block block{steps ? steps : 1, steps ? steps * form.pixels : left, steps && form.full()};",
         "const Block one{1, least(block.pixels, form.pixels), block.whole};",
         "const int64_t valid = steps ? form.pixels * form.channels : left * form.channels;",
@@ -204,9 +192,7 @@ def _block(group: Group) -> list[str]:
         lines.append(f"{stored} *w{i} = ({stored} *)tensors[{t}] + at[{t}] + p * y{i}.across;")
         lines.append(f"{stored} *m{i} = y{i}.lanes(w{i}, form, block);")
         arguments.append(f"m{i}, y{i}.step")
-    for i, reduction in enumerate(group.reductions):
-        arguments.append(f"r{i}.total" + (f", r{i}.squares, r{i}.shift" if reduction.kind == "moments" else ""))
+    arguments += [f"r{i}" for i in range(sums)]
     lines.append(f"body({', '.join(arguments)});")
     lines += [f"y{i}.commit(w{i}, form, block);" for i in range(len(group.outputs))]
-    lines += [f"r{i}.add(block.steps, valid);" for i in range(sums)]
     return lines

@@ -33,8 +33,9 @@ class Format:
     def store(self, value: str) -> str:
         return f"store_bfloat16({value})" if self.name == "bfloat16" else f"({self.stored}){value}"
 
-    def round(self, value: str) -> str:
-        return f"round_bfloat16({value})" if self.name == "bfloat16" else value
+    def round(self, value: str, *, any_nan: bool = False) -> str:
+        how = "narrow_bfloat16" if any_nan else "round_bfloat16"
+        return f"{how}({value})" if self.name == "bfloat16" else value
 
 
 FORMATS: dict[torch.dtype, Format] = {
@@ -86,13 +87,19 @@ def _unary(expression: str, **options: Any) -> Rule:
 
 
 def _power(call: Call) -> str:
+    """PyTorch's shortcuts for small exponents, in which bfloat16 products are rounded on the way."""
     exponent, x = call.arguments["exponent"], call.expressions["self"]
+    square = _rounded(call, f"({x} * {x})")
     fixed = {
-        0: "1", 1: x, 2: f"{x} * {x}", 0.5: f"m_sqrt({x})", -0.5: f"1 / m_sqrt({x})",
-        -1: f"1 / {x}", -2: f"1 / ({x} * {x})",
-    }  # fmt: skip
-    if exponent == 3:
-        return f"{_rounded(call, f'{x} * {x}')} * {x}"
+        0: "1",
+        1: x,
+        2: f"{x} * {x}",
+        3: f"{square} * {x}",
+        0.5: f"m_sqrt({x})",
+        -0.5: f"1 / m_sqrt({x})",
+        -1: f"1 / {x}",
+        -2: f"1 / {square}",
+    }
     return fixed.get(exponent) or f"m_pow({x}, {call.expressions['exponent']})"
 
 
@@ -124,18 +131,17 @@ def _by_approximation(exact: str, tanh: str) -> Callable[[Call], str]:
     return choose
 
 
-def _scaled(operator: str) -> Callable[[Call], str]:
+def _sum(sign: str, first: str, second: str) -> Callable[[Call], str]:
+    """first ± alpha * second."""
+
     def combine(call: Call) -> str:
-        a, b = call.expressions["self"], call.expressions["other"]
-        b = b if call.arguments["alpha"] == 1 else f"{call.expressions['alpha']} * {b}"
-        return f"{a} {operator} {b}"
+        a, b, alpha = call.expressions[first], call.expressions[second], call.expressions["alpha"]
+        if call.arguments["alpha"] == 1:
+            return f"{a} {sign} {b}"
+        held = FORMATS[call.type].held
+        return f"m_fma(({held})({sign}{alpha}), {b}, {a})"
 
     return combine
-
-
-def _rsub(call: Call) -> str:
-    a, b = call.expressions["self"], call.expressions["other"]
-    return f"{b} - " + (a if call.arguments["alpha"] == 1 else f"{call.expressions['alpha']} * {a}")
 
 
 _MOVED = Rule("{self}", exact=True, narrow=True)
@@ -155,9 +161,9 @@ _RULES: dict[str, Rule] = {
     "sqrt.default": _unary("m_sqrt({self})"),
     "rsqrt.default": _unary("1 / m_sqrt({self})"),
     "sigmoid.default": _unary("sigmoid({self})"),
-    "pow.Tensor_Scalar": Rule(_power, floating=True),
+    "pow.Tensor_Scalar": Rule(_power, floating=True, narrow=True),
     "pow.Tensor_Tensor": _unary("m_pow({self}, {exponent})", narrow=True),
-    "addcmul.default": _unary("{self} + {value} * {tensor1} * {tensor2}"),
+    "addcmul.default": _unary("m_fma({value} * {tensor1}, {tensor2}, {self})"),
     "addcdiv.default": _unary("{self} + {value} * {tensor1} / {tensor2}"),
     "lerp.Scalar": _unary("lerp({self}, {end}, {weight})"),
     "lerp.Tensor": _unary("lerp({self}, {end}, {weight})", narrow=True),
@@ -175,8 +181,6 @@ _RULES: dict[str, Rule] = {
     "clamp_max.Tensor": Rule(_clamp_tensor, exact=True, narrow=True),
     "maximum.default": Rule("m_max({self}, {other})", exact=True, narrow=True),
     "minimum.default": Rule("m_min({self}, {other})", exact=True, narrow=True),
-    "rsub.Tensor": Rule(_rsub),
-    "rsub.Scalar": Rule(_rsub),
     "isnan.default": Rule("{self} != {self}", types="promoted", exact=True),
     "logical_not.default": Rule("!({self} != 0)", types="promoted", exact=True),
     "bitwise_not.default": Rule("{not}{self}", exact=True),
@@ -191,8 +195,8 @@ _RULES: dict[str, Rule] = {
     "leaky_relu.default": _unary("{self} > 0 ? {self} : {self} * {negative_slope}"),
     "leaky_relu_backward.default": _unary("{self} > 0 ? {grad_output} : {grad_output} * {negative_slope}"),
     "_prelu_kernel.default": _unary("{self} > 0 ? {self} : {weight} * {self}"),
-    "threshold.default": Rule("{self} <= {threshold} ? {value} : {self}", exact=True, narrow=True),
-    "threshold_backward.default": Rule("{self} <= {threshold} ? 0 : {grad_output}", exact=True, narrow=True),
+    "threshold.default": Rule("{self} <= {threshold} ? {value} : {self}"),
+    "threshold_backward.default": Rule("{self} <= {threshold} ? 0 : {grad_output}", exact=True),
     "elu.default": _unary("elu({self}, {alpha}, {scale}, {input_scale})"),
     "elu_backward.default": _unary(
         "elu_backward({grad_output}, {alpha}, {scale}, {input_scale}, {is_result} != 0, {self_or_result})"
@@ -210,17 +214,18 @@ _RULES: dict[str, Rule] = {
     "softplus_backward.default": _unary("softplus_backward({grad_output}, {self}, {beta}, {threshold})"),
     "hardtanh.default": Rule("clamp_high(clamp_low({self}, {min_val}), {max_val})", exact=True, narrow=True),
     "hardtanh_backward.default": _unary(
-        "{self} <= {min_val} || {self} >= {max_val} ? 0 : {grad_output}", exact=True, narrow=True
+        "{self} > {min_val} && {self} < {max_val} ? {grad_output} : 0", exact=True, narrow=True
     ),
     "hardswish.default": _unary("hardswish({self})"),
     "hardswish_backward.default": _unary("hardswish_backward({grad_output}, {self})"),
     "hardsigmoid.default": _unary("hardsigmoid({self})"),
     "hardsigmoid_backward.default": _unary("hardsigmoid_backward({grad_output}, {self})"),
-    "tanh_backward.default": _unary("{grad_output} * (1 - {output} * {output})"),
+    "tanh_backward.default": _unary("{grad_output} * m_fma(-{output}, {output}, ({T})1)"),
     "sigmoid_backward.default": _unary("{grad_output} * (1 - {output}) * {output}"),
     "native_dropout_backward.default": _unary("{grad_output} * ({T}){mask} * {scale}"),
 }
-for _name in ["exp", "exp2", "expm1", "log", "log1p", "log2", "log10", "sin", "cos", "tan", "atan", "sinh", "cosh", "tanh", "erf", "erfc"]:
+_FUNCTIONS = "exp exp2 expm1 log log1p log2 log10 sin cos tan atan sinh cosh tanh erf erfc"
+for _name in _FUNCTIONS.split():  # each is a function of the mathematics library
     _RULES[f"{_name}.default"] = _unary(f"m_{_name}({{self}})")
 for _name, _sign in {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items():
     for _overload in ("Tensor", "Scalar"):
@@ -230,8 +235,9 @@ for _name, _sign in {"and": "&", "or": "|", "xor": "^"}.items():
     for _overload in ("Tensor", "Scalar"):
         _RULES[f"bitwise_{_name}.{_overload}"] = Rule(f"{{self}} {_sign} {{other}}", exact=True)
 for _overload in ("Tensor", "Scalar"):
-    _RULES[f"add.{_overload}"] = Rule(_scaled("+"))
-    _RULES[f"sub.{_overload}"] = Rule(_scaled("-"))
+    _RULES[f"add.{_overload}"] = Rule(_sum("+", "self", "other"), narrow=True)
+    _RULES[f"sub.{_overload}"] = Rule(_sum("-", "self", "other"), narrow=True)
+    _RULES[f"rsub.{_overload}"] = Rule(_sum("-", "other", "self"), narrow=True)
     _RULES[f"mul.{_overload}"] = Rule("{self} * {other}")
     _RULES[f"div.{_overload}"] = Rule("{self} / {other}", floating=True)
 
@@ -252,7 +258,7 @@ def supports(target: str, args: Sequence[Any], dtypes: Sequence[torch.dtype]) ->
     if target not in SUPPORTED or any(dtype not in FORMATS for dtype in dtypes):
         return False
     rule, name = _RULES[target.removeprefix("aten.")], target.removeprefix("aten.").split(".")[0]
-    if any(isinstance(a, (list, tuple, complex)) and not isinstance(a, Ref) for a in args):
+    if any(isinstance(a, (list, tuple, complex)) for a in args):
         return False
     floating = any(dtype.is_floating_point for dtype in dtypes)
     if rule.floating and not floating:
@@ -276,7 +282,7 @@ def find(target: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops.aten, packet), overload)
 
 
-def literal(value: float, held: str) -> str:
+def literal(value: float | int | bool, held: str) -> str:
     """A Python number as a C++ constant of type `held`."""
     if held == "bool":
         return str(bool(value)).lower()
@@ -296,7 +302,7 @@ def converted(value: str, source: torch.dtype, to: torch.dtype) -> str:
     if to == torch.bool:
         return f"({value} != 0)"
     narrowed = f"({FORMATS[to].held}){value}"
-    return FORMATS[to].round(narrowed) if source != torch.bool else narrowed
+    return FORMATS[to].round(narrowed, any_nan=True) if source != torch.bool else narrowed
 
 
 def _type(group: Group, node: Node, rule: Rule, dimensioned: list[bool]) -> torch.dtype:
@@ -324,17 +330,21 @@ def write(group: Group, node: Node, names: list[str], dimensioned: list[bool]) -
     arguments = dict(_parameters(node.target))
     arguments.update(zip(arguments, node.args, strict=False))
     arguments.update(node.kwargs)
+    wide = False
     expressions = {"T": held, "not": "!" if kind == torch.bool else "~"}
     for name, value in arguments.items():
         if isinstance(value, Ref):
             source, text = group.dtype(value), names[value.index]
-            wide = not rule.narrow and not dimensioned[value.index] and kind == torch.bfloat16
-            to = torch.float32 if wide else torch.bool if name in ("condition", "mask") else kind
+            scalar = not rule.narrow and not dimensioned[value.index] and kind == torch.bfloat16
+            wide |= scalar and source != kind
+            to = torch.float32 if scalar else torch.bool if name in ("condition", "mask") else kind
             expressions[name] = converted(text, source, to)
         elif isinstance(value, (bool, int, float)):
             narrow = torch.tensor(value, dtype=kind).item() if rule.narrow else value
             expressions[name] = literal(narrow, held)
     call = Call(node, kind, arguments, expressions)
     text = rule.write.format_map(expressions) if isinstance(rule.write, str) else rule.write(call)
-    to = FORMATS[node.dtype]
-    return f"({to.held})({text})" if rule.exact else to.round(f"({to.held})({text})")
+    result = FORMATS[node.dtype]
+    if rule.exact:
+        return f"({result.held})({text})"
+    return result.round(f"({result.held})({text})", any_nan=wide)
