@@ -70,13 +70,6 @@ class Call:
         return max(found, key=lambda t: t.dim()).device if found else torch.device("cpu")
 
     @property
-    def wanted(self) -> Tensors:
-        """Tensors whose gradient is wanted, in the order of ``tensors``."""
-        if not self.grad:
-            return []
-        return [t for t in self.tensors if t.requires_grad]
-
-    @property
     def mutable(self) -> Tensors:
         """Tensors that the step may change in place: buffers, and others that take no gradient."""
         return [*self.buffers.values(), *(t for t in self.others if not t.requires_grad)]

@@ -93,7 +93,7 @@ class Tiled(nn.Module):
         call = Call(pair, args, kwargs)
         program = self._program(call)
         arenas = self._fullframe["arenas"]
-        wanted = call.wanted
+        wanted = [call.tensors[k] for k in program.wanted]
         with torch.inference_mode(False):
             made = _Function.apply(arenas, program, call, *wanted) if wanted else _forward(arenas, program, call)[0]
         return program.assemble(made)
@@ -183,7 +183,7 @@ class _Function(torch.autograd.Function):
 
 
 def _gradients(program: Program, run: Run) -> list[torch.Tensor | None]:
-    start = len(program.graph.outputs) - program.wanted
+    start = len(program.graph.outputs) - len(program.wanted)
     return [run.result(v) for v in program.graph.outputs[start:]]
 
 

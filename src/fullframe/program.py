@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from fullframe.budget import free_bytes
 from fullframe.call import Call, Tensors
+from fullframe.cumulative import recordable
 from fullframe.fingerprint import Survey
 from fullframe.graph import CaptureError, Graph, Value
 from fullframe.lowering import fusable
@@ -40,7 +43,7 @@ class Program:
     """A captured and planned call.
 
     The graph's outputs are ``outputs`` tensors to hand out, then the new contents of what the call
-    may change (`Call.mutable`), then the gradients of `Call.wanted`. ``spec`` rebuilds the call's
+    may change (`Call.mutable`), then the gradients of `Call.tensors` at ``wanted``. ``spec`` rebuilds the call's
     own output from ``fixed``, where `TENSOR` stands for the next tensor. ``lasting`` is False where
     the forward changes what it reads (a counter), so that the next call must be recorded anew.
     """
@@ -51,7 +54,7 @@ class Program:
     fixed: tuple[Any, ...]
     outputs: int
     mutable: int
-    wanted: int
+    wanted: tuple[int, ...]
     differentiable: tuple[bool, ...]
     lasting: bool
 
@@ -70,6 +73,7 @@ class _Recorder:
         self.spec: Any = None
         self.fixed: list[Any] = []
         self.differentiable: list[bool] = []
+        self.wanted: tuple[int, ...] = ()
         self.stand_ins: dict[int, torch.Tensor] = {}
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[list[Any], Tensors]:
@@ -88,8 +92,8 @@ class _Recorder:
             with self.watch.replacing(self.stand_ins):
                 returned = torch.func.functional_call(call.pair, state, arguments, tie_weights=True, strict=True)
                 outputs = self._take(returned)
-                wanted = [t for t in made if t.requires_grad] if call.grad else []
-                grads, seeds = self._gradients(outputs, wanted)
+                self.wanted = tuple(self._wanted()) if call.grad else ()
+                grads, seeds = self._gradients(outputs, [made[k] for k in self.wanted])
         kept = [*(state[k] for k, t in call.buffers.items() if id(t) in mutable)]
         kept += [self.stand_ins[id(t)] for t in call.others if id(t) in mutable]
         for new, old in zip(kept, call.mutable, strict=True):
@@ -99,6 +103,13 @@ class _Recorder:
                     "register it with its final shape"
                 )
         return [*(t.detach() for t in outputs), *(t.detach() for t in kept), *grads], seeds
+
+    def _wanted(self) -> Iterator[int]:
+        """Which tensors want a gradient; of those met in attributes only what was used."""
+        others = {id(t) for t in self.call.others}
+        for k, t in enumerate(self.call.tensors):
+            if t.requires_grad and (id(t) not in others or id(t) in self.watch.used):
+                yield k
 
     def _take(self, returned: Any) -> Tensors:
         leaves, self.spec = pytree.tree_flatten(returned)
@@ -142,6 +153,7 @@ def _undisturbed(recorder: _Recorder, survey: Survey) -> Iterator[None]:
     new number is an output of the recording. Any other recorded tensor that stays behind would
     never be brought up to date by the recorded step.
     """
+    derived = _derived_weights(survey)
     saved = [(space, key, value) for space in _spaces(survey) for key, value in _items(space)]
     lost = ""
     try:
@@ -154,7 +166,8 @@ def _undisturbed(recorder: _Recorder, survey: Survey) -> Iterator[None]:
                 if not isinstance(value, (FunctionalTensor, FakeTensor)):
                     continue
                 old = before.get((id(space), key))
-                if id(value) not in originals or originals[id(value)] is not old:
+                updated = id(value) in originals and originals[id(value)] is old
+                if not updated and (id(space), key) not in derived:
                     lost = lost or str(key)
                 if old is None and isinstance(space, dict) and (id(space), key) not in before:
                     del space[key]
@@ -165,6 +178,16 @@ def _undisturbed(recorder: _Recorder, survey: Survey) -> Iterator[None]:
             f"the forward stores a tensor under {lost!r}, which a recorded step would not bring up to date; "
             "return it as an output, or register it as a buffer of fixed shape and copy into it"
         )
+
+
+def _derived_weights(survey: Survey) -> set[tuple[int, str]]:
+    """Weights that the hooks of the older weight and spectral norm make anew before every forward."""
+    found = set()
+    for holder in survey.holders:
+        for hook in getattr(holder, "_forward_pre_hooks", {}).values():
+            if isinstance(hook, (WeightNorm, SpectralNorm)):
+                found.add((id(holder.__dict__), hook.name))
+    return found
 
 
 def _spaces(survey: Survey) -> list[Any]:
@@ -187,7 +210,7 @@ def compile_call(call: Call, options: Options) -> Program:
     watch = Watch(call.pair)
     recorder = _Recorder(call, watch)
     before = Survey([call.pair]).key
-    with torch.inference_mode(False), _undisturbed(recorder, call.survey):
+    with torch.inference_mode(False), _undisturbed(recorder, call.survey), recordable(call.pair):
         graph = capture(Recording(recorder, call.tensors, call.names, watch))
     after = Survey([call.pair])
     if any(isinstance(t, (FunctionalTensor, FakeTensor)) for t in after.tensors):
@@ -198,7 +221,7 @@ def compile_call(call: Call, options: Options) -> Program:
     request = _request(graph, call, options, outputs + mutable)
     return Program(
         graph, plan(graph, request), recorder.spec, tuple(recorder.fixed), outputs, mutable,
-        len(call.wanted), tuple(recorder.differentiable), after.key == before,
+        recorder.wanted, tuple(recorder.differentiable), after.key == before,
     )  # fmt: skip
 
 

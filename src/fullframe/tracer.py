@@ -8,12 +8,13 @@ so no alias survives.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx import Node
@@ -56,7 +57,7 @@ def _record(recording: Recording) -> Any:
     random_before = random.getstate()
     numpy_before = _numpy_state()
     try:
-        with recording.watch.paths(), fx_traceback.preserve_node_meta():
+        with _active(), recording.watch.paths(), fx_traceback.preserve_node_meta():
             module = make_fx(dispatch_functionalize(recording.function))(*fakes)
     except RuntimeError as error:
         if not isinstance(error, DATA_DEPENDENT) and BLAME not in str(error):
@@ -149,6 +150,18 @@ def _values(arg: Any, made: dict[Node, Any]) -> Any:
     return arg
 
 
+_STATE = threading.local()
+
+
+@contextmanager
+def _active() -> Iterator[None]:
+    _STATE.active = True
+    try:
+        yield
+    finally:
+        _STATE.active = False
+
+
 def recording() -> bool:
     """Whether a step is being recorded on this thread."""
-    return detect_fake_mode() is not None
+    return getattr(_STATE, "active", False)

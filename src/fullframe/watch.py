@@ -34,6 +34,7 @@ class Watch(TorchFunctionMode):
         self.stack: list[int] = []
         self.current = ""
         self.stand_ins: dict[int, torch.Tensor] = {}
+        self.used: set[int] = set()  # ids of tensors that entered an operation, not only had their shape asked
         self.owners: dict[Any, str] = {}  # autograd node -> path of the module that made it
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -48,6 +49,8 @@ class Watch(TorchFunctionMode):
     def _swap(self, thing: Any, name: str) -> Any:
         if isinstance(thing, torch.Tensor):
             found = self.stand_ins.get(id(thing))
+            if name != "__get__":
+                self.used.add(id(thing))
             if found is None and not isinstance(thing, (FunctionalTensor, FakeTensor)):
                 self._judge(thing, name)
             return thing if found is None else found
