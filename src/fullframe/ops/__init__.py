@@ -3,8 +3,29 @@
 This package is the only place where ATen names are known.
 """
 
-from fullframe.ops import norms as _norms  # noqa: F401  (registers its lowerings)
+from fullframe.ops import (  # each registers its lowerings
+    lower_draws,
+    lower_index,
+    lower_layout,
+    lower_losses,
+    lower_norms,
+    lower_products,
+    lower_reduce,
+    lower_window,
+)
 from fullframe.ops.build import RULES, Builder
 from fullframe.ops.normal import LOWERINGS
 
-__all__ = ["LOWERINGS", "RULES", "Builder"]
+__all__ = ["LOWERINGS", "PARTS", "RULES", "Builder"]
+
+PARTS = (
+    lower_draws,
+    lower_index,
+    lower_layout,
+    lower_losses,
+    lower_products,
+    lower_reduce,
+    lower_window,
+    lower_norms,
+)
+"""The modules whose lowerings are registered."""

@@ -10,23 +10,27 @@ from typing import Any
 import torch
 
 from fullframe.graph import Op, Ref, Value
-from fullframe.ops import layout, pointwise, reduce, resample, window
+from fullframe.ops import contract, layout, noise, pointwise, pool, reduce, resample, window
 from fullframe.ops.norm_rules import STACKED
 from fullframe.ops.rule import BaseRule, Whole
+from fullframe.ops.views import View, common, factors_of, laid_out, refine, solid, spans
 
 RULES: dict[str, BaseRule] = {
     **pointwise.RULES,
     **layout.RULES,
     **reduce.RULES,
+    **contract.RULES,
     **window.RULES,
+    **pool.RULES,
     **resample.RULES,
+    **noise.RULES,
 }
 """One rule per op name."""
 
 WHOLE = Whole()
 POINTWISE = pointwise.Pointwise()
-PICK = pointwise.Pick(0, 1, scores_out=False)
-POINTWISE_BUT_LAST = pointwise.PointwiseWithTable()
+TABLE = pointwise.Table()
+ALONG = pointwise.Along()
 
 
 class Builder:
@@ -47,7 +51,11 @@ class Builder:
         self.device = torch.device("cpu")
         self._names = count()
         self._made: dict[Any, Value] = {}
-        self._source: dict[Value, Value] = {}  # what a reshaped value was before
+        self._views: dict[Value, View] = {}
+        self._unsplit: dict[Value, Value] = {}  # what a value was before axes of it were split
+        self.maker: dict[Value, Op] = {}
+        self._draws = count()
+        self.seed: Value | None = None
 
     @property
     def meta_shape(self) -> tuple[int, ...]:
@@ -66,22 +74,38 @@ class Builder:
         return Value(name or f"v{next(self._names)}", tuple(shape), dtype, dtype.itemsize)
 
     def record(
-        self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any], meta: Any,
-        call: Callable[..., Any], rule: BaseRule,
+        self,
+        target: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        meta: Any,
+        call: Callable[..., Any],
+        rule: BaseRule,
     ) -> Value:
         """Add an op with `Value`s anywhere in its arguments; an equal op is found again."""
+        if type(rule) is pointwise.Pointwise:
+            lifted = self._lifted(target, args, kwargs, meta, call)
+            if lifted is not None:
+                return lifted
         key = (target, _freeze(args), _freeze(kwargs), meta)
         if key in self._made:
             return self._made[key]
         inputs: list[Value] = []
         template = tuple(_template(a, inputs) for a in args)
         output = self.value(*meta)
-        self.ops.append(Op(target, tuple(inputs), template, kwargs, output, rule, call, self.path))
+        op = Op(target, tuple(inputs), template, kwargs, output, rule, call, self.path)
+        self.ops.append(op)
+        self.maker[output] = op
         self._made[key] = output
         return output
 
     def emit(
-        self, target: str, tensors: Sequence[Value | None], shape: Sequence[int], dtype: torch.dtype, *,
+        self,
+        target: str,
+        tensors: Sequence[Value | None],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        *,
         args: tuple[Any, ...] = (),
     ) -> Value:
         """Add one of our own ops (``tile.*``)."""
@@ -97,18 +121,19 @@ class Builder:
 
     def recorded(self) -> list[Value | None]:
         """The recorded call as it is: one op per output."""
-        kwargs = {k: v for k, v in self.keywords.items() if k not in ("memory_format", "pin_memory", "layout", "device")}
+        dropped = ("memory_format", "pin_memory", "layout", "device")
+        kwargs = {k: v for k, v in self.keywords.items() if k not in dropped}
+        rule = RULES.get(self.target, WHOLE)
         if len(self.meta) == 1 and self.meta[0] is not None:
-            rule = RULES.get(self.target, WHOLE)
             return [self.record(self.target, self.arguments, kwargs, self.meta[0], self.call, rule)]
-        return [None if m is None else self.whole_output(k) for k, m in enumerate(self.meta)]
+        return [None if m is None else self.output(k, rule) for k, m in enumerate(self.meta)]
 
-    def whole_output(self, index: int) -> Value:
-        """Output ``index`` of the recorded call, which is run whole."""
+    def output(self, index: int, rule: BaseRule = WHOLE) -> Value:
+        """Output ``index`` of the recorded call, made by a call of its own."""
         meta = self.meta[index]
         assert meta is not None
         call = Output(self.call, index)
-        return self.record(f"{self.target}[{index}]", self.arguments, self.keywords, meta, call, WHOLE)
+        return self.record(f"{self.target}[{index}]", self.arguments, self.keywords, meta, call, rule)
 
     # Shorthands, in the words of the rules.
 
@@ -117,21 +142,38 @@ class Builder:
         """A pointwise function of our own over broadcast values."""
         return self._function(function, tensors, (tuple(shape), dtype), args, POINTWISE)
 
-    def stacked(self, function: Callable[..., torch.Tensor], tensors: Sequence[Value], shape: Sequence[int],
-                dtype: torch.dtype, *args: Any) -> Value:  # fmt: skip
+    def stacked(self, function: Callable[..., torch.Tensor], m: Value, *args: Any) -> Value:
         """A pointwise function of moments, whose axis 0 stacks count, mean and squares."""
-        return self._function(function, tensors, (tuple(shape), dtype), args, STACKED)
+        source, _ = self.unmerged(m)
+        made = self._function(function, (source,), (source.shape[1:], torch.float64), args, STACKED)
+        return self.reshape(made, m.shape[1:])
 
     def small(self, function: Callable[..., torch.Tensor], tensors: Sequence[Value], shape: Sequence[int],
               dtype: torch.dtype, *args: Any) -> Value:  # fmt: skip
         """A function of our own on untiled values, run whole."""
         return self._function(function, tensors, (tuple(shape), dtype), args, WHOLE)
 
-    def picked(self, function: Callable[..., torch.Tensor], tensors: Sequence[Value], shape: Sequence[int],
-               dtype: torch.dtype, *args: Any) -> Value:  # fmt: skip
-        """A per-pixel function of class scores (axis 1 in full), or of targets and class weights."""
-        rule = PICK if len(tensors[0].shape) > len(shape) else POINTWISE_BUT_LAST
-        return self._function(function, tensors, (tuple(shape), dtype), args, rule)
+    def table(self, function: Callable[..., torch.Tensor], tensors: Sequence[Value], shape: Sequence[int],
+              dtype: torch.dtype, *args: Any) -> Value:  # fmt: skip
+        """A pointwise function whose last tensor is a small table, taken in full."""
+        return self._function(function, tensors, (tuple(shape), dtype), args, TABLE)
+
+    def along(self, function: Callable[..., torch.Tensor], tensors: Sequence[Value],
+              meta: tuple[Sequence[int], torch.dtype], axis: int, *args: Any) -> Value:  # fmt: skip
+        """A function that is pointwise but for ``axis``, which it takes and makes in full.
+
+        It is called with the tensors, the axis and ``args``; tensors of another rank are tables.
+        """
+        shape, dtype = meta
+        lines = [x for x in tensors if len(x.shape) == len(shape)]
+        apart, at, factors = self.side_by_side(lines, axis)
+        if factors is not None:
+            new = dict(zip(lines, apart, strict=True))
+            fine = _with(laid_out(factors), at, shape[axis])
+            tensors = [new.get(x, x) for x in tensors]
+        else:
+            fine = tuple(shape)
+        return self.reshape(self._function(function, tensors, (fine, dtype), (at, *args), ALONG), shape)
 
     def _function(self, function: Any, tensors: Any, meta: Any, args: Any, rule: BaseRule) -> Value:
         return self.record(f"tile.{function.__name__}", (*tensors, *args), {}, meta, function, rule)
@@ -141,50 +183,219 @@ class Builder:
         return self.record("tile.full", (number,), kwargs, (tuple(shape), dtype), torch.full, RULES["tile.full"])
 
     def reshape(self, x: Value, shape: Sequence[int]) -> Value:
-        x = self._source.get(x, x)
-        if x.shape == tuple(shape):
-            return x
-        out = self.emit("tile.reshape", (x,), shape, x.dtype)
-        self._source[out] = x
+        """A view of ``x``. Views of views collapse; merged axes are remembered as products."""
+        shape = tuple(shape)
+        base = self._views[x].source if x in self._views else x
+        root = self._unsplit.get(base, base)
+        for known in (x, base, root):
+            if known.shape == shape:
+                return known
+        fine = common(root.shape, shape)
+        if fine is None:
+            base, fine = x, common(x.shape, shape)
+        else:
+            base = root
+        if fine is None:
+            return self.emit("tile.reshape", (x,), shape, x.dtype)
+        if fine != solid(base.shape):
+            split = shape if solid(shape) == fine else fine
+            made = self.emit("tile.reshape", (base,), split, x.dtype)
+            self._unsplit[made] = self._unsplit.get(base, base)
+            if split == shape:
+                return made
+            base = made
+        out = self.emit("tile.reshape", (base,), shape, x.dtype)
+        self._views[out] = View(base, factors_of(base.shape, shape))
         return out
+
+    def factors(self, x: Value) -> tuple[tuple[int, ...], ...]:
+        """Each axis of a value as a product."""
+        return self._views[x].factors if x in self._views else tuple(solid((n,)) for n in x.shape)
+
+    def merged(self, x: Value) -> bool:
+        return x in self._views and self._views[x].merged
+
+    def unmerged(self, x: Value) -> tuple[Value, list[tuple[int, ...]]]:
+        """A value with merged axes taken apart, and which of its axes each axis became."""
+        if not self.merged(x):
+            return x, [(a,) for a in range(len(x.shape))]
+        factors = self.factors(x)
+        return self.reshape(x, laid_out(factors)), spans(factors)
+
+    def apart(self, x: Value, axes: Sequence[int]) -> tuple[Value, list[int]]:
+        """A value with all axes but ``axes`` taken apart, and where ``axes`` are in it.
+
+        Where one of ``axes`` is a product itself, the value as it is.
+        """
+        y, where = self.unmerged(x)
+        if any(len(where[a]) > 1 for a in axes):
+            return x, list(axes)
+        return y, [where[a][0] for a in axes]
+
+    def aligned(self, xs: Sequence[Value], shape: Sequence[int]) -> list[tuple[int, ...]] | None:
+        """One factoring of each axis of ``shape`` that fits all values broadcast to it."""
+        found: list[tuple[int, ...]] = []
+        for axis, n in enumerate(shape):
+            known: list[tuple[int, ...]] = []
+            for x in xs:
+                at = axis - (len(shape) - len(x.shape))
+                if at >= 0 and x.shape[at] == n:
+                    known.append(self.factors(x)[at])
+            part = refine(known) if known else solid((n,))
+            if part is None:
+                return None
+            found.append(part)
+        return found
+
+    def refactored(self, x: Value, factors: Sequence[tuple[int, ...]]) -> Value:
+        """A value (right-aligned, axes of extent 1 stretched) with its axes split as given."""
+        shift = len(factors) - len(x.shape)
+        shape: list[int] = []
+        for axis, n in enumerate(x.shape):
+            part = factors[axis + shift] or (1,)
+            shape += [1] * len(part) if n == 1 else part
+        return self.reshape(x, shape)
+
+    def _lifted(self, target: str, args: Any, kwargs: Any, meta: Any, call: Any) -> Value | None:
+        """A pointwise op on merged axes, made on their factors; None where none is merged."""
+        values = list(_values(args))
+        if not any(self.merged(v) for v in values):
+            return None
+        factors = self.aligned(values, meta[0])
+        if factors is None:
+            return None
+        args = _replace(args, {v: self.refactored(v, factors) for v in values})
+        made = self.record(target, args, kwargs, (laid_out(factors), meta[1]), call, POINTWISE)
+        return self.reshape(made, meta[0])
 
     def expand(self, x: Value, shape: Sequence[int]) -> Value:
         if x.shape == tuple(shape):
             return x
-        return self.record("aten.expand.default", (x,), {}, (tuple(shape), x.dtype), _never, RULES["aten.expand.default"])
+        rule = RULES["aten.expand.default"]
+        if not self.merged(x):
+            return self.record("aten.expand.default", (x,), {}, (tuple(shape), x.dtype), _never, rule)
+        factors = self.aligned([x], shape)
+        assert factors is not None
+        wide = self.expand(self.refactored(x, factors), laid_out(factors))
+        return self.reshape(wide, shape)
+
+    def permute(self, x: Value, order: Sequence[int]) -> Value:
+        shape = [x.shape[a] for a in order]
+        y, where = self.unmerged(x)
+        fine = [k for a in order for k in where[a]]
+        if fine == sorted(fine):
+            return self.reshape(y, shape)
+        meta = (tuple(y.shape[k] for k in fine), x.dtype)
+        return self.reshape(
+            self.record("aten.permute.default", (y, fine), {}, meta, _never, RULES["aten.permute.default"]), shape
+        )
 
     def slice(self, x: Value, axis: int, start: int, length: int, step: int = 1) -> Value:
         if (start, length) == (0, x.shape[axis]):
             return x
         shape = (*x.shape[:axis], length, *x.shape[axis + 1 :])
-        return self.emit("tile.slice", (x,), shape, x.dtype, args=(axis, start, step))
+        y, (at,) = self.apart(x, [axis])
+        fine = (*y.shape[:at], length, *y.shape[at + 1 :])
+        return self.reshape(self.emit("tile.slice", (y,), fine, x.dtype, args=(at, start, step)), shape)
 
     def embed(self, x: Value, axis: int, start: int, extent: int, step: int = 1) -> Value:
         if (start, extent) == (0, x.shape[axis]):
             return x
         shape = (*x.shape[:axis], extent, *x.shape[axis + 1 :])
-        return self.emit("tile.embed", (x,), shape, x.dtype, args=(axis, start, step, extent))
+        y, (at,) = self.apart(x, [axis])
+        fine = (*y.shape[:at], extent, *y.shape[at + 1 :])
+        return self.reshape(self.emit("tile.embed", (y,), fine, x.dtype, args=(at, start, step, extent)), shape)
+
+    def flip(self, x: Value, axes: Sequence[int]) -> Value:
+        y, at = self.apart(x, axes)
+        meta = (y.shape, x.dtype)
+        made = self.record(
+            "aten.flip.default", (y, at), {}, meta, torch.ops.aten.flip.default, RULES["aten.flip.default"]
+        )
+        return self.reshape(made, x.shape)
+
+    def side_by_side(self, xs: Sequence[Value], axis: int) -> tuple[Sequence[Value], int, Any]:
+        """Values that differ along one axis only, their merged axes taken apart in one way.
+
+        Also where the axis is then, and the factors of each axis: None where nothing was to do, or
+        where the axis itself is a product.
+        """
+        if not any(self.merged(x) for x in xs) or any(len(self.factors(x)[axis]) > 1 for x in xs):
+            return xs, axis, None
+        shape = [max(x.shape[a] for x in xs) for a in range(len(xs[0].shape))]
+        factors = self.aligned(xs, _with(shape, axis, 1))
+        if factors is None:
+            return xs, axis, None
+        at = spans(factors)[axis][0]
+        return [self.refactored(x, _with(factors, axis, solid((x.shape[axis],)))) for x in xs], at, factors
 
     def cat(self, xs: Sequence[Value], axis: int) -> Value:
         if len(xs) == 1:
             return xs[0]
         extent = sum(x.shape[axis] for x in xs)
-        shape = (*xs[0].shape[:axis], extent, *xs[0].shape[axis + 1 :])
-        return self.emit("tile.cat", xs, shape, xs[0].dtype, args=(axis,))
+        shape = _with(xs[0].shape, axis, extent)
+        xs, at, factors = self.side_by_side(xs, axis)
+        fine = shape if factors is None else _with(laid_out(factors), at, extent)
+        return self.reshape(self.emit("tile.cat", xs, fine, xs[0].dtype, args=(at,)), shape)
 
-    def reduce(self, target: str, x: Value, axes: tuple[int, ...], keepdim: bool, dtype: torch.dtype) -> Value:
+    def reduce(self, target: str, x: Value, axes: Sequence[int], keepdim: bool, dtype: torch.dtype) -> Value:
         kept = [1 if a in axes else n for a, n in enumerate(x.shape) if keepdim or a not in axes]
-        return self.emit(target, (x,), kept, dtype, args=(axes, keepdim))
+        y, where = self.unmerged(x)
+        fine = tuple(k for a in axes for k in where[a])
+        left = [1 if a in fine else n for a, n in enumerate(y.shape) if keepdim or a not in fine]
+        return self.reshape(self.emit(target, (y,), left, dtype, args=(fine, keepdim)), kept)
 
-    def sum(self, x: Value, axes: tuple[int, ...], keepdim: bool, dtype: torch.dtype) -> Value:
+    def sum(self, x: Value, axes: Sequence[int], keepdim: bool, dtype: torch.dtype) -> Value:
         if prod(x.shape[a] for a in axes) == 1 and x.dtype == dtype:
             kept = [1 if a in axes else n for a, n in enumerate(x.shape) if keepdim or a not in axes]
             return self.reshape(x, kept)
         return self.reduce("tile.sum", x, axes, keepdim, dtype)
 
-    def moments(self, x: Value, axes: tuple[int, ...]) -> Value:
-        shape = (3, *(1 if a in axes else n for a, n in enumerate(x.shape)))
-        return self.emit("tile.moments", (x,), shape, torch.float64, args=(axes,))
+    def moments(self, x: Value, axes: Sequence[int]) -> Value:
+        y, where = self.unmerged(x)
+        fine = tuple(k for a in axes for k in where[a])
+        shape = (3, *(1 if a in fine else n for a, n in enumerate(y.shape)))
+        made = self.emit("tile.moments", (y,), shape, torch.float64, args=(fine,))
+        return self.reshape(made, (3, *(1 if a in axes else n for a, n in enumerate(x.shape))))
+
+    def contract(self, x: Value, y: Value, equation: str, dtype: torch.dtype) -> Value:
+        """A product summed over the axes that ``equation`` (as in einsum, ``mk,kn->mn``) contracts."""
+        terms, out = equation.split("->")
+        names = terms.split(",")
+        letters, extent, pieces = _letters(), {}, {}
+        for operand, name in zip((x, y), names, strict=True):
+            for axis, letter in enumerate(name):
+                extent[letter] = operand.shape[axis]
+                pieces.setdefault(letter, []).append(self.factors(operand)[axis])
+        split = {k: refine(v) or solid((extent[k],)) for k, v in pieces.items()}
+        fresh = {k: "".join(next(letters) for _ in split[k] or (1,)) for k in split}
+        operands = [self.reshape(o, laid_out([split[k] for k in n])) for o, n in zip((x, y), names, strict=True)]
+        written = ["".join(fresh[k] for k in n) for n in (*names, out)]
+        if prod(y.shape) > prod(x.shape):
+            operands.reverse()
+            written[:2] = written[1::-1]
+        shape = laid_out([split[k] for k in out])
+        made = self.emit("tile.contract", operands, shape, dtype, args=(f"{written[0]},{written[1]}->{written[2]}",))
+        return self.reshape(made, [extent[k] for k in out])
+
+    def iota(self, shape: Sequence[int], axis: int) -> Value:
+        """The position along an axis, of extent 1 along all others."""
+        line = [n if a == axis else 1 for a, n in enumerate(shape)]
+        return self.emit("tile.iota", (), line, torch.int64, args=(axis, self.device))
+
+    def draw(self, shape: Sequence[int], dtype: torch.dtype, kind: str) -> Value:
+        """Random numbers, uniform in [0, 1) or standard normal; each call has bits of its own."""
+        if self.seed is None:
+            self.seed = self.value((), torch.int64, "seed")
+        return self.emit("tile.random", (self.seed,), shape, dtype, args=(kind, next(self._draws)))
+
+
+def _letters() -> Any:
+    return iter("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+
+def _with(shape: Sequence[Any], axis: int, extent: Any) -> tuple[Any, ...]:
+    return (*shape[:axis], extent, *shape[axis + 1 :])
 
 
 class Output:
@@ -209,11 +420,29 @@ def _meta(arg: Any) -> Any:
     return arg
 
 
+def _values(arg: Any) -> Any:
+    if isinstance(arg, Value):
+        yield arg
+    elif isinstance(arg, (list, tuple)):
+        for a in arg:
+            yield from _values(a)
+
+
+def _replace(arg: Any, new: dict[Value, Value]) -> Any:
+    if isinstance(arg, Value):
+        return new[arg]
+    return type(arg)(_replace(a, new) for a in arg) if type(arg) in (list, tuple) else arg
+
+
 def _template(arg: Any, inputs: list[Value]) -> Any:
     if isinstance(arg, Value):
         inputs.append(arg)
         return Ref(len(inputs) - 1)
-    if isinstance(arg, (list, tuple)) and any(isinstance(a, (Value, list, tuple)) for a in arg) and not hasattr(arg, "_fields"):
+    if (
+        isinstance(arg, (list, tuple))
+        and any(isinstance(a, (Value, list, tuple)) for a in arg)
+        and not hasattr(arg, "_fields")
+    ):
         return [_template(a, inputs) for a in arg]
     return arg
 

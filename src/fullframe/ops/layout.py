@@ -21,38 +21,26 @@ class Layout(BaseRule):
 
 
 class Permute(Layout):
-    """``permute`` (dims), ``transpose.int`` (two axes) and ``t``."""
-
-    def order(self, op: Op) -> list[int]:
-        rank = len(op.output.shape)
-        if op.target == "aten.permute.default":
-            return [d % rank for d in op.args[1]]
-        a, b = (0, 1) if op.target == "aten.t.default" else (op.args[1], op.args[2])
-        order = list(range(rank))
-        if rank > 1:
-            order[a % rank], order[b % rank] = order[b % rank], order[a % rank]
-        return order
+    """``aten.permute(x, dims)``."""
 
     def links(self, op: Op) -> Sequence[Link]:
-        return [Link(0, axis, out) for out, axis in enumerate(self.order(op))]
+        return [Link(0, axis, out) for out, axis in enumerate(op.args[1])]
 
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
         read: list[Interval] = [(0, 0)] * len(region)
-        for out, axis in enumerate(self.order(op)):
+        for out, axis in enumerate(op.args[1]):
             read[axis] = region[out]
         return [tuple(read)]
 
     def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
-        return windows[0].permute(self.order(op))
+        return windows[0].permute(op.args[1])
 
 
 class Slice(Layout):
     """``tile.slice(x, axis, start, step)``: the output's extent says where it ends."""
 
     def links(self, op: Op) -> Sequence[Link]:
-        axis, step = op.args[1], op.args[3]
-        rank = len(op.output.shape)
-        return [Link(0, a, a) for a in range(rank) if a != axis or step == 1 or True]
+        return [Link(0, a, a) for a in range(len(op.output.shape))]
 
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
         _, axis, start, step = op.args
@@ -101,13 +89,11 @@ class Embed(Layout):
 
 
 def zeros_like_layout(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Zeros of a shape, channels last where the given tensor is."""
-    out = torch.empty(list(shape), dtype=like.dtype, device=like.device)
-    if like.dim() == 4 and like.stride(1) == 1:
-        out = out.contiguous(memory_format=torch.channels_last)
-    elif like.dim() == 5 and like.stride(1) == 1:
-        out = out.contiguous(memory_format=torch.channels_last_3d)
-    return out.zero_()
+    """Zeros of a shape, channels innermost where the given tensor has them so."""
+    if like.dim() in (4, 5) and like.stride(1) == 1:
+        inner = [shape[0], *shape[2:], shape[1]]
+        return like.new_zeros(inner).movedim(-1, 1)
+    return like.new_zeros(list(shape))
 
 
 class Expand(Pointwise):
@@ -200,69 +186,59 @@ class ConstantPad(Layout):
 class Reshape(Layout):
     """``tile.reshape(x)`` to the output's shape.
 
-    Axes fall into groups of equal products. A group of one axis each keeps its tiles; where axes
-    are split or merged, a box maps to the smallest box around it (and `grow` makes whole rows).
+    Axes fall into groups of equal products. Where axes are split or merged, the outermost of them
+    runs along the one they are split from or merged into, in whole rows of the others.
     """
 
     def links(self, op: Op) -> Sequence[Link]:
         found = []
         for ins, outs in groups(op.inputs[0].shape, op.output.shape):
-            real_in = [a for a in ins if op.inputs[0].shape[a] > 1]
-            real_out = [a for a in outs if op.output.shape[a] > 1]
-            if len(real_in) == 1 and len(real_out) == 1:
-                found.append(Link(0, real_in[0], real_out[0]))
+            if min(len(ins), len(outs)) == 1:
+                found.append(Link(0, ins[0], outs[0]))
         return found
 
     def grow(self, op: Op, region: Region) -> Region:
-        out = list(region)
-        for ins, outs in groups(op.inputs[0].shape, op.output.shape):
-            flat = _flatten([op.output.shape[a] for a in outs], [region[a] for a in outs])
-            read = _unflatten([op.inputs[0].shape[a] for a in ins], flat)
-            flat = _flatten([op.inputs[0].shape[a] for a in ins], read)
-            grown = _unflatten([op.output.shape[a] for a in outs], flat)
-            # Growing must be stable: the grown box may itself need a wider read.
-            while True:
-                wide = _flatten([op.output.shape[a] for a in outs], grown)
-                read = _unflatten([op.inputs[0].shape[a] for a in ins], wide)
-                again = _flatten([op.inputs[0].shape[a] for a in ins], read)
-                if again == wide:
-                    break
-                grown = _unflatten([op.output.shape[a] for a in outs], again)
-            for a, interval in zip(outs, grown, strict=True):
-                out[a] = interval
-        return tuple(out)
+        if box.is_empty(region):
+            return region
+        grown = region
+        while True:
+            read = self._mapped(op.output.shape, op.inputs[0].shape, grown)
+            again = self._mapped(op.inputs[0].shape, op.output.shape, read)
+            if again == grown:
+                return grown
+            grown = again
 
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
-        read: list[Interval] = [(0, n) for n in op.inputs[0].shape]
-        for ins, outs in groups(op.inputs[0].shape, op.output.shape):
-            flat = _flatten([op.output.shape[a] for a in outs], [region[a] for a in outs])
-            for a, interval in zip(ins, _unflatten([op.inputs[0].shape[a] for a in ins], flat), strict=True):
+        return [self._mapped(op.output.shape, op.inputs[0].shape, region)]
+
+    def _mapped(self, shape: Sequence[int], other: Sequence[int], region: Region) -> Region:
+        """The smallest box of another shape that holds the elements of a box."""
+        if box.is_empty(region):
+            return tuple((0, 0) for _ in other)
+        read: list[Interval] = [(0, n) for n in other]
+        for ins, outs in groups(shape, other):
+            flat = _flatten([shape[a] for a in ins], [region[a] for a in ins])
+            for a, interval in zip(outs, _unflatten([other[a] for a in outs], flat), strict=True):
                 read[a] = interval
-        return [tuple(read)]
+        return tuple(read)
 
     def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
         return windows[0].reshape(box.shape_of(region))
 
 
 def groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Axes of two shapes of one size, cut into the finest groups with equal products."""
+    """Axes (but those of extent 1) of two shapes of one size, in the finest groups of equal products."""
     found: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(a) or j < len(b):
-        ins, outs, p, q = [], [], 1, 1
-        if i < len(a):
-            ins.append(i)
-            p, i = a[i], i + 1
-        if j < len(b) and (not ins or b[j] == p or p != 1 or prod(b[j:]) == prod(a[i:]) * p):
-            outs.append(j)
-            q, j = b[j], j + 1
-        while p != q:
+    left, right = ([k for k, n in enumerate(shape) if n != 1] for shape in (a, b))
+    if 0 in a:
+        return [(left, right)]
+    while left:
+        ins, outs = [left.pop(0)], [right.pop(0)]
+        while (p := prod(a[k] for k in ins)) != (q := prod(b[k] for k in outs)):
             if p < q:
-                ins.append(i)
-                p, i = p * a[i], i + 1
+                ins.append(left.pop(0))
             else:
-                outs.append(j)
-                q, j = q * b[j], j + 1
+                outs.append(right.pop(0))
         found.append((ins, outs))
     return found
 
@@ -291,8 +267,6 @@ def _unflatten(shape: Sequence[int], flat: Interval) -> list[Interval]:
 
 RULES: dict[str, BaseRule] = {
     "aten.permute.default": Permute(),
-    "aten.transpose.int": Permute(),
-    "aten.t.default": Permute(),
     "tile.slice": Slice(),
     "tile.embed": Embed(),
     "tile.cat": Cat(),

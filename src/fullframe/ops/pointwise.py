@@ -1,7 +1,7 @@
 """Pointwise ops: every output element reads the same element of each (broadcast) input.
 
 Also here: ops that are pointwise but for one axis taken in full (softmax over channels), and ops
-that make a constant from nothing but a shape.
+that make a tensor from nothing but its shape.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fullframe import region as box
-from fullframe.graph import Kind, Link, Op, arg
+from fullframe.graph import Kind, Link, Op
 from fullframe.ops.rule import BaseRule
 from fullframe.region import Region
 
@@ -39,50 +39,54 @@ class Pointwise(BaseRule):
 def broadcast_region(region: Region, shape: Sequence[int]) -> Region:
     """The part of a (right-aligned, broadcast) operand that a region reads."""
     shift = len(region) - len(shape)
-    return tuple(
-        (0, 1) if extent == 1 else region[axis + shift] for axis, extent in enumerate(shape)
-    )
+    return tuple((0, 1) if extent == 1 else region[axis + shift] for axis, extent in enumerate(shape))
 
 
-class PointwiseWithTable(Pointwise):
+class Table(Pointwise):
     """Pointwise, but the last input is a small table, taken in full."""
 
     def links(self, op: Op) -> Sequence[Link]:
         return [link for link in super().links(op) if link.input < len(op.inputs) - 1]
 
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
-        return [*super().footprint(op, region)[:-1], box.full(op.inputs[-1].shape)]
+        reads = [broadcast_region(region, v.shape) for v in op.inputs[:-1]]
+        return [*reads, box.full(op.inputs[-1].shape)]
 
 
 class Along(BaseRule):
-    """Like pointwise, but one axis (softmax's ``dim``) is always taken in full."""
+    """Pointwise but for one axis, which is read and made in full whatever its extents.
+
+    The axis is the first number among the op's arguments. Inputs of another rank than the output
+    are tables, taken in full.
+    """
 
     kind: Kind = "pointwise"
 
-    def __init__(self, position: int):
-        self.position = position
-
     def axis(self, op: Op) -> int:
-        return int(arg(op, self.position)) % max(1, len(op.output.shape))
+        number = next(a for a in op.args if isinstance(a, int))
+        return number % max(1, len(op.output.shape))
 
     def links(self, op: Op) -> Sequence[Link]:
-        rank, axis = len(op.output.shape), self.axis(op)
+        out, axis = op.output.shape, self.axis(op)
         return [
             Link(i, a, a)
             for i, v in enumerate(op.inputs)
-            for a in range(rank)
-            if len(v.shape) == rank and a != axis
+            for a, n in enumerate(v.shape)
+            if len(v.shape) == len(out) and a != axis and n == out[a] > 1
         ]
-
-    def channels(self, op: Op) -> Sequence[tuple[int, int]]:
-        return ()
 
     def grow(self, op: Op, region: Region) -> Region:
         axis = self.axis(op)
         return tuple((0, n) if a == axis else r for a, (r, n) in enumerate(zip(region, op.output.shape, strict=True)))
 
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
-        return [region if len(v.shape) == len(region) else box.full(v.shape) for v in op.inputs]
+        axis, rank = self.axis(op), len(region)
+        return [
+            tuple((0, n) if a == axis or n == 1 else region[a] for a, n in enumerate(v.shape))
+            if len(v.shape) == rank
+            else box.full(v.shape)
+            for v in op.inputs
+        ]
 
 
 class Constant(BaseRule):
@@ -94,84 +98,60 @@ class Constant(BaseRule):
         return torch.full(box.shape_of(region), op.args[0], **op.kwargs)
 
 
-class Pick(BaseRule):
-    """Negative log likelihood per pixel and its gradient: axis 1 of the scores is taken in full.
-
-    Inputs: scores (N, C, ...), target (N, ...), then class weights (C,) and scalars if any.
-    ``scores_out`` says whether the output has the shape of the scores or of the target.
-    """
+class Line(BaseRule):
+    """A short tensor made from numbers alone (``arange``, ``linspace``): made whole and cut."""
 
     kind: Kind = "pointwise"
 
-    def __init__(self, scores: int, target: int, scores_out: bool):
-        self.scores, self.target, self.scores_out = scores, target, scores_out
+    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+        return op.call(*op.args, **op.kwargs)[box.slices(region)]
 
-    def _role(self, op: Op, index: int) -> str:
-        shape = op.inputs[index].shape
-        if index == self.scores:
-            return "scores"
-        return "target" if index == self.target or len(shape) == len(op.inputs[self.target].shape) > 0 and shape == op.inputs[self.target].shape else "small"
 
-    def links(self, op: Op) -> Sequence[Link]:
-        found = []
-        for i, value in enumerate(op.inputs):
-            role = self._role(op, i)
-            if role == "small":
-                continue
-            for axis in range(len(value.shape)):
-                pixel = axis if role == "target" else (0 if axis == 0 else axis - 1)
-                if role == "scores" and axis == 1:
-                    continue
-                out = pixel if not self.scores_out else (0 if pixel == 0 else pixel + 1)
-                found.append(Link(i, axis, out))
-        return found
+class Iota(BaseRule):
+    """``tile.iota(axis, device)``: the position along an axis."""
 
-    def grow(self, op: Op, region: Region) -> Region:
-        if not self.scores_out:
-            return region
-        return (region[0], (0, op.output.shape[1]), *region[2:])
+    kind: Kind = "pointwise"
 
-    def footprint(self, op: Op, region: Region) -> Sequence[Region]:
-        pixels = (region[0], *region[2:]) if self.scores_out else region
-        reads = []
-        for i, value in enumerate(op.inputs):
-            role = self._role(op, i)
-            if role == "scores":
-                reads.append((pixels[0], (0, value.shape[1]), *pixels[1:]))
-            else:
-                reads.append(pixels if role == "target" else box.full(value.shape))
-        return reads
+    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+        axis, device = op.args
+        return torch.arange(*region[axis], device=device).view(box.shape_of(region))
 
 
 NAMES = """
 abs acos acosh add.Tensor add.Scalar addcdiv addcmul asin asinh atan atan2 atanh bitwise_and.Tensor
 bitwise_and.Scalar bitwise_not bitwise_or.Tensor bitwise_or.Scalar bitwise_xor.Tensor
-bitwise_left_shift.Tensor bitwise_right_shift.Tensor ceil celu clamp clamp.Tensor clamp_max clamp_min
-clamp_max.Tensor clamp_min.Tensor copysign.Tensor cos cosh div.Tensor div.Scalar div.Tensor_mode
-div.Scalar_mode elu elu_backward eq.Tensor eq.Scalar erf erfc erfinv exp exp2 expm1 floor
-floor_divide fmax fmin fmod.Tensor fmod.Scalar frac ge.Tensor ge.Scalar gelu gelu_backward
-gt.Tensor gt.Scalar hardshrink hardshrink_backward hardsigmoid hardsigmoid_backward hardswish
-hardswish_backward hardtanh hardtanh_backward hypot isinf isnan le.Tensor le.Scalar leaky_relu
-leaky_relu_backward lerp.Tensor lerp.Scalar lgamma digamma log log10 log1p log2 log_sigmoid_forward
-logaddexp logical_and logical_not logical_or logical_xor logit lt.Tensor lt.Scalar masked_fill.Scalar
-masked_fill.Tensor maximum minimum mish mish_backward mul.Tensor mul.Scalar nan_to_num ne.Tensor
-ne.Scalar neg pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar reciprocal relu remainder.Tensor
-remainder.Scalar round rsqrt rsub.Tensor rsub.Scalar selu sigmoid sigmoid_backward sign silu
-silu_backward sin sinh softplus softplus_backward softshrink softshrink_backward sqrt square
-sub.Tensor sub.Scalar tan tanh tanh_backward threshold threshold_backward trunc where.self
-where.ScalarSelf where.ScalarOther where.Scalar xlogy.Tensor _to_copy to.dtype sinc special_entr
-""".split()
+bitwise_xor.Scalar bitwise_left_shift.Tensor bitwise_right_shift.Tensor ceil celu clamp clamp.Tensor
+clamp_max clamp_min clamp_max.Tensor clamp_min.Tensor copysign.Tensor cos cosh deg2rad div.Tensor
+div.Scalar div.Tensor_mode div.Scalar_mode elu elu_backward eq.Tensor eq.Scalar erf erfc erfinv exp
+exp2 expm1 floor floor_divide fmax fmin fmod.Tensor fmod.Scalar frac ge.Tensor ge.Scalar gelu
+gelu_backward gt.Tensor gt.Scalar hardshrink hardshrink_backward hardsigmoid hardsigmoid_backward
+hardswish hardswish_backward hardtanh hardtanh_backward heaviside hypot isinf isnan isposinf isneginf
+le.Tensor le.Scalar leaky_relu leaky_relu_backward lerp.Tensor lerp.Scalar lgamma digamma log log10
+log1p log2 log_sigmoid_backward logaddexp logaddexp2 logical_and logical_not logical_or logical_xor
+logit logit_backward lt.Tensor lt.Scalar masked_fill.Scalar masked_fill.Tensor maximum minimum mish
+mish_backward mul.Tensor mul.Scalar nan_to_num ne.Tensor ne.Scalar neg pow.Tensor_Scalar
+pow.Tensor_Tensor pow.Scalar reciprocal relu remainder.Tensor remainder.Scalar round round.decimals
+rsqrt rsub.Tensor rsub.Scalar selu sgn sigmoid sigmoid_backward sign signbit silu silu_backward sin
+sinh softplus softplus_backward softshrink softshrink_backward special_entr special_expit
+special_log_ndtr sqrt square sub.Tensor sub.Scalar tan tanh tanh_backward threshold
+threshold_backward trunc where.self where.ScalarSelf where.ScalarOther where.Scalar xlogy.Tensor
+xlogy.Scalar_Other xlogy.Scalar_Self special_xlog1py _to_copy to.dtype sinc rad2deg
+_prelu_kernel _prelu_kernel_backward log_sigmoid_forward
+""".split()  # noqa: SIM905  (a table of names reads best as words)
 
 RULES: dict[str, BaseRule] = {
     f"aten.{name}" if "." in name else f"aten.{name}.default": Pointwise() for name in NAMES
 }
 RULES |= {
-    "aten._softmax.default": Along(1),
-    "aten._log_softmax.default": Along(1),
-    "aten._softmax_backward_data.default": Along(2),
-    "aten._log_softmax_backward_data.default": Along(2),
-    "aten.cumsum.default": Along(1),
+    "aten._softmax.default": Along(),
+    "aten._log_softmax.default": Along(),
+    "aten._softmax_backward_data.default": Along(),
+    "aten._log_softmax_backward_data.default": Along(),
+    "aten.cumsum.default": Along(),
+    "aten.cumprod.default": Along(),
     "tile.full": Constant(),
-    "aten.nll_loss2d_backward.default": Pick(1, 2, scores_out=True),
-    "aten.nll_loss_backward.default": Pick(1, 2, scores_out=True),
+    "tile.iota": Iota(),
+}
+RULES |= {
+    f"aten.{name}": Line() for name in ("arange.default", "arange.start", "arange.start_step", "linspace.default")
 }

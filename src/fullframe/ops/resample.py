@@ -1,169 +1,47 @@
-"""Resampling: every interpolation and its gradient as one sparse linear map per axis.
+"""Resampling: interpolation, averages, reflecting and replicating pads, and their gradients.
 
-An output position reads a few input positions with fixed weights (taps), computed from the global
-position, so a window gives the same numbers as the whole image. The gradient is the transposed
-map. ATen's own interpolation cannot be called on windows: it clamps at the window's edge.
+All are linear maps of taps per axis (see `taps`). Where ATen's own kernel on a window with its halo
+gives the same numbers (whole factors), it is called and its result cropped: it is faster.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from math import floor
-from typing import Any, NamedTuple
+from math import prod
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fullframe import region as box
 from fullframe.graph import Kind, Link, Op
+from fullframe.ops import taps
 from fullframe.ops.rule import BaseRule
-from fullframe.region import Region
+from fullframe.ops.taps import Spec, readers, reads
+from fullframe.region import Interval, Region
+
+NO_CHANGE = ("nearest", "nearest-exact", "linear", "cubic", "adaptive")
 
 
-class Spec(NamedTuple):
-    """One axis of a resampling.
-
-    ``mode`` is nearest, nearest-exact, linear, cubic (with align_corners and the scale the user
-    gave, or None), average (with the window, and whether padding counts) or adaptive.
-    """
-
-    mode: str
-    source: int
-    target: int
-    align: bool = False
-    scale: float | None = None
-    kernel: int = 1
-    stride: int = 1
-    padding: int = 0
-    counted: bool = True
-    divisor: int = 0
+def unchanged(spec: Spec) -> bool:
+    """Whether the map along this axis is the identity."""
+    if spec.mode == "average":
+        return (spec.kernel, spec.stride, spec.padding, spec.divisor) in ((1, 1, 0, 0), (1, 1, 0, 1))
+    return spec.mode in NO_CHANGE and spec.source == spec.target and spec.scale in (None, 1.0)
 
 
-class Taps(NamedTuple):
-    """``index[k][i]`` and ``weight[k][i]``: output i is the sum over k of weight * input[index]."""
-
-    index: tuple[tuple[int, ...], ...]
-    weight: tuple[tuple[float, ...], ...]
-
-
-def step(spec: Spec) -> float:
-    """Input pixels per output pixel, as ATen computes it (``area_pixel_compute_scale``)."""
-    if spec.align:
-        return (spec.source - 1) / (spec.target - 1) if spec.target > 1 else 0.0
-    return 1.0 / spec.scale if spec.scale else spec.source / spec.target
+def factor(spec: Spec) -> int:
+    """n where output pixels are the input's, each stretched n times; else 0."""
+    if spec.mode not in ("nearest", "linear") or spec.align or spec.target % spec.source:
+        return 0
+    n = spec.target // spec.source
+    return n if spec.scale in (None, float(n)) else 0
 
 
-def taps_at(spec: Spec, position: int) -> list[tuple[int, float]]:
-    """(input index, weight) pairs of one output position, following ATen's definitions."""
-    if spec.mode in ("average", "adaptive"):
-        return _mean_taps(spec, position)
-    rate, last = step(spec), spec.source - 1
-    if spec.mode == "nearest":
-        return [(min(floor(position * rate), last), 1.0)]
-    if spec.mode == "nearest-exact":
-        return [(min(floor((position + 0.5) * rate), last), 1.0)]
-    centre = position * rate if spec.align else (position + 0.5) * rate - 0.5
-    if spec.mode == "linear":
-        centre = max(centre, 0.0)
-        low = min(floor(centre), last)
-        part = min(max(centre - low, 0.0), 1.0)
-        return [(low, 1.0 - part), (min(low + 1, last), part)]
-    low = floor(centre)
-    t = min(max(centre - low, 0.0), 1.0)
-    weights = (_far(t + 1), _near(t), _near(1 - t), _far(2 - t))
-    return [(min(max(low - 1 + k, 0), last), w) for k, w in enumerate(weights)]
-
-
-def _mean_taps(spec: Spec, position: int) -> list[tuple[int, float]]:
-    """Equal weights over a pooling window; ATen's divisor is a product of one count per axis."""
-    n = spec.source
-    if spec.mode == "adaptive":
-        start, stop = position * n // spec.target, -(-(position + 1) * n // spec.target)
-        return [(i, 1.0 / (stop - start)) for i in range(start, stop)]
-    start = position * spec.stride - spec.padding
-    stop = min(start + spec.kernel, n + spec.padding)
-    inside = range(max(start, 0), min(stop, n))
-    count = spec.divisor or (stop - start if spec.counted else len(inside))
-    return [(i, 1.0 / count) for i in inside]
-
-
-def _near(x: float, a: float = -0.75) -> float:
-    """Keys' cubic convolution kernel for |x| <= 1 (IEEE ASSP-29, 1981) with ATen's a."""
-    return ((a + 2) * x - (a + 3)) * x * x + 1
-
-
-def _far(x: float, a: float = -0.75) -> float:
-    return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-
-
-@lru_cache(maxsize=4096)
-def forward_taps(spec: Spec, low: int, high: int) -> Taps:
-    """Taps of outputs ``[low, high)``."""
-    return _table([taps_at(spec, position) for position in range(low, high)])
-
-
-@lru_cache(maxsize=4096)
-def backward_taps(spec: Spec, low: int, high: int) -> Taps:
-    """Taps of the transposed map for inputs ``[low, high)``; the table reads outputs."""
-    first, last = readers(spec, low, high)
-    rows: list[list[tuple[int, float]]] = [[] for _ in range(low, high)]
-    for out in range(first, last):
-        for index, weight in taps_at(spec, out):
-            if low <= index < high and weight != 0.0:
-                rows[index - low].append((out, weight))
-    return _table(rows)
-
-
-def _table(rows: list[list[tuple[int, float]]]) -> Taps:
-    most = max((len(r) for r in rows), default=0)
-    filler = min((i for r in rows for i, _ in r), default=0)
-    rows = [r + [(filler, 0.0)] * (most - len(r)) for r in rows]
-    index = tuple(tuple(r[k][0] for r in rows) for k in range(most))
-    weight = tuple(tuple(r[k][1] for r in rows) for k in range(most))
-    return Taps(index, weight)
-
-
-@lru_cache(maxsize=65536)
-def reads(spec: Spec, low: int, high: int) -> tuple[int, int]:
-    """Input interval that outputs ``[low, high)`` read (monotone, so the ends decide)."""
-    if high <= low:
-        return 0, 0
-    ends = [i for p in (low, high - 1) for i, _ in taps_at(spec, p)]
-    return min(ends), max(ends) + 1
-
-
-@lru_cache(maxsize=65536)
-def readers(spec: Spec, low: int, high: int) -> tuple[int, int]:
-    """Outputs that may read inputs ``[low, high)``, by bisection on the monotone taps."""
-
-    def first(wanted: int, end: int) -> int:
-        a, b = 0, spec.target
-        while a < b:
-            middle = (a + b) // 2
-            edge = (max if end else min)(i for i, _ in taps_at(spec, middle))
-            a, b = (a, middle) if edge >= wanted else (middle + 1, b)
-        return a
-
-    start, stop = first(low, 1), first(high, 0)
-    return (start, max(start, stop)) if high > low else (0, 0)
-
-
-def apply_taps(x: torch.Tensor, axis: int, taps: Taps, origin: int, dtype: torch.dtype) -> torch.Tensor:
-    """Sum of weighted gathers along one axis of a window whose first element is ``origin``."""
-    shape = [1] * x.dim()
-    shape[axis] = -1
-    out: torch.Tensor | None = None
-    for index, weight in zip(taps.index, taps.weight, strict=True):
-        where = torch.tensor(index, device=x.device) - origin
-        part = x.index_select(axis, where)
-        if any(w != 1.0 for w in weight):
-            part = part * torch.tensor(weight, dtype=dtype, device=x.device).view(shape)
-        out = part if out is None else out.add_(part)
-    if out is None:
-        shape = list(x.shape)
-        shape[axis] = len(taps.index[0]) if taps.index else 0
-        return x.new_zeros(shape)
-    return out
+def blocks(spec: Spec) -> int:
+    """n where every output is the mean of n inputs of its own; else 0."""
+    whole = spec.kernel == spec.stride and spec.padding == 0 and spec.target * spec.kernel <= spec.source
+    return spec.kernel if spec.mode == "average" and whole and spec.divisor in (0, 1) else 0
 
 
 class Resample(BaseRule):
@@ -177,11 +55,15 @@ class Resample(BaseRule):
     def links(self, op: Op) -> Sequence[Link]:
         return [Link(0, a, a) for a in range(len(op.output.shape))]
 
-    def interval(self, spec: Spec, low: int, high: int) -> tuple[int, int]:
-        return reads(spec, low, high)
+    def interval(self, spec: Spec, low: int, high: int) -> Interval:
+        return (low, high) if unchanged(spec) else reads(spec, low, high)
 
-    def taps(self, spec: Spec, low: int, high: int) -> Taps:
-        return forward_taps(spec, low, high)
+    def table(self, spec: Spec, region: Interval, dtype: torch.dtype, device: torch.device) -> taps.Table:
+        return taps.forward_table(spec, *region, dtype, device)
+
+    def quick(self, x: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor | None:
+        """The window by ATen's own kernel, where that gives the same numbers."""
+        return enlarged(x, specs, region) if all(map(factor, specs)) else averaged(x, specs)
 
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
         lead = self.lead(op)
@@ -189,17 +71,22 @@ class Resample(BaseRule):
         return [(*region[:lead], *spatial)]
 
     def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
-        x, lead = windows[0], self.lead(op)
-        read = self.footprint(op, region)[0]
+        lead, specs = self.lead(op), op.args[1]
+        if windows[0].numel() == 0:
+            return windows[0].new_zeros(box.shape_of(region))
+        made = self.quick(windows[0], specs, region[lead:])
+        return self.by_taps(op, region, windows[0]) if made is None else made
+
+    def by_taps(self, op: Op, region: Region, x: torch.Tensor) -> torch.Tensor:
+        """The window axis by axis, the one that shrinks most first."""
+        lead, specs = self.lead(op), op.args[1]
         wide = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
         y = x.to(wide)
-        for axis in range(lead, len(region)):
-            spec = op.args[1][axis - lead]
-            if spec.mode != "average" and spec.source == spec.target and spec.scale in (None, 1.0):
-                continue
-            if read[axis][1] <= read[axis][0]:
-                return x.new_zeros(box.shape_of(region))
-            y = apply_taps(y, axis, self.taps(spec, *region[axis]), read[axis][0], wide)
+        axes = [a for a in range(lead, len(region)) if not unchanged(specs[a - lead])]
+        growth = {a: (region[a][1] - region[a][0]) / x.shape[a] for a in axes}
+        for axis in sorted(axes, key=growth.__getitem__):
+            table = self.table(specs[axis - lead], region[axis], wide, x.device)
+            y = taps.apply(y, axis, table, region[axis][1] - region[axis][0])
         return y.to(x.dtype)
 
     def cost(self, op: Op, elements: int) -> int:
@@ -209,11 +96,90 @@ class Resample(BaseRule):
 class ResampleGrad(Resample):
     """``tile.resample_grad(g, specs)``: the transposed map."""
 
-    def interval(self, spec: Spec, low: int, high: int) -> tuple[int, int]:
-        return readers(spec, low, high)
+    def interval(self, spec: Spec, low: int, high: int) -> Interval:
+        return (low, high) if unchanged(spec) else readers(spec, low, high)
 
-    def taps(self, spec: Spec, low: int, high: int) -> Taps:
-        return backward_taps(spec, low, high)
+    def table(self, spec: Spec, region: Interval, dtype: torch.dtype, device: torch.device) -> taps.Table:
+        return taps.backward_table(spec, *region, dtype, device)
+
+    def quick(self, x: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor | None:
+        return reduced(x, specs, region) if all(map(factor, specs)) else spread_out(x, specs, region)
+
+
+_KINDS = {
+    ("nearest", 2): ("upsample_nearest2d", ()), ("nearest", 3): ("upsample_nearest3d", ()),
+    ("linear", 2): ("upsample_bilinear2d", (False,)), ("linear", 3): ("upsample_trilinear3d", (False,)),
+}  # fmt: skip
+
+
+def _kernel(specs: Sequence[Spec], suffix: str = "") -> tuple[Any, tuple[Any, ...]] | None:
+    """ATen's kernel for these axes, and its argument for aligned corners where it has one."""
+    found = _KINDS.get((specs[0].mode, len(specs)))
+    if found is None or len({s.mode for s in specs}) > 1:
+        return None
+    return getattr(torch.ops.aten, found[0] + suffix).default, found[1]
+
+
+def enlarged(x: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor | None:
+    """Whole-factor enlargement of a window: beyond its edges are only outputs not asked for."""
+    kernel = _kernel(specs)
+    if kernel is None:
+        return None
+    call, rest = kernel
+    factors = [factor(s) for s in specs]
+    lead = x.dim() - len(specs)
+    made = call(x, [n * f for n, f in zip(x.shape[lead:], factors, strict=True)], *rest, *map(float, factors))
+    for k, (spec, f, (low, high)) in enumerate(zip(specs, factors, region, strict=True)):
+        start = low - reads(spec, low, high)[0] * f
+        made = made.narrow(lead + k, start, high - low)
+    return made
+
+
+def reduced(g: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor | None:
+    """Gradient of `enlarged`: the window is completed with zeros to whole input pixels."""
+    kernel = _kernel(specs, "_backward")
+    if kernel is None:
+        return None
+    call, rest = kernel
+    lead = g.dim() - len(specs)
+    pads, sizes, starts = [], [], []
+    for spec, (low, high) in zip(specs, region, strict=True):
+        f, (first, last) = factor(spec), readers(spec, low, high)
+        a, b = first // f, -(-last // f)
+        pads.append((first - a * f, b * f - last))
+        sizes.append(b - a)
+        starts.append(low - a)
+    flat = [n for pair in reversed(pads) for n in pair]
+    g = F.pad(g, flat) if any(flat) else g
+    factors = [float(factor(s)) for s in specs]
+    made = call(g, list(g.shape[lead:]), [*g.shape[:lead], *sizes], *rest, *factors)
+    for k, (start, (low, high)) in enumerate(zip(starts, region, strict=True)):
+        made = made.narrow(lead + k, start, high - low)
+    return made
+
+
+def averaged(x: torch.Tensor, specs: Sequence[Spec]) -> torch.Tensor | None:
+    """Means of blocks that do not overlap."""
+    sizes = [blocks(s) for s in specs]
+    if not all(sizes) or len(specs) == 1:
+        return None
+    call = F.avg_pool2d if len(specs) == 2 else F.avg_pool3d
+    divisor = prod(s.divisor or n for s, n in zip(specs, sizes, strict=True))
+    return call(x, sizes, divisor_override=divisor)
+
+
+def spread_out(g: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor | None:
+    """Gradient of `averaged`."""
+    sizes = [blocks(s) for s in specs]
+    if not all(sizes) or len(specs) == 1 or any(s.target * n < s.source for s, n in zip(specs, sizes, strict=True)):
+        return None
+    divisor = prod(s.divisor or n for s, n in zip(specs, sizes, strict=True))
+    call = torch.ops.aten.upsample_nearest2d if len(specs) == 2 else torch.ops.aten.upsample_nearest3d
+    lead = g.dim() - len(specs)
+    made = call.default(g / divisor, [n * f for n, f in zip(g.shape[lead:], sizes, strict=True)])
+    for k, (n, (low, high)) in enumerate(zip(sizes, region, strict=True)):
+        made = made.narrow(lead + k, low % n, high - low)
+    return made
 
 
 RULES: dict[str, BaseRule] = {

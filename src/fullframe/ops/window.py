@@ -1,4 +1,4 @@
-"""Window ops: convolutions and their gradients, pooling and its gradients.
+"""Window ops: convolutions and their gradients.
 
 Padding is applied only where a window touches the border of the image, at every op. The geometry
 of one spatial axis is (kernel, stride, padding, dilation).
@@ -28,7 +28,7 @@ class Axis(NamedTuple):
 
 def spread(value: Sequence[int] | int, rank: int) -> list[int]:
     """One number per spatial axis, from a list of one or ``rank`` numbers."""
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    values = [value] if isinstance(value, int) else list(value)
     return values * rank if len(values) == 1 else values
 
 
@@ -129,9 +129,7 @@ class ConvTranspose(BaseRule):
         padding = [max(0, min(c)) for c in crops]
         crops = [(c[0] - p, c[1] - p) for c, p in zip(crops, padding, strict=True)]
         ragged = any(n < 0 for c in crops for n in c)
-        out = torch.convolution(
-            x, weight, None if ragged else bias, stride, padding, dilation, True, [0], groups
-        )
+        out = torch.convolution(x, weight, None if ragged else bias, stride, padding, dilation, True, [0], groups)
         if any(n for c in crops for n in c):
             out = pad_window(out, [(-before, -after) for before, after in crops])
         if ragged and bias is not None:
@@ -189,120 +187,14 @@ class ConvWeightGrad(Reduction):
         grads = torch.ops.aten.convolution_backward(
             g, x, weight, None, stride, padding, dilation, False, [0], groups, mask
         )
-        return grads[1].to(self.accumulator(op))
+        return grads[1]
 
     def cost(self, op: Op, elements: int) -> int:
         return 2 * elements * prod(op.output.shape[1:])
 
 
-class Pool(BaseRule):
-    """``tile.max_pool(x, kernel, stride, padding, dilation)``; ceil mode is in the output's extent."""
-
-    kind: Kind = "window"
-
-    def axes(self, op: Op) -> list[Axis]:
-        return geometry(op.args[1:5])
-
-    def lead(self, op: Op) -> int:
-        """Number of axes before the spatial ones."""
-        return len(op.output.shape) - len(op.args[1])
-
-    def links(self, op: Op) -> Sequence[Link]:
-        return [Link(0, a, a) for a in range(len(op.output.shape))]
-
-    def reads(self, op: Op, region: Region) -> list[Interval]:
-        spatial = region[self.lead(op) :]
-        return [box.window_reads(r, *a) for r, a in zip(spatial, self.axes(op), strict=True)]
-
-    def footprint(self, op: Op, region: Region) -> Sequence[Region]:
-        lead = self.lead(op)
-        reads = zip(self.reads(op, region), op.inputs[0].shape[lead:], strict=True)
-        return [(*region[:lead], *(box.clip(r, n) for r, n in reads))]
-
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
-        axes = self.axes(op)
-        pads = outside(self.reads(op, region), op.inputs[0].shape[self.lead(op) :])
-        x = pad_window(windows[0], pads, float("-inf"))
-        kernel, stride, dilation = ([a[k] for a in axes] for k in (0, 1, 3))
-        return _MAX[len(axes)](x, kernel, stride, 0, dilation)
-
-    def cost(self, op: Op, elements: int) -> int:
-        return elements * prod(a.kernel for a in self.axes(op))
-
-
-def geometry(args: Sequence[Any]) -> list[Axis]:
-    """Axes of a pooling from its (kernel, stride, padding, dilation)."""
-    n = len(args[0])
-    return [Axis(*a) for a in zip(*(spread(v, n) for v in args), strict=True)]
-
-
-class PoolGrad(BaseRule):
-    """``tile.max_pool_grad(g, x, kernel, stride, padding, dilation)``.
-
-    The argmax is recomputed from the input, so no index into a whole image is ever stored.
-    """
-
-    kind: Kind = "window"
-
-    def axes(self, op: Op) -> list[Axis]:
-        return geometry(op.args[2:6])
-
-    def lead(self, op: Op) -> int:
-        return len(op.output.shape) - len(op.args[2])
-
-    def links(self, op: Op) -> Sequence[Link]:
-        return [Link(i, a, a) for i in (0, 1) for a in range(len(op.output.shape))]
-
-    def touched(self, op: Op, region: Region) -> list[Interval]:
-        """The pooled pixels whose window touches the region."""
-        lead = self.lead(op)
-        axes = zip(region[lead:], self.axes(op), op.inputs[0].shape[lead:], strict=True)
-        return [box.clip(box.window_writes(r, *a), n) for r, a, n in axes]
-
-    def footprint(self, op: Op, region: Region) -> Sequence[Region]:
-        lead, outs = self.lead(op), self.touched(op, region)
-        axes = zip(outs, self.axes(op), op.inputs[1].shape[lead:], strict=True)
-        reads = [box.clip(box.window_reads(o, *a), n) for o, a, n in axes]
-        return [(*region[:lead], *outs), (*region[:lead], *reads)]
-
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
-        axes, lead, outs = self.axes(op), self.lead(op), self.touched(op, region)
-        g, x = windows
-        if any(high <= low for low, high in outs):
-            return g.new_zeros(box.shape_of(region))
-        reads = [box.window_reads(o, *a) for o, a in zip(outs, axes, strict=True)]
-        x = pad_window(x, outside(reads, op.inputs[1].shape[lead:]), float("-inf"))
-        wanted = zip(region[lead:], reads, strict=True)
-        return pad_window(max_pool_grad(g, x, axes), [(r[0] - w[0], w[1] - r[1]) for w, r in wanted])
-
-    def cost(self, op: Op, elements: int) -> int:
-        return elements * prod(a.kernel for a in self.axes(op))
-
-
-_MAX = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-
-
-def max_pool_grad(g: torch.Tensor, x: torch.Tensor, axes: Sequence[Axis]) -> torch.Tensor:
-    """Gradient of an unpadded max pooling with respect to its input window."""
-    kernel, stride, dilation = ([a[k] for a in axes] for k in (0, 1, 3))
-    if len(axes) == 1:
-        two = [Axis(1, 1, 0, 1), *axes]
-        return max_pool_grad(g.unsqueeze(-2), x.unsqueeze(-2), two).squeeze(-2)
-    pool, back = _MAX_OPS[len(axes)]
-    _, indices = pool(x, kernel, stride, [0], dilation, False)
-    return back(g, x, kernel, stride, [0], dilation, False, indices)
-
-
-_MAX_OPS = {
-    2: (torch.ops.aten.max_pool2d_with_indices, torch.ops.aten.max_pool2d_with_indices_backward),
-    3: (torch.ops.aten.max_pool3d_with_indices, torch.ops.aten.max_pool3d_with_indices_backward),
-}
-
 RULES: dict[str, BaseRule] = {
     "tile.conv": Conv(),
     "tile.conv_transpose": ConvTranspose(),
     "tile.conv_weight_grad": ConvWeightGrad(),
-    "tile.max_pool": Pool(),
-    "tile.max_pool_grad": PoolGrad(),
 }
-

@@ -1,4 +1,4 @@
-"""Norms and losses in normal form: reductions (the barriers) and pointwise parts.
+"""Norms in normal form: reductions (the barriers) and pointwise parts.
 
 The mathematics of batch norm's backward is Ioffe and Szegedy (2015), section 3: with
 x^ = (x - mean) * invstd, dx = scale * (dy - mean(dy) - x^ * mean(dy * x^)).
@@ -14,7 +14,8 @@ import torch
 
 from fullframe.graph import Value
 from fullframe.ops.build import Builder
-from fullframe.ops.normal import average, cast, lowers, variance
+from fullframe.ops.lower_reduce import average, variance
+from fullframe.ops.normal import cast, lowers
 
 aten = torch.ops.aten
 
@@ -65,9 +66,7 @@ def product(b: Builder, x: Value, y: Value) -> Value:
 def statistics(b: Builder, x: Value, axes: tuple[int, ...], eps: float) -> tuple[Value, Value, Value]:
     """Moments, mean and inverse standard deviation (float64, reduced axes of extent 1)."""
     m = b.moments(x, axes)
-    shape = m.shape[1:]
-    mean = b.stacked(average, (m,), shape, torch.float64)
-    return m, mean, b.stacked(inverse_std, (m,), shape, torch.float64, eps)
+    return m, b.stacked(average, m), b.stacked(inverse_std, m, eps)
 
 
 def normalise(b: Builder, x: Value, mean: Value, invstd: Value, weight: Any, bias: Any) -> Value:
@@ -117,7 +116,7 @@ def batch_norm(b: Builder, x: Value, w: Any, bias: Any, stats: tuple[Any, Any], 
     flat = [b.reshape(v, channels) for v in (centre, invstd)]
     if mean is None:
         return [y, *flat]
-    unbiased = b.reshape(b.stacked(variance, (m,), m.shape[1:], torch.float64, 1.0), channels)
+    unbiased = b.reshape(b.stacked(variance, m, 1.0), channels)
     new_mean = b.point(running, (mean, flat[0]), channels, mean.dtype, momentum)
     new_var = b.point(running, (var, unbiased), channels, var.dtype, momentum)
     return [y, *flat, new_mean, new_var]
@@ -136,12 +135,16 @@ def native_batch_norm(b: Builder, x: Value, w: Any, bias: Any, mean: Any, var: A
 
 
 @lowers("_native_batch_norm_legit.no_stats")
-def batch_norm_no_stats(b: Builder, x: Value, w: Any, bias: Any, training: bool, momentum: float, eps: float) -> list[Value]:
+def batch_norm_no_stats(
+    b: Builder, x: Value, w: Any, bias: Any, training: bool, momentum: float, eps: float
+) -> list[Value]:
     return batch_norm(b, x, w, bias, (None, None), True, momentum, eps)
 
 
 @lowers("_native_batch_norm_legit_no_training")
-def batch_norm_eval(b: Builder, x: Value, w: Any, bias: Any, mean: Value, var: Value, momentum: float, eps: float) -> list[Value]:
+def batch_norm_eval(
+    b: Builder, x: Value, w: Any, bias: Any, mean: Value, var: Value, momentum: float, eps: float
+) -> list[Value]:
     return batch_norm(b, x, w, bias, (mean, var), False, momentum, eps)[:3]
 
 
@@ -169,19 +172,23 @@ def batch_norm_backward(b: Builder, dy: Value, x: Value, w: Any, mean: Any, var:
 
 
 @lowers("native_group_norm")
-def group_norm(b: Builder, x: Value, w: Any, bias: Any, n: int, c: int, _: int, groups: int, eps: float) -> list[Value]:
+def group_norm(
+    b: Builder, x: Value, w: Any, bias: Any, n: int, c: int, size: int, groups: int, eps: float
+) -> list[Value]:
     split = (n, groups, c // groups, *x.shape[2:])
     axes = tuple(range(2, len(split)))
     parts = b.reshape(x, split)
     _, centre, invstd = statistics(b, parts, axes, eps)
-    weights = [None if v is None else b.reshape(v, (1, groups, c // groups, *[1] * (len(x.shape) - 2))) for v in (w, bias)]
+    weights = [
+        None if v is None else b.reshape(v, (1, groups, c // groups, *[1] * (len(x.shape) - 2))) for v in (w, bias)
+    ]
     y = b.reshape(normalise(b, parts, centre, invstd, *weights), x.shape)
     return [y, b.reshape(centre, (n, groups)), b.reshape(invstd, (n, groups))]
 
 
 @lowers("native_group_norm_backward")
 def group_norm_backward(b: Builder, dy: Value, x: Value, mean: Value, rstd: Value, w: Any, n: int, c: int,
-                        _: int, groups: int, mask: Any) -> list[Value]:  # fmt: skip
+                        size: int, groups: int, mask: Any) -> list[Value]:  # fmt: skip
     split = (n, groups, c // groups, *x.shape[2:])
     ones = [1] * (len(split) - 2)
     axes = tuple(range(2, len(split)))
@@ -225,35 +232,36 @@ def layer_norm_backward(b: Builder, dy: Value, x: Value, shape: Any, centre: Val
     return [cast(b, dx, x.dtype), *_affine_grads(b, dy, x, centre, invstd, tuple(range(cut)), tuple(shape), w)]
 
 
-# Negative log likelihood -------------------------------------------------------------------------
+@lowers("_fused_rms_norm")
+def rms_norm(b: Builder, x: Value, shape: Any, w: Any, eps: Any) -> list[Value]:
+    rank = len(x.shape)
+    axes, kind = tuple(range(rank - len(shape), rank)), wide(x.dtype)
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    y = cast(b, x, kind)
+    total = b.sum(b.aten(aten.mul.Tensor, y, y), axes, True, torch.float64)
+    inverse = b.point(inverse_root, (total,), total.shape, torch.float64, prod(shape), eps)
+    y = b.aten(aten.mul.Tensor, y, cast(b, inverse, kind))
+    if w is not None:
+        y = b.aten(aten.mul.Tensor, y, cast(b, w, kind))
+    return [cast(b, y, x.dtype), inverse]
 
 
-def nll(scores: torch.Tensor, target: torch.Tensor, *rest: Any) -> torch.Tensor:
-    """Per-pixel weighted negative log likelihood; ignored pixels give zero."""
-    *weight, ignore = rest
-    call = aten.nll_loss2d_forward if scores.dim() == 4 else aten.nll_loss_forward
-    return call(scores, target, weight[0] if weight else None, 0, ignore)[0]
+def inverse_root(total: torch.Tensor, count: int, eps: float) -> torch.Tensor:
+    return torch.rsqrt(total / count + eps)
 
 
-def pixel_weight(target: torch.Tensor, weight: torch.Tensor, ignore: int) -> torch.Tensor:
-    """Class weight of each pixel, zero where ignored."""
-    return torch.where(target == ignore, 0.0, weight[target.clamp(0, weight.shape[0] - 1)]).to(weight.dtype)
-
-
-@lowers("nll_loss2d_forward", "nll_loss_forward")
-def nll_forward(b: Builder, scores: Value, target: Value, weight: Any, reduction: int, ignore: int) -> list[Value]:
-    tensors = (scores, target) if weight is None else (scores, target, weight)
-    each = b.picked(nll, tensors, target.shape, scores.dtype, ignore)
-    axes = tuple(range(len(target.shape)))
-    kind = wide(scores.dtype)
-    if weight is None:
-        used = b.aten(aten.ne.Scalar, target, ignore)
-        total = b.sum(cast(b, used, torch.float32), axes, False, kind)
-    else:
-        classes = b.reshape(weight, weight.shape)
-        total = b.sum(b.picked(pixel_weight, (target, classes), target.shape, kind, ignore), axes, False, kind)
-    if reduction == 0:
-        return [each, b.full((), 0, kind)]
-    loss = b.sum(each, axes, False, kind)
-    loss = b.aten(aten.div.Tensor, loss, total) if reduction == 1 else loss
-    return [cast(b, loss, scores.dtype), total]
+@lowers("_fused_rms_norm_backward")
+def rms_norm_backward(b: Builder, dy: Value, x: Value, shape: Any, inverse: Value, w: Any, mask: Any) -> list[Any]:
+    rank = len(x.shape)
+    axes, kind = tuple(range(rank - len(shape), rank)), wide(x.dtype)
+    g = cast(b, dy, kind)
+    hat = b.aten(aten.mul.Tensor, cast(b, x, kind), cast(b, inverse, kind))
+    weighted = g if w is None else b.aten(aten.mul.Tensor, g, cast(b, w, kind))
+    total = b.sum(b.aten(aten.mul.Tensor, weighted, hat), axes, True, torch.float64)
+    mean = cast(b, b.point(per_element, (total,), total.shape, torch.float64, prod(shape)), kind)
+    dx = b.aten(aten.sub.Tensor, weighted, b.aten(aten.mul.Tensor, hat, mean))
+    dx = cast(b, b.aten(aten.mul.Tensor, dx, cast(b, inverse, kind)), x.dtype)
+    if w is None:
+        return [dx, None]
+    dw = b.sum(b.aten(aten.mul.Tensor, g, hat), tuple(range(rank - len(shape))), False, torch.float64)
+    return [dx, cast(b, b.reshape(dw, tuple(shape)), w.dtype)]

@@ -1,0 +1,127 @@
+"""Randomness and the activations that need it in normal form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fullframe.graph import Value
+from fullframe.ops.build import Builder
+from fullframe.ops.normal import cast, lowers
+
+aten = torch.ops.aten
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+@lowers("rand", "rand_like")
+def rand(b: Builder, *_: Any, **__: Any) -> Value:
+    return b.draw(b.meta_shape, b.meta_dtype, "uniform")
+
+
+@lowers("randn", "randn_like")
+def randn(b: Builder, *_: Any, **__: Any) -> Value:
+    return b.draw(b.meta_shape, b.meta_dtype, "normal")
+
+
+@lowers("uniform")
+def uniform(b: Builder, x: Value, low: float = 0.0, high: float = 1.0, **_: Any) -> Value:
+    return stretched(b, b.draw(x.shape, x.dtype, "uniform"), low, high)
+
+
+def stretched(b: Builder, x: Value, low: float, high: float) -> Value:
+    x = x if high - low == 1 else b.aten(aten.mul.Scalar, x, high - low)
+    return b.aten(aten.add.Scalar, x, low) if low else x
+
+
+@lowers("normal_functional")
+def normal(b: Builder, x: Value, mean: float = 0.0, std: float = 1.0, **_: Any) -> Value:
+    made = b.aten(aten.mul.Scalar, b.draw(x.shape, x.dtype, "normal"), std)
+    return b.aten(aten.add.Scalar, made, mean)
+
+
+@lowers("randint", "randint_like", "randint.low", "randint_like.low_dtype")
+def randint(b: Builder, *args: Any, **_: Any) -> Value:
+    bounds = [a for a in args if isinstance(a, int)]
+    low, high = (0, bounds[0]) if "low" not in b.target else bounds[:2]
+    made = b.aten(aten.mul.Scalar, b.draw(b.meta_shape, torch.float64, "uniform"), high - low)
+    return cast(b, b.aten(aten.add.Scalar, b.aten(aten.floor.default, made), low), b.meta_dtype)
+
+
+@lowers("bernoulli", "bernoulli.p", "bernoulli.Tensor")
+def bernoulli(b: Builder, x: Value, p: Any = None, **_: Any) -> Value:
+    """1 with the probability given by a number, a tensor or x itself."""
+    p = x if p is None else p
+    kind = (
+        p.dtype if isinstance(p, Value) else wide(b.meta_dtype if b.meta_dtype.is_floating_point else torch.float32)
+    )
+    drawn = b.draw(b.meta_shape, kind, "uniform")
+    hit = b.aten(aten.lt.Tensor if isinstance(p, Value) else aten.lt.Scalar, drawn, p)
+    return cast(b, hit, b.meta_dtype)
+
+
+@lowers("native_dropout")
+def native_dropout(b: Builder, x: Value, p: float, train: Any = True) -> list[Value]:
+    if not train or p == 0:
+        return [x, b.full(x.shape, True, torch.bool)]
+    keep = b.aten(aten.lt.Scalar, b.draw(x.shape, wide(x.dtype), "uniform"), 1 - p)
+    scaled = b.aten(aten.mul.Scalar, b.aten(aten.mul.Tensor, x, keep), 1 / (1 - p) if p < 1 else 0.0)
+    return [scaled, keep]
+
+
+@lowers("native_dropout_backward")
+def native_dropout_backward(b: Builder, g: Value, mask: Value, scale: float) -> Value:
+    return b.aten(aten.mul.Scalar, b.aten(aten.mul.Tensor, g, mask), scale)
+
+
+@lowers("rrelu_with_noise_functional")
+def rrelu(
+    b: Builder, x: Value, noise: Value, low: float = 0.125, high: float = 1 / 3, training: bool = False, *_: Any
+) -> list[Value]:
+    """Leaky relu with a random slope per element; with the mean slope outside training."""
+    if not training:
+        return [b.aten(aten.leaky_relu.default, x, (low + high) / 2), noise]
+    slope = stretched(b, b.draw(x.shape, x.dtype, "uniform"), low, high)
+    slope = b.aten(aten.where.self, b.aten(aten.le.Scalar, x, 0), slope, b.full((), 1, x.dtype))
+    return [b.aten(aten.mul.Tensor, x, slope), slope]
+
+
+@lowers("rrelu_with_noise_backward")
+def rrelu_backward(
+    b: Builder, g: Value, x: Value, noise: Value, low: float, high: float, training: bool, result: bool
+) -> Value:
+    if training and high - low > 1e-6:
+        return b.aten(aten.mul.Tensor, g, noise)
+    return b.aten(aten.leaky_relu_backward.default, g, x, (low + high) / 2, result)
+
+
+@lowers("glu")
+def glu(b: Builder, x: Value, dim: int = -1) -> Value:
+    first, gate = _halves(b, x, dim % len(x.shape))
+    return b.aten(aten.mul.Tensor, first, b.aten(aten.sigmoid.default, gate))
+
+
+@lowers("glu_backward")
+def glu_backward(b: Builder, g: Value, x: Value, dim: int) -> Value:
+    axis = dim % len(x.shape)
+    first, gate = _halves(b, x, axis)
+    gate = b.aten(aten.sigmoid.default, gate)
+    inner = b.aten(aten.sigmoid_backward.default, b.aten(aten.mul.Tensor, g, first), gate)
+    return b.cat([b.aten(aten.mul.Tensor, g, gate), inner], axis)
+
+
+def _halves(b: Builder, x: Value, axis: int) -> list[Value]:
+    half = x.shape[axis] // 2
+    return [b.slice(x, axis, k * half, half) for k in (0, 1)]
+
+
+@lowers("log_sigmoid_forward")
+def log_sigmoid(b: Builder, x: Value) -> list[Value]:
+    """ATen's second output is a buffer that its backward may do without."""
+    minus = b.aten(aten.neg.default, b.aten(aten.abs.default, x))
+    low = b.aten(aten.clamp_max.default, x, 0)
+    buffer = b.aten(aten.exp.default, minus)
+    return [b.aten(aten.sub.Tensor, low, b.aten(aten.log1p.default, buffer)), buffer]

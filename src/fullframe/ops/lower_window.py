@@ -1,0 +1,263 @@
+"""Convolutions, pooling and interpolation in normal form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+
+from fullframe.graph import Value
+from fullframe.ops.build import Builder
+from fullframe.ops.normal import lowers
+from fullframe.ops.taps import Spec
+
+aten = torch.ops.aten
+
+
+@lowers("convolution")
+def convolution(b: Builder, x: Value, w: Value, bias: Any, *geometry: Any) -> Value:
+    stride, padding, dilation, transposed, _, groups = geometry
+    target = "tile.conv_transpose" if transposed else "tile.conv"
+    geometry = (stride, padding, dilation, groups)
+    return b.emit(target, (x, w, bias), b.meta_shape, b.meta_dtype, args=geometry)
+
+
+def flip_weight(w: torch.Tensor, groups: int) -> torch.Tensor:
+    """Weight (out, in/groups, ...) to (in, out/groups, ...) with flipped kernel.
+
+    The input gradient of a stride-1 convolution is a convolution with it.
+    """
+    out, per = w.shape[:2]
+    w = w.reshape(groups, out // groups, per, *w.shape[2:]).transpose(1, 2)
+    return w.reshape(groups * per, out // groups, *w.shape[3:]).flip(list(range(2, w.dim() - 1)))
+
+
+@lowers("convolution_backward")
+def convolution_backward(b: Builder, g: Value, x: Value, w: Value, _: Any, *rest: Any) -> Any:
+    mask = rest[6]
+    return [
+        conv_input_grad(b, g, x, w, rest[:6]) if mask[0] else None,
+        conv_weight_grad(b, g, x, w, rest[:6]) if mask[1] else None,
+        b.sum(g, (0, *range(2, len(g.shape))), False, w.dtype) if mask[2] else None,
+    ]
+
+
+def conv_input_grad(b: Builder, g: Value, x: Value, w: Value, geometry: Any) -> Value:
+    stride, padding, dilation, transposed, _, groups = geometry
+    n = len(w.shape) - 2
+    stride, padding, dilation = ([*v] * n if len(v) == 1 else [*v] for v in (stride, padding, dilation))
+    if transposed:
+        args = (None, stride, padding, dilation, groups)
+        return b.emit("tile.conv", (g, w), x.shape, x.dtype, args=args)
+    reach = [d * (k - 1) - p for d, k, p in zip(dilation, w.shape[2:], padding, strict=True)]
+    if all(s == 1 for s in stride) and min(reach) >= 0:
+        shape = (x.shape[1], w.shape[0] // groups, *w.shape[2:])
+        flipped = b.small(flip_weight, (w,), shape, w.dtype, groups)
+        args = (None, stride, reach, dilation, groups)
+        return b.emit("tile.conv", (g, flipped), x.shape, x.dtype, args=args)
+    args = (None, stride, padding, dilation, groups)
+    return b.emit("tile.conv_transpose", (g, w), x.shape, x.dtype, args=args)
+
+
+def conv_weight_grad(b: Builder, g: Value, x: Value, w: Value, geometry: Any) -> Value:
+    stride, padding, dilation, transposed, _, groups = geometry
+    tensors = (x, g) if transposed else (g, x)
+    args = (stride, padding, dilation, groups)
+    return b.emit("tile.conv_weight_grad", tensors, w.shape, w.dtype, args=args)
+
+
+@lowers("max_pool2d_with_indices", "max_pool3d_with_indices")
+def max_pool(
+    b: Builder, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, *_: Any
+) -> Any:
+    args = _pool_args(kernel, stride, padding, dilation)
+    indices = b.emit("tile.max_pool_indices", (x,), b.meta_shape, torch.int64, args=args)
+    return [b.emit("tile.max_pool", (x,), b.meta_shape, x.dtype, args=args), indices]
+
+
+def _pool_args(kernel: Any, stride: Any, padding: Any, dilation: Any) -> tuple[Any, ...]:
+    n = len(kernel)
+    lists = [[v] if isinstance(v, int) else list(v) for v in (kernel, stride, padding, dilation)]
+    kernel, stride, padding, dilation = (v * n if len(v) == 1 else v for v in lists)
+    return kernel, stride or kernel, padding, dilation
+
+
+@lowers("max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward")
+def max_pool_backward(
+    b: Builder, g: Value, x: Value, kernel: Any, stride: Any, padding: Any, dilation: Any, *_: Any
+) -> Value:
+    args = _pool_args(kernel, stride, padding, dilation)
+    return b.emit("tile.max_pool_grad", (g, x), x.shape, x.dtype, args=args)
+
+
+def _average_specs(x: Value, out: Sequence[int], kernel: Any, rest: Sequence[Any]) -> tuple[Any, ...]:
+    n = len(kernel)
+    stride, padding, _, counted, divisor = [*rest, *(None,) * 5][:5] if len(rest) < 5 else rest
+    kernel, stride, padding, _ = _pool_args(kernel, stride or (), padding or 0, 1)
+    counted = True if counted is None else counted
+    # A divisor override replaces the product of the counts: put all of it on the first axis.
+    divisors = [divisor or 0] + [1 if divisor else 0] * (n - 1)
+    axes = zip(x.shape[-n:], out[-n:], kernel, stride, padding, divisors, strict=True)
+    return tuple(
+        Spec("average", s, t, kernel=k, stride=st, padding=p, counted=counted, divisor=d)
+        for s, t, k, st, p, d in axes
+    )
+
+
+@lowers("avg_pool2d", "avg_pool3d", "avg_pool1d")
+def avg_pool(b: Builder, x: Value, kernel: Any, *rest: Any) -> Value:
+    specs = _average_specs(x, b.meta_shape, kernel, rest)
+    return b.emit("tile.resample", (x,), b.meta_shape, x.dtype, args=(specs,))
+
+
+@lowers("avg_pool2d_backward", "avg_pool3d_backward")
+def avg_pool_backward(b: Builder, g: Value, x: Value, kernel: Any, *rest: Any) -> Value:
+    specs = _average_specs(x, g.shape, kernel, rest)
+    return b.emit("tile.resample_grad", (g,), x.shape, x.dtype, args=(specs,))
+
+
+@lowers("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d")
+def adaptive_avg_pool(b: Builder, x: Value, size: Any) -> Value:
+    n = len(size)
+    specs = tuple(Spec("adaptive", s, t) for s, t in zip(x.shape[-n:], b.meta_shape[-n:], strict=True))
+    return b.emit("tile.resample", (x,), b.meta_shape, x.dtype, args=(specs,))
+
+
+@lowers("_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward")
+def adaptive_avg_pool_backward(b: Builder, g: Value, x: Value) -> Value:
+    n = 2 if "2d" in b.target else 3
+    specs = tuple(Spec("adaptive", s, t) for s, t in zip(x.shape[-n:], g.shape[-n:], strict=True))
+    return b.emit("tile.resample_grad", (g,), x.shape, x.dtype, args=(specs,))
+
+
+def _plane(b: Builder, x: Value) -> tuple[int, ...]:
+    """The spatial axes of a pooling's input."""
+    rank = 2 if "2d" in b.target else 3
+    return tuple(range(len(x.shape) - rank, len(x.shape)))
+
+
+@lowers("adaptive_max_pool2d", "adaptive_max_pool3d")
+def adaptive_max_pool(b: Builder, x: Value, size: Any) -> list[Value]:
+    axes = _plane(b, x)
+    if all(b.meta_shape[a] == 1 for a in axes):
+        best = b.reduce("tile.amax", x, axes, True, x.dtype)
+        return [best, _first_of(b, x, best, axes)]
+    return [b.emit("tile.adaptive_max", (x,), b.meta_shape, x.dtype, args=(len(axes),)), b.output(1)]
+
+
+@lowers("adaptive_max_pool2d_backward", "adaptive_max_pool3d_backward")
+def adaptive_max_pool_backward(b: Builder, g: Value, x: Value, _: Any) -> Value:
+    axes = _plane(b, x)
+    if not all(g.shape[a] == 1 for a in axes):
+        return b.emit("tile.adaptive_max_grad", (g, x), x.shape, x.dtype, args=(len(axes),))
+    first = _first_of(b, x, b.reduce("tile.amax", x, axes, True, x.dtype), axes)
+    here = b.aten(aten.eq.Tensor, _positions(b, x, axes), first)
+    return b.aten(aten.where.self, here, g, b.full((), 0, g.dtype))
+
+
+def _positions(b: Builder, x: Value, axes: Sequence[int]) -> Value:
+    """Flat positions within the plane of ``axes``."""
+    found = b.iota(x.shape, axes[0])
+    for axis in axes[1:]:
+        found = b.aten(aten.mul.Scalar, found, x.shape[axis])
+        found = b.aten(aten.add.Tensor, found, b.iota(x.shape, axis))
+    return found
+
+
+def _first_of(b: Builder, x: Value, best: Value, axes: Sequence[int]) -> Value:
+    """The first position in the plane where x is its maximum (or NaN)."""
+    found = b.aten(aten.logical_or.default, b.aten(aten.eq.Tensor, x, best), b.aten(aten.isnan.default, x))
+    nowhere = b.full((), 2**62, torch.int64)
+    return b.reduce(
+        "tile.amin", b.aten(aten.where.self, found, _positions(b, x, axes), nowhere), axes, True, torch.int64
+    )
+
+
+def _pooling_of(b: Builder, indices: Value, plane: Sequence[int], rank: int) -> Any:
+    """The geometry of the pooling in this step that made these indices; None where it is unknown.
+
+    Its windows must not overlap, and its plane must be the one that is filled again.
+    """
+    op = b.maker.get(indices)
+    while op is not None and op.target == "tile.reshape":
+        op = b.maker.get(op.inputs[0])
+    if op is None or op.target != "tile.max_pool_indices":
+        return None
+    args = [list(a) for a in op.args[1:5]]
+    old = op.inputs[0].shape[-len(args[0]) :]
+    if len(old) != rank:
+        return None
+    if tuple(old) != tuple(plane) or any(k > s or d > 1 for k, s, _, d in zip(*args, strict=True)):
+        return None
+    return tuple(args)
+
+
+@lowers("max_unpool2d", "max_unpool3d")
+def max_unpool(b: Builder, x: Value, indices: Value, *_: Any) -> Value:
+    rank = 2 if "2d" in b.target else 3
+    args = _pooling_of(b, indices, b.meta_shape[-rank:], rank)
+    if args is None:
+        return b.recorded()[0]  # type: ignore[return-value]
+    return b.emit("tile.max_unpool", (x, indices), b.meta_shape, x.dtype, args=args)
+
+
+def unpool_gradient(b: Builder, g: Value, indices: Value) -> Value | None:
+    """``gather`` from flat planes by indices of a pooling: the gradient of unpooling."""
+    op = b.maker.get(indices)
+    while op is not None and op.target == "tile.reshape":
+        op = b.maker.get(op.inputs[0])
+    if op is None or op.target != "tile.max_pool_indices":
+        return None
+    pooled, rank = op.output, len(op.args[1])
+    plane = op.inputs[0].shape
+    if g.shape[-1] != prod(plane[-rank:]) or prod(g.shape) != prod(plane):
+        return None
+    args = _pooling_of(b, pooled, plane[-rank:], rank)
+    if args is None:
+        return None
+    made = b.emit("tile.max_unpool_grad", (b.reshape(g, plane), pooled), pooled.shape, g.dtype, args=args)
+    return b.reshape(made, indices.shape)
+
+
+# Interpolation -----------------------------------------------------------------------------------
+
+MODES = {
+    "upsample_nearest1d": ("nearest", 1),
+    "upsample_nearest2d": ("nearest", 2),
+    "upsample_nearest3d": ("nearest", 3),
+    "_upsample_nearest_exact1d": ("nearest-exact", 1),
+    "_upsample_nearest_exact2d": ("nearest-exact", 2),
+    "_upsample_nearest_exact3d": ("nearest-exact", 3),
+    "upsample_linear1d": ("linear", 1),
+    "upsample_bilinear2d": ("linear", 2),
+    "upsample_trilinear3d": ("linear", 3),
+    "upsample_bicubic2d": ("cubic", 2),
+    "_upsample_bilinear2d_aa": ("linear-aa", 2),
+    "_upsample_bicubic2d_aa": ("cubic-aa", 2),
+}
+
+
+def _specs(mode: str, rank: int, source: Any, target: Any, rest: Sequence[Any]) -> tuple[Any, ...]:
+    aligned = "nearest" not in mode and bool(rest[0])
+    scales = list(rest[0 if "nearest" in mode else 1 :]) + [None] * rank
+    axes = zip(source[-rank:], target[-rank:], scales, strict=False)
+    return tuple(Spec(mode, s, t, align=aligned, scale=f) for s, t, f in axes)
+
+
+def upsample(b: Builder, x: Value, size: Any, *rest: Any) -> Value:
+    mode, rank = MODES[b.target.split(".")[1]]
+    specs = _specs(mode, rank, x.shape, b.meta_shape, rest)
+    return b.emit("tile.resample", (x,), b.meta_shape, x.dtype, args=(specs,))
+
+
+def upsample_backward(b: Builder, g: Value, out_size: Any, in_size: Any, *rest: Any) -> Value:
+    mode, rank = MODES[b.target.split(".")[1].removesuffix("_backward")]
+    specs = _specs(mode, rank, in_size, g.shape, rest)
+    return b.emit("tile.resample_grad", (g,), b.meta_shape, g.dtype, args=(specs,))
+
+
+for _name in MODES:
+    lowers(_name)(upsample)
+    lowers(f"{_name}_backward")(upsample_backward)
