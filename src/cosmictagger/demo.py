@@ -14,7 +14,10 @@ from cosmictagger.train import Recipe
 NETWORK = replace(
     VARIANTS["a21"], blocks_per_layer=1, blocks_deepest_layer=2, bottleneck_deepest=32, filter_size_deepest=3
 )
-DEMO = Recipe(NETWORK, loss="focal", learning_rate=1e-2, decay=True, steps=80, validate_every=20, minutes=5.0)
+# expecting background, the unweighted loss tells tracks from noise within 30 steps; class weights need more of them
+DEMO = Recipe(
+    NETWORK, loss="none", learning_rate=1e-2, decay=True, background=0.99, steps=80, validate_every=20, minutes=5.0
+)
 RUNNING = Running(budget="4 GB")
 TRAINING_EVENTS, HELD_OUT_EVENTS = 12, 3
 SEED = 1

@@ -6,6 +6,7 @@ forward. What it does badly: the planes exchange information at the deepest leve
 are not multiples of 2**depth is refused rather than padded.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -287,6 +288,21 @@ class UResNet(nn.Module):
         planes = self.net_core(planes)
         planes = [self.final_layer(x) for x in planes]
         return tuple(self.bottleneck(x) for x in planes)
+
+
+def expect_background(net: UResNet, share: float) -> None:
+    """Let the untrained network believe by `share`, between 1/3 and 1, that a pixel is background.
+
+    Nearly every pixel is; a network that starts by thinking otherwise spends its first steps on learning just that
+    (prior initialisation: Lin et al. 2017, arXiv:1708.02002, section 4.1). Raises ValueError for another share, or
+    for a network without bias.
+    """
+    if not 1 / CLASSES <= share < 1:
+        raise ValueError(f"background is {share}; it must be at least 1/3 and below 1")
+    if net.bottleneck.bias is None:
+        raise ValueError("a network without bias cannot expect background")
+    with torch.no_grad():
+        net.bottleneck.bias[0] = math.log(share * (CLASSES - 1) / (1 - share))
 
 
 def check_image_shape(shape: tuple[int, ...], config: NetworkConfig) -> None:

@@ -32,7 +32,7 @@ from cosmictagger.data import DataError, EventFile
 from cosmictagger.evaluate import Running, Tagger, check_suits, evaluate
 from cosmictagger.memory import PeakMemory
 from cosmictagger.metrics import confusion, scores
-from cosmictagger.model import NetworkConfig, UResNet
+from cosmictagger.model import NetworkConfig, UResNet, expect_background
 from cosmictagger.objective import PlaneLoss, TaggedLoss
 from cosmictagger.progress import Say, silent
 from cosmictagger.weights import save_weights
@@ -52,6 +52,8 @@ class Recipe:
     """Steps between validations and checkpoints."""
     minutes: float | None = None
     """Stop after the step that passes this time."""
+    background: float | None = None
+    """Share of background that the untrained network expects; None: weights as published."""
     decay: bool = False
     """Let the learning rate fall in a straight line to zero at the last step, or at the end of the minutes."""
 
@@ -227,7 +229,10 @@ _MAY_CHANGE = ("steps", "validate_every", "minutes", "budget")
 
 def _start(recipe: Recipe, out: Path, running: Running, resume: bool) -> _State:
     """A new network, or the one of the folder's checkpoint."""
-    net = UResNet(recipe.network).to(running.device)
+    net = UResNet(recipe.network)
+    if recipe.background is not None:
+        expect_background(net, recipe.background)
+    net = net.to(running.device)
     state = _State(net, Adam(net.parameters(), recipe.learning_rate))
     kept = [path for path in (out / "checkpoint", out / "checkpoint.old") if path.is_dir()]
     if not resume:

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from cosmictagger.model import VARIANTS, NetworkConfig, UResNet, check_image_shape, count_parameters
+from cosmictagger.model import (
+    VARIANTS,
+    NetworkConfig,
+    UResNet,
+    check_image_shape,
+    count_parameters,
+    expect_background,
+)
 
 SMALL = NetworkConfig(
     n_initial_filters=2, depth=2, blocks_per_layer=1, blocks_deepest_layer=1, blocks_final=0, bottleneck_deepest=4
@@ -49,6 +56,18 @@ def test_full_images_suit_every_variant():
 def test_impossible_configuration_is_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         NetworkConfig(**change)
+
+
+def test_network_can_start_by_expecting_background():
+    net = UResNet(SMALL)
+    with torch.no_grad():
+        net.bottleneck.weight.zero_()
+    expect_background(net, 0.99)
+    assert torch.allclose(net(torch.rand(1, 3, 8, 8))[0].softmax(1)[:, 0], torch.tensor(0.99))
+    with pytest.raises(ValueError, match="background is 1"):
+        expect_background(net, 1.0)
+    with pytest.raises(ValueError, match="without bias"):
+        expect_background(UResNet(NetworkConfig(**{**vars(SMALL), "bias": False})), 0.9)
 
 
 def test_planes_stay_apart_with_block_concat():
