@@ -13,12 +13,12 @@ from weakref import WeakKeyDictionary
 import torch
 
 from fullframe import region as box
+from fullframe.fusion import Unit, Work, work_of
 from fullframe.graph import Op, Value
 from fullframe.kernels import Kernel, Plain
 from fullframe.lowering import build
 from fullframe.plan import Plan, Step
 from fullframe.region import Region
-from fullframe.fusion import Unit, Work, work_of
 from fullframe.section import Section, Tile, own_region, tiled
 from fullframe.store import Arena, empty_map
 
@@ -124,13 +124,28 @@ class Run:
             for value in unit.reads:
                 if last[value] == k:
                     windows.pop(value, None)
-        return partials
+        # Tiles that differ only in labels a driver lacks share its region: the first counts it.
+        return {op: made for op, made in partials.items() if self._first(op, tile)}
 
-    def _windows(self, work: Work, windows: dict[Value, torch.Tensor], regions: dict[Value, Region]) -> list[torch.Tensor]:
+    def _first(self, op: Op, tile: Tile) -> bool:
+        rule: Any = op.rule
+        labels = self.plan.labels[op.inputs[rule.driver]]
+        return all(span.low == 0 or label in labels for label, span in tile.items())
+
+    def _apart(self, made: torch.Tensor) -> torch.Tensor:
+        """A tensor that does not look into the arena, whose places are used again."""
+        shared = made.untyped_storage().data_ptr() == self.arena.block.untyped_storage().data_ptr()
+        return made.clone() if shared else made
+
+    def _windows(
+        self, work: Work, windows: dict[Value, torch.Tensor], regions: dict[Value, Region]
+    ) -> list[torch.Tensor]:
         found = []
         for value, read in zip(work.unit.reads, work.reads, strict=True):
             window = windows.get(value)
-            if window is None:
+            if window is None and box.is_empty(read):  # none of it was made for this tile
+                found.append(torch.empty(box.shape_of(read), dtype=value.dtype, device=self.device))
+            elif window is None:
                 tensor = self.values[value]
                 found.append(tensor if box.shape_of(read) == tuple(tensor.shape) else tensor[box.slices(read)])
             elif read == regions[value]:
@@ -156,7 +171,7 @@ class Run:
                 own = own_region(value, self.plan.labels, tile)
                 self.values[value][box.slices(own)] = made[box.slices(own, region)]
             else:
-                self.values[value] = made
+                self.values[value] = self._apart(made)
         windows[op.output] = made
 
     def _fused(self, work: Work, reads: list[torch.Tensor], windows: dict[Value, torch.Tensor],

@@ -100,10 +100,10 @@ class _Drafts:
         reads = {v for o in (*again, op) for v in o.inputs}
         for k in range(len(self.units) - 1, -1, -1):
             unit = self.units[k]
-            if unit.fused and unit.own == own and unit.loop is not None and unit.loop.shape == loop.shape:
-                if self._near(unit) & reads and self._may_join(k, op, again):
-                    self._place(op, k, again)
-                    return
+            alike = unit.fused and unit.own == own and unit.loop is not None and unit.loop.shape == loop.shape
+            if alike and self._near(unit) & reads and self._may_join(k, op, again):
+                self._place(op, k, again)
+                return
         self._place(op, None, again, fused=True, own=own, loop=loop)
 
     def _made_again(self, op: Op) -> tuple[Op, ...]:

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 from fullframe import region as box
 from fullframe.fusion import Fusable, Unit, units_of, work_of
-from fullframe.graph import BudgetError, Graph, Op, UnsupportedOpError, Value
-from fullframe.memory import Lifetimes, lifetimes, place, rounded
+from fullframe.graph import BudgetError, Graph, UnsupportedOpError, Value
+from fullframe.memory import lifetimes, place, rounded
 from fullframe.plan import Bytes, Grid, Plan, Slot, Step
+from fullframe.recompute import Draft, drop_until
 from fullframe.schedule import orders
-from fullframe.section import Cuts, Labels, Section, Tile, build_sections, choose_cuts, finish_section, label_axes, tiled
+from fullframe.section import (
+    Cuts,
+    Labels,
+    Section,
+    Tile,
+    build_sections,
+    choose_cuts,
+    label_axes,
+    tiled,
+)
 
 WINDOW = 3 << 20  # bytes of the largest window of a tile: fits the caches of one core
 LEAST = 1 << 19  # maps smaller than this are not worth cutting
+FIXED = 100 << 20  # what torch's libraries, the recording machinery and the threads take
+PER_OP = 20 << 10  # and the objects of a recorded and planned op
 ROWS = 8  # nor are strips of fewer rows, mostly halo
 
 
@@ -33,17 +45,6 @@ class Request:
     free: frozenset[Value] = frozenset()
 
 
-@dataclass
-class Draft:
-    """A schedule being improved: the sections in order, with values dropped and made again."""
-
-    cuts: Cuts
-    steps: list[Section]
-    early: int
-    order: dict[Op, int]
-    kept: list[Value]
-
-
 def plan(graph: Graph, request: Request) -> Plan:
     """Plan a graph for a budget; raises `BudgetError` naming the smallest budget that would do."""
     labels = label_axes(graph, request.roots)
@@ -57,9 +58,9 @@ def plan(graph: Graph, request: Request) -> Plan:
         peak = max(lives.usage(len(steps), sizes), default=0)
         if best is None or peak < best[0]:
             order = {op: k for k, op in enumerate(graph.ops)}
-            best = peak, Draft(cuts, list(steps), early, order, kept)
+            best = peak, Draft(cuts, list(steps), early, order, kept, sizes)
     assert best is not None
-    return _fit(graph, best[1], sizes, request)
+    return _fit(graph, best[1], request)
 
 
 def _sizes(graph: Graph, cuts: Cuts) -> dict[Value, int]:
@@ -68,25 +69,23 @@ def _sizes(graph: Graph, cuts: Cuts) -> dict[Value, int]:
     return {v: rounded(v.nbytes) if tiled(v, cuts.labels) else v.nbytes for v in cuts.stored if v not in outputs}
 
 
-def _fit(graph: Graph, draft: Draft, sizes: dict[Value, int], request: Request) -> Plan:
+def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
     """Drop and make again until the whole plan fits; report the smallest plan seen if it never does."""
     smallest: Plan | None = None
+    helped = True
     while True:
-        made = _finish(graph, draft, sizes, request)
+        made = _finish(graph, draft, request)
         if made.projected_bytes <= request.budget:
             return made
         if smallest is None or made.projected_bytes < smallest.projected_bytes:
             smallest = made
-        target = _peak(draft, sizes) - (made.projected_bytes - request.budget)
-        if not drop_until(draft, sizes, target):
-            made = _finish(graph, draft, sizes, request)
-            if made.projected_bytes <= request.budget:
-                return made
-            least = min(made.projected_bytes, smallest.projected_bytes)
-            raise _refusal(smallest, request.budget, least)
+        if not helped:
+            raise _refusal(smallest, request.budget)
+        helped = drop_until(draft, draft.peak() - (made.projected_bytes - request.budget))
 
 
-def _refusal(plan: Plan, budget: int, least: int) -> Exception:
+def _refusal(plan: Plan, budget: int) -> Exception:
+    least = plan.projected_bytes
     if plan.whole and plan.bytes.arena > budget:
         first = plan.whole[0]
         return UnsupportedOpError(
@@ -100,97 +99,12 @@ def _refusal(plan: Plan, budget: int, least: int) -> Exception:
     )
 
 
-def _peak(draft: Draft, sizes: dict[Value, int]) -> int:
-    lives = lifetimes(draft.steps, draft.kept)
-    return max(lives.usage(len(draft.steps), sizes), default=0)
-
-
-# Drop and make again -----------------------------------------------------------------------------
-
-
-def drop_until(draft: Draft, sizes: dict[Value, int], target: int) -> bool:
-    """Clone slices of values idle over the peak until the peak is at most ``target``.
-
-    Each round takes the value that costs least to make again per byte it saves at the peak.
-    """
-    changed = False
-    while True:
-        lives = lifetimes(draft.steps, draft.kept)
-        used = lives.usage(len(draft.steps), sizes)
-        peak = max(range(len(used)), key=used.__getitem__, default=0)
-        if not used or used[peak] <= target:
-            return changed or True
-        best = _cheapest(draft, sizes, lives, peak)
-        if best is None:
-            return False
-        _drop(draft, sizes, best, peak)
-        changed = True
-
-
-def _uses(steps: Sequence[Section], value: Value) -> list[int]:
-    return [k for k, s in enumerate(steps) if value in s.loads]
-
-
-def _cheapest(draft: Draft, sizes: dict[Value, int], lives: Lifetimes, peak: int) -> Value | None:
-    best: tuple[float, Value] | None = None
-    kept = set(draft.kept)
-    at_peak = set(draft.steps[peak].loads) | set(draft.steps[peak].outputs)
-    for value, size in sizes.items():
-        if value in kept or value in at_peak or value not in lives.first:
-            continue
-        if not (lives.first[value] < peak < lives.last[value]) or not tiled(value, draft.cuts.labels):
-            continue
-        if value not in draft.cuts.maker or draft.cuts.maker[value] in draft.cuts.reducing:
-            continue
-        ops, loads = draft.cuts.slice_of(value, draft.cuts.stored - {value})
-        extended = sum(sizes.get(v, 0) for v in loads if v in lives.last and lives.last[v] < peak)
-        gain = size - extended
-        if gain <= 0:
-            continue
-        work = sum(op.rule.cost(op, prod(op.output.shape)) / (1 if op.rule.heavy else 0.05) for op in ops)
-        score = work / gain
-        if best is None or score < best[0]:
-            best = score, value
-    return None if best is None else best[1]
-
-
-def _drop(draft: Draft, sizes: dict[Value, int], value: Value, peak: int) -> None:
-    """Free ``value`` before the peak and make it again, as a clone, before its next use."""
-    cuts, steps = draft.cuts, draft.steps
-    at = next(k for k in _uses(steps, value) if k > peak)
-    op = cuts.maker[value]
-    clone = Value(value.name + "'", value.shape, value.dtype, value.itemsize)
-    again = replace(op, output=clone)
-    ops, loads = cuts.slice_of(value, cuts.stored - {value})
-    ops = (ops - {op}) | {again}
-    cuts.maker[clone] = again
-    cuts.labels[clone] = cuts.labels[value]
-    cuts.stored.add(clone)
-    sizes[clone] = sizes[value]
-    draft.order[again] = draft.order[op]
-    section = finish_section(ops, loads, [clone], cuts, draft.order, clone=True)
-    for k in range(at, len(steps)):
-        if value in steps[k].loads:
-            steps[k] = _reads_instead(steps[k], value, clone)
-    steps.insert(at, section)
-    if at <= draft.early:
-        draft.early += 1
-
-
-def _reads_instead(section: Section, old: Value, new: Value) -> Section:
-    """The section with every read of ``old`` replaced by ``new``."""
-    swapped = {op: replace(op, inputs=tuple(new if v is old else v for v in op.inputs)) for op in section.ops if old in op.inputs}
-    ops = tuple(swapped.get(op, op) for op in section.ops)
-    loads = tuple(new if v is old else v for v in section.loads)
-    return replace(section, ops=ops, loads=loads, sums=tuple(swapped.get(op, op) for op in section.sums))
-
-
 # Tiles, scratch and places -------------------------------------------------------------------------
 
 
-def _finish(graph: Graph, draft: Draft, sizes: dict[Value, int], request: Request) -> Plan:
-    labels = draft.cuts.labels
-    lives = lifetimes(draft.steps, draft.kept)
+def _finish(graph: Graph, draft: Draft, request: Request) -> Plan:
+    labels, sizes = draft.cuts.labels, draft.sizes
+    lives = draft.lifetimes()
     maps = {v: n for v, n in sizes.items() if tiled(v, labels)}
     offsets, arena = place(lives, maps)
     frees: list[list[Value]] = [[] for _ in draft.steps]
@@ -207,7 +121,7 @@ def _finish(graph: Graph, draft: Draft, sizes: dict[Value, int], request: Reques
     whole = tuple(f"{op.target} ({op.path or 'in the step'})" for s in steps for op in s.section.ops
                   if op.rule.kind == "whole" and tiled(op.output, labels))  # fmt: skip
     slots = {v: Slot(offsets[v], maps[v]) for v in offsets}
-    total = Bytes(arena, max(0, untiled - scratch), scratch, outputs)
+    total = Bytes(arena, max(0, untiled - scratch), scratch, outputs, FIXED + PER_OP * len(graph.ops))
     return Plan(graph, labels, steps, draft.early, slots, total, request.budget, request.workers, whole)
 
 
@@ -296,5 +210,3 @@ def _alignment(section: Section, labels: Labels, extents: dict[int, int]) -> dic
                 if label in extents and n > 0 and extents[label] % n == 0:
                     found[label] = max(found.get(label, 1), extents[label] // n)
     return {label: n for label, n in found.items() if n <= 64}
-
-

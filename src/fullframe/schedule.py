@@ -67,7 +67,7 @@ def _closure(start: Sequence[int], needs: Sequence[Sequence[int]]) -> set[int]:
 class _Walk:
     """A depth-first walk that emits sections; ``remaining`` counts readers of each value to come."""
 
-    def __init__(self, sections, needs, users, depth, sizes, greedy):  # noqa: ANN001
+    def __init__(self, sections, needs, users, depth, sizes, greedy):
         self.sections, self.needs, self.users = sections, needs, users
         self.depth, self.sizes, self.greedy = depth, sizes, greedy
         self.order: list[int] = []

@@ -232,10 +232,12 @@ def _place(state: Grouping, value: Value) -> None:
     draft.ops |= ops
     draft.loads |= loads
     draft.outputs.append(value)
-    gained = before & ~(1 << target)
-    for k, other in enumerate(state.drafts):
-        if k == target or other.before >> target & 1:
-            other.before |= gained
+    gained = before & ~(1 << target) & ~draft.before
+    if gained:
+        draft.before |= gained
+        for other in state.drafts:
+            if other.before >> target & 1:
+                other.before |= gained
     state.home[value] = target
     for op in ops:
         state.users.setdefault(op, []).append(target)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
@@ -25,10 +26,8 @@ class Arena:
         if device.type == "cpu" and nbytes > 0 and hasattr(mmap, "MAP_PRIVATE"):
             block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                try:
+                with suppress(OSError):  # a kernel without huge pages: same numbers, slower first touch
                     block.madvise(mmap.MADV_HUGEPAGE)
-                except OSError:
-                    pass  # a kernel without huge pages: same numbers, slower first touch
             self.block = torch.frombuffer(block, dtype=torch.uint8)
         else:
             self.block = torch.empty(nbytes, dtype=torch.uint8, device=device)
