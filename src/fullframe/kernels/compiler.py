@@ -44,12 +44,14 @@ class Compiler:
 @cache
 def find() -> Compiler:
     """The compiler of this machine. Raises BuildError when there is none that works."""
-    for name in ("g++", "c++", "clang++"):
-        path = shutil.which(name)
-        for flags in ((*FLAGS, *WIDE), FLAGS) if path else ():
-            asked = subprocess.run(
-                [path, *flags, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=False
-            )
+    paths = [path for path in map(shutil.which, ("g++", "c++", "clang++")) if path]
+    for path in paths:
+        for flags in ((*FLAGS, *WIDE), FLAGS):
+            command = [path, *flags, "-dM", "-E", "-x", "c++", os.devnull]
+            try:
+                asked = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+            except (OSError, subprocess.SubprocessError):
+                continue
             if asked.returncode == 0:
                 return Compiler(path, flags, asked.stdout)
     raise BuildError("no C++ compiler found (g++, c++ or clang++ on the path)")

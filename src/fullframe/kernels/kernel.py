@@ -14,6 +14,7 @@ from . import compiler, source, table
 from .geometry import Geometry, measure
 from .group import Group, Ref
 
+_MOST_AXES = 8
 _REMEMBERED = 256  # geometries per kernel: a plan has few classes of tiles
 
 
@@ -160,6 +161,8 @@ def _load(text: str) -> Callable[..., int] | str:
 
 def unsupported(group: Group) -> str:
     """Why a group cannot be compiled: the first part of it that is not supported; '' when all is."""
+    if group.rank > _MOST_AXES:
+        return f"no kernels for a loop of {group.rank} axes"
     for operand in group.operands:
         if operand.dtype not in table.FORMATS:
             return f"no kernels for {operand.dtype}"

@@ -19,8 +19,8 @@
 constexpr int64_t WIDEST = 2048;     // lanes of a step made of several pixels
 constexpr int64_t BUFFERED = 2048;   // lanes of a block with buffers: these stay in the first-level cache
 constexpr int64_t DIRECT = 16384;    // of one without
-constexpr int64_t FEW = 16;          // additions in a row in float32; so many such sums are then added,
-                                     // and then a double takes over
+constexpr int64_t RUN = 8;           // steps added up in registers, in float32
+constexpr int64_t FLUSH = 64;        // after so many steps a double takes over
 constexpr int64_t NEAR = 256;        // lanes walked out of order: where they are more, prefetching suffers
 constexpr int64_t RECENTRE = 8192;   // steps between two new shifts of a second moment
 constexpr int MAX_RANK = 16;
@@ -56,15 +56,17 @@ INLINE uint16_t store_bfloat16(float x) { return (uint16_t)(bits_as<uint32_t>(x)
 
 struct Form {  // how pixels make steps
     int64_t channels, pixels, lanes;  // of a step: pixels of so many channels; lanes, the unused ones included
-    int64_t few;                      // steps that are done together, column by column
+    int64_t run;                      // steps that are done together, column by column
+    int64_t runs;                     // of such runs, until a double takes over
     bool single;                      // a block must not have more than one step
 
-    Form(int64_t channels_, bool alone, bool single_) : channels(channels_), pixels(1), few(FEW), single(single_ || alone) {
+    Form(int64_t channels_, bool alone, bool single_) : channels(channels_), pixels(1), run(RUN), single(single_ || alone) {
         for (int64_t c = channels; pixels < VECTOR && c % 2 == 0; c /= 2) pixels *= 2;
         pixels = VECTOR / pixels;
         if (alone || pixels * channels > WIDEST) pixels = 1;
         lanes = (pixels * channels + VECTOR - 1) / VECTOR * VECTOR;
-        while (lanes > VECTOR && few > 1 && few * lanes > NEAR) few /= 2;
+        while (lanes > VECTOR && run > 1 && run * lanes > NEAR) run /= 2;
+        runs = least(FLUSH / run, RUN);
     }
     bool full() const { return lanes == pixels * channels; }
     // Whether an array needs no buffer, and then how far a step is from the next.
@@ -166,8 +168,11 @@ template <class T> struct Output {
 // Lanes l, l + period, ... belong to channel l; period 1: all to one sum.
 
 template <class T> APART void flush_lanes(double *to, T *from, int64_t lanes, int64_t valid) {
-    for (int64_t l = 0; l < valid; l++) to[l] += (double)from[l];
-    memset(from, 0, (size_t)lanes * sizeof(T));  // the lanes that are not valid, too
+    int64_t l = 0;
+    for (; l + VECTOR <= valid; l += VECTOR)
+        for (int64_t j = 0; j < VECTOR; j++) to[l + j] += (double)from[l + j];
+    for (; l < valid; l++) to[l] += (double)from[l];
+    for (l = 0; l < lanes; l += VECTOR) memset(from + l, 0, VECTOR * sizeof(T));  // those not valid, too
 }
 
 template <class T> struct Sum {
@@ -184,8 +189,8 @@ template <class T> struct Sum {
         if (to != slot) turn(to);
         return INT64_MAX;
     }
-    MEMBER void pause(int64_t valid, bool last) {  // after a few steps
-        if (++pending < FEW && !last) return;
+    MEMBER void pause(const Form &form, int64_t valid, bool last) {  // after a run
+        if (++pending < form.runs && !last) return;
         flush_lanes(total, sum, lanes, valid);
         pending = 0;
     }
@@ -203,7 +208,7 @@ template <class T> struct Sum {
 // Count, mean and sum of squared deviations, about a shift near the mean, so that nothing cancels. The first
 // few elements are kept as they are and give the first shift. Chunks of steps are merged by the update of Chan,
 // Golub and LeVeque (1979), and each gives the next one its shift; an outlier among n elements moves the mean by
-// a part in n, so a chunk has a sixteenth of n squared elements at most. A shift is a
+// a part in n, so a chunk has n squared / 64 elements at most. A shift is a
 // multiple of a small part of the standard deviation: then what is left of values of few digits (bfloat16,
 // masks, counts) are numbers of few digits, whose squares are exact.
 template <class T> struct Moments {
@@ -223,8 +228,8 @@ template <class T> struct Moments {
         if (to != slot) turn(to);
         return limit - steps;
     }
-    MEMBER void pause(int64_t valid, bool last) {
-        if (++pending < FEW && !last) return;
+    MEMBER void pause(const Form &form, int64_t valid, bool last) {
+        if (++pending < form.runs && !last) return;
         flush_lanes(total, sum, lanes, valid);
         flush_lanes(squares, square, lanes, valid);
         pending = 0;
@@ -245,8 +250,8 @@ template <class T> struct Moments {
         prepare();
     }
     void prepare() {  // the next chunk: its length; its shift, one per channel, none where the mean is not finite
-        const double most = *slot * *slot / 16 / (double)(lanes > period ? lanes / period : 1);
-        raw = *slot < 4;
+        const double most = *slot * *slot / 64 / (double)(lanes > period ? lanes / period : 1);
+        raw = *slot < 8;
         limit = raw || most < 1 ? 1 : most < (double)RECENTRE ? (int64_t)most : RECENTRE;
         for (int64_t c = 0; c < period; c++) {
             const double *at = slot + c * apart;

@@ -64,18 +64,18 @@ def _body(group: Group) -> list[str]:
         form = table.FORMATS[group.dtype(ref)]
         parameters.append(f"{form.stored} *y{i}, int64_t u{i}")
         stores.append(f"y{i}[k * u{i} + g + j] = {form.store(names[ref.index])};")
-    begins, few, ends = [], [], []
+    begins, run, ends = [], [], []
     for i, reduction in enumerate(group.reductions):
         held, value = accumulator(group.dtype(reduction.value)), names[reduction.value.index]
         parameters.append(f"{_accumulator_type(group, reduction)} &r{i}")
         begins.append(f"{held} *__restrict s{i} = r{i}.sum, *__restrict q{i} = r{i}.square;")
-        few.append(f"{held} a{i}[VECTOR] = {{0}}, b{i}[VECTOR] = {{0}};")
+        run.append(f"{held} a{i}[VECTOR] = {{0}}, b{i}[VECTOR] = {{0}};")
         if reduction.kind == "sum":
             stores.append(f"a{i}[j] += ({held}){value};")
         else:
             begins.append(f"const {held} *__restrict c{i} = r{i}.shift;")
             stores.append(f"const {held} d{i} = ({held}){value} - c{i}[g + j];")
-            stores.append(f"a{i}[j] += d{i}, b{i}[j] += d{i} * d{i};")
+            stores.append(f"a{i}[j] += d{i}, b{i}[j] = m_fma(d{i}, d{i}, b{i}[j]);")
             ends.append(f"for (int64_t j = 0; j < VECTOR; j++) q{i}[g + j] += b{i}[j];")
         ends.append(f"for (int64_t j = 0; j < VECTOR; j++) s{i}[g + j] += a{i}[j];")
     # An output may be the array of an operand: no lane reads what another one writes, which is what
@@ -83,10 +83,10 @@ def _body(group: Group) -> list[str]:
     return [
         f"static APART void body({', '.join(parameters)}) {{",
         *("    " + line for line in begins),
-        "    for (int64_t begin = 0; begin < steps; begin += form.few) {",
-        "        const int64_t end = least(begin + form.few, steps);",
+        "    for (int64_t begin = 0; begin < steps; begin += form.run) {",
+        "        const int64_t end = least(begin + form.run, steps);",
         "        for (int64_t g = 0; g < form.lanes; g += VECTOR) {",
-        *("            " + line for line in few),
+        *("            " + line for line in run),
         "            for (int64_t k = begin; k < end; k++) {",
         "#pragma GCC ivdep",
         "                for (int64_t j = 0; j < VECTOR; j++) {",
@@ -95,7 +95,7 @@ def _body(group: Group) -> list[str]:
         "            }",
         *("            " + line for line in ends),
         "        }",
-        *(f"        r{i}.pause(valid, end == steps);" for i in range(len(group.reductions))),
+        *(f"        r{i}.pause(form, valid, end == steps);" for i in range(len(group.reductions))),
         "    }",
         *(f"    r{i}.add(steps, valid);" for i in range(len(group.reductions))),
         "}",

@@ -288,7 +288,7 @@ def literal(value: float | int | bool, held: str) -> str:
         return str(bool(value)).lower()
     if held not in ("float", "double"):
         return f"({held}){int(value)}LL"
-    number = torch.tensor(float(value), dtype=torch.float32).item() if held == "float" else float(value)
+    number = float(torch.tensor(value, dtype=torch.float32 if held == "float" else torch.float64).item())
     if math.isfinite(number):
         return number.hex() + ("f" if held == "float" else "")
     text = '__builtin_nan("")' if math.isnan(number) else "__builtin_inf()"
