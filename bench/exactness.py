@@ -29,10 +29,8 @@ def step_of(net: nn.Module, criterion: nn.Module, image: Tensor, label: Tensor, 
     """Loss, gradients and buffers after one step of a copy of the network."""
     net = copy.deepcopy(net).to(image.dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        if tiled:
-            loss = fullframe.tile(net, loss=criterion, tile=48)(image, label)
-        else:
-            loss = criterion(net(image), label)
+        run = fullframe.tile(net, loss=criterion, tile=48) if tiled else lambda x, y: criterion(net(x), y)
+        loss = run(image, label)
     loss.backward()
     grads = {k: p.grad.double() for k, p in net.named_parameters() if p.grad is not None}
     return loss.detach().double(), grads, {k: b.detach().double() for k, b in net.named_buffers()}

@@ -68,7 +68,8 @@ def main() -> None:
         rows.append(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
     head = (
         "UResNet (18.4 M parameters), 3 x 1280 x 2048, batch 1, loss light\n\n"
-        "| dtype | budget | projected | measured | first step | later step | losses | input |\n|---|---|---|---|---|---|---|---|\n"
+        "| dtype | budget | projected | measured | first step | later step | losses | input |\n"
+        "|---|---|---|---|---|---|---|---|\n"
     )
     write("memory", head + "\n".join(rows) + f"\n\nbench/memory.py, {setting()}")
 

@@ -39,7 +39,9 @@ class Mean(nn.Module):
         return output.square().mean()
 
 
-def agree(net: nn.Module, input: Any, target: Any = None, loss: Callable[..., Any] | None = None, **options: Any) -> None:
+def agree(
+    net: nn.Module, input: Any, target: Any = None, loss: Callable[..., Any] | None = None, **options: Any
+) -> None:
     """Assert that the tiled net equals the plain one in float64 (tolerance 1e-10 of scale)."""
     found = fullframe.check(net, input, target, loss, **{"tolerance": 1e-10, **options})
     assert found.passed, str(found)
@@ -59,7 +61,9 @@ def close(a: Any, b: Any, tolerance: float = 1e-10) -> bool:
         return False
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None]
     scale = max((float(x.detach().abs().max()) for x, _ in pairs if x.numel()), default=0.0)
-    return all(x.shape == y.shape and float((x - y).detach().abs().max()) <= tolerance * scale for x, y in pairs if x.numel())
+    return all(
+        x.shape == y.shape and float((x - y).detach().abs().max()) <= tolerance * scale for x, y in pairs if x.numel()
+    )
 
 
 cross_entropy = F.cross_entropy

@@ -291,7 +291,7 @@ def test_eval_and_no_grad():
 
 
 def test_state_dict_round_trip():
-    net, twin, tiled = both(plain_net())
+    net, _twin, tiled = both(plain_net())
     assert list(net.state_dict()) == list(tiled.state_dict())
     file = io.BytesIO()
     torch.save(tiled.state_dict(), file)
@@ -334,7 +334,9 @@ def test_to_dtype_and_attributes():
     assert tiled[0] is net[0] if hasattr(type(tiled), "__getitem__") else True
 
 
-@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), lambda p: torch.optim.Adam(p, 0.01)])
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), lambda p: torch.optim.Adam(p, 0.01)]
+)
 def test_optimisers(make):
     image, labels = batch()
     net, twin, step = both(plain_net(), cross_entropy)
@@ -349,7 +351,9 @@ def test_optimisers(make):
     assert close(list(net.parameters()), list(twin.parameters()), 1e-7)
 
 
-@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "old_spectral_norm", "old_weight_norm", "orthogonal"])
+@pytest.mark.parametrize(
+    "kind", ["weight_norm", "spectral_norm", "old_spectral_norm", "old_weight_norm", "orthogonal"]
+)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_parametrisations(kind):
     make = {
@@ -436,7 +440,11 @@ def test_one_to_three_dimensions(d):
 def test_changed_input_size_and_memory_format():
     net, twin, tiled = both(plain_net())
     images = [batch(s)[0] for s in (18, 26, 18)]
-    images += [images[0].contiguous(memory_format=torch.channels_last), images[1].transpose(2, 3), images[1][:, :, ::2]]
+    images += [
+        images[0].contiguous(memory_format=torch.channels_last),
+        images[1].transpose(2, 3),
+        images[1][:, :, ::2],
+    ]
     images += [images[1].expand(2, 1, 26, 26)[:, :, 3:21, 4:24]]
     for image in images:
         a, b = net(image), tiled(image)

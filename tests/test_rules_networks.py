@@ -513,7 +513,15 @@ for _reduction in ("mean", "sum", "none"):
         lambda: torch.rand(2, 4, 9, 11, dtype=torch.float64).softmax(1),
     )
     loss_case(f"nll {_reduction}", lambda x, t, r=_reduced: r(F.nll_loss)(x.log_softmax(1), t), PIXELS)
-    for _name in ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy_with_logits", "soft_margin_loss", "poisson_nll_loss"]:
+    for _name in [
+        "mse_loss",
+        "l1_loss",
+        "smooth_l1_loss",
+        "huber_loss",
+        "binary_cross_entropy_with_logits",
+        "soft_margin_loss",
+        "poisson_nll_loss",
+    ]:
         loss_case(
             f"{_name} {_reduction}", _reduced(getattr(F, _name)), lambda: torch.rand(2, 4, 9, 11, dtype=torch.float64)
         )

@@ -62,7 +62,11 @@ class Check:
     def __str__(self) -> str:
         verdict = "the same" if self.passed else "NOT the same"
         lines = [f"tiled and plain PyTorch are {verdict} in float64 (tolerance {self.tolerance:.0e} of scale)"]
-        for kind, counted in (("output", "the output"), ("gradient", "the largest gradient"), ("buffer", "the buffer")):
+        for kind, counted in (
+            ("output", "the output"),
+            ("gradient", "the largest gradient"),
+            ("buffer", "the buffer"),
+        ):
             found = self.of(kind)
             if found:
                 lines.append(f"  {len(found)} {kind}s, differences relative to {counted}; the worst is {found[0]}")
@@ -73,7 +77,7 @@ class Check:
 
 def check(
     net: nn.Module, input: Any, target: Any = None, loss: Callable[..., Any] | None = None, *,
-    tile: int | Sequence[int] | None = None, tolerance: float = 1e-9,
+    tile: int | Sequence[int] | None = None, budget: int | str | None = None, tolerance: float = 1e-9,
 ) -> Check:  # fmt: skip
     """Run one small training step whole and in tiles, on float64 copies, and compare.
 
@@ -85,7 +89,7 @@ def check(
         is enough: 64 pixels a side where the network allows it.
     target, loss: as for ``fullframe.tile(net, loss=loss)``. Without a loss the outputs are compared,
         and the gradients of their sum with fixed random weights.
-    tile: as for `fullframe.tile`; None: about a third of the image each way.
+    tile, budget: as for `fullframe.tile`; neither: tiles of about a third of the image each way.
     tolerance: what counts as the same, relative to the largest gradient (for gradients) or to the
         tensor's own largest number (for outputs and buffers).
 
@@ -98,8 +102,8 @@ def check(
     >>> print(fullframe.check(net, torch.randn(1, 1, 20, 20)).passed)
     True
     """
-    extents = tile if tile is not None else _third(input)
-    plain, tiled = _Side(net, loss, None), _Side(net, loss, extents)
+    options: dict[str, Any] = {"tile": _third(input) if tile is None and budget is None else tile, "budget": budget}
+    plain, tiled = _Side(net, loss, None), _Side(net, loss, options)
     for side in (plain, tiled):
         side.step(input, target)
     found = tuple(_compare(plain, tiled))
@@ -110,7 +114,7 @@ def check(
 class _Side:
     """One of the two runs: copies of network and loss, and what the step left in them."""
 
-    def __init__(self, net: nn.Module, loss: Callable[..., Any] | None, extents: Any):
+    def __init__(self, net: nn.Module, loss: Callable[..., Any] | None, options: Any):
         self.net, self.loss = copy.deepcopy((net, loss))
         self.net.double()
         if isinstance(self.loss, nn.Module):
@@ -119,8 +123,8 @@ class _Side:
         for name in self.dropouts:
             self.net.get_submodule(name).eval()
         self.run: Any = None
-        if extents is not None:
-            self.run = tile(self.net, loss=self.loss, tile=extents)
+        if options is not None:
+            self.run = tile(self.net, loss=self.loss, **options)
         self.outputs: list[torch.Tensor] = []
         self.inputs: list[torch.Tensor] = []
         self.plan: Plan | None = None
@@ -195,7 +199,9 @@ def _largest(t: torch.Tensor) -> float:
 
 def _difference(kind: str, name: str, a: torch.Tensor, b: torch.Tensor, scale: float | None = None) -> Difference:
     if a.shape != b.shape or a.dtype != b.dtype:
-        return Difference(kind, f"{name} ({a.dtype}{list(a.shape)} against {b.dtype}{list(b.shape)})", float("inf"), 1.0)
+        return Difference(
+            kind, f"{name} ({a.dtype}{list(a.shape)} against {b.dtype}{list(b.shape)})", float("inf"), 1.0
+        )
     if not a.is_floating_point():
         return Difference(kind, name, float((a != b).sum()), 1.0)
     agree = (a == b) | (a.isnan() & b.isnan())

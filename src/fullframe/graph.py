@@ -167,6 +167,7 @@ class Graph:
     early: int = 0
     late: frozenset[Value] = frozenset()
     constants: dict[Value, Any] = field(default_factory=dict)
+    seed: Value | None = None  # the input that random numbers follow from; the last of the inputs
 
     def __str__(self) -> str:
         head = f"graph({', '.join(map(repr, self.inputs))})"

@@ -126,6 +126,8 @@ def _forward(arenas: Arenas, program: Program, call: Call) -> tuple[Tensors, Run
     arena = arenas.take(plan.bytes.arena, device)
     run = Run(plan, arena, device)
     run.feed(graph.inputs[: len(tensors)], tensors)
+    if graph.seed is not None:
+        run.feed([graph.seed], [torch.randint(2**62, (), dtype=torch.int64).to(call.device)])
     run.advance(plan.early if graph.late else len(plan.steps))
     outputs = [run.result(v) for v in graph.outputs[: program.outputs]]
     with torch.no_grad():

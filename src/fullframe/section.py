@@ -254,6 +254,8 @@ def _can_join(state: Grouping, k: int, value: Value, ops: set[Op], loads: set[Va
     cuts, draft = state.cuts, state.drafts[k]
     if (value in cuts.late) != (draft.outputs[0] in cuts.late):
         return False
+    if _tiled_along(cuts, value) != _tiled_along(cuts, draft.outputs[0]):
+        return False  # one would be made, or counted, once for each tile of the other
     if not any(tiled(v, cuts.labels) or cuts.maker[v] in cuts.reducing for v in draft.outputs):
         return False
     for read in loads:
@@ -270,6 +272,13 @@ def _can_join(state: Grouping, k: int, value: Value, ops: set[Op], loads: set[Va
         elif state.drafts[home].before >> k & 1:
             return False
     return _shares_maps(cuts, draft, loads) and _worth_joining(cuts, draft, value, ops)
+
+
+def _tiled_along(cuts: Cuts, value: Value) -> set[int]:
+    """Labels whose tiles a stored value is cut into; for a sum, those of what is summed."""
+    op = cuts.maker[value]
+    through = op.inputs[op.rule.driver] if op in cuts.reducing else value  # type: ignore[attr-defined]
+    return {label for label in cuts.labels[through] if label is not None}
 
 
 def _shares_maps(cuts: Cuts, draft: _Draft, loads: set[Value]) -> bool:

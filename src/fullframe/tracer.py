@@ -118,7 +118,9 @@ def _lower(module: Any, names: Sequence[str], device: torch.device) -> Graph:
     later = [made[n] for n in late]
     wanted = [v for v in outputs if v is not None]
     ops = live_ops(builder.ops, wanted)
-    graph = Graph([*inputs, *later], ops, outputs, late=frozenset(later), constants=constants)
+    seed = builder.seed
+    inputs += later if seed is None else [*later, seed]
+    graph = Graph(inputs, ops, outputs, late=frozenset(later), constants=constants, seed=seed)
     verify(graph)
     return graph
 

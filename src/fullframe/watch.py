@@ -51,8 +51,12 @@ class Watch(TorchFunctionMode):
             found = self.stand_ins.get(id(thing))
             if name != "__get__":
                 self.used.add(id(thing))
-            if found is None and not isinstance(thing, (FunctionalTensor, FakeTensor)):
+            recorded = found is not None or isinstance(thing, (FunctionalTensor, FakeTensor))
+            if not recorded:
                 self._judge(thing, name)
+            elif name in ("numpy", "__array__"):
+                where = self.current or "the step"
+                raise CaptureError(f"in {where}, {name}() reads a tensor's data; stay with torch's own functions")
             return thing if found is None else found
         if type(thing) in (list, tuple):
             return type(thing)([self._swap(x, name) for x in thing])

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from fullframe.graph import Value
+from fullframe.graph import Op, Value
 from fullframe.ops.build import Builder
 from fullframe.ops.normal import lowers
 from fullframe.ops.taps import Spec
+from fullframe.ops.views import solid
 
 aten = torch.ops.aten
 
@@ -175,50 +176,37 @@ def _first_of(b: Builder, x: Value, best: Value, axes: Sequence[int]) -> Value:
     )
 
 
-def _pooling_of(b: Builder, indices: Value, plane: Sequence[int], rank: int) -> Any:
-    """The geometry of the pooling in this step that made these indices; None where it is unknown.
-
-    Its windows must not overlap, and its plane must be the one that is filled again.
-    """
+def _pooling_of(b: Builder, indices: Value) -> Op | None:
+    """The pooling in this step that made these indices, if its windows do not overlap."""
     op = b.maker.get(indices)
     while op is not None and op.target == "tile.reshape":
         op = b.maker.get(op.inputs[0])
     if op is None or op.target != "tile.max_pool_indices":
         return None
-    args = [list(a) for a in op.args[1:5]]
-    old = op.inputs[0].shape[-len(args[0]) :]
-    if len(old) != rank:
-        return None
-    if tuple(old) != tuple(plane) or any(k > s or d > 1 for k, s, _, d in zip(*args, strict=True)):
-        return None
-    return tuple(args)
+    return op if all(k <= s and d == 1 for k, s, _, d in zip(*op.args[1:5], strict=True)) else None
 
 
 @lowers("max_unpool2d", "max_unpool3d")
 def max_unpool(b: Builder, x: Value, indices: Value, *_: Any) -> Value:
-    rank = 2 if "2d" in b.target else 3
-    args = _pooling_of(b, indices, b.meta_shape[-rank:], rank)
-    if args is None:
+    """Tiled where the plane is the one that was pooled, axes of extent 1 aside."""
+    op = _pooling_of(b, indices)
+    if op is None or solid(op.inputs[0].shape) != solid(b.meta_shape):
         return b.recorded()[0]  # type: ignore[return-value]
-    return b.emit("tile.max_unpool", (x, indices), b.meta_shape, x.dtype, args=args)
+    pooled, plane = op.output, op.inputs[0].shape
+    tensors = (b.reshape(x, pooled.shape), pooled)
+    return b.reshape(b.emit("tile.max_unpool", tensors, plane, x.dtype, args=op.args[1:5]), b.meta_shape)
 
 
 def unpool_gradient(b: Builder, g: Value, indices: Value) -> Value | None:
     """``gather`` from flat planes by indices of a pooling: the gradient of unpooling."""
-    op = b.maker.get(indices)
-    while op is not None and op.target == "tile.reshape":
-        op = b.maker.get(op.inputs[0])
-    if op is None or op.target != "tile.max_pool_indices":
+    op = _pooling_of(b, indices)
+    if op is None:
         return None
-    pooled, rank = op.output, len(op.args[1])
-    plane = op.inputs[0].shape
-    if g.shape[-1] != prod(plane[-rank:]) or prod(g.shape) != prod(plane):
+    pooled, plane = op.output, op.inputs[0].shape
+    if g.shape[-1] != prod(plane[-len(op.args[1]) :]) or prod(g.shape) != prod(plane):
         return None
-    args = _pooling_of(b, pooled, plane[-rank:], rank)
-    if args is None:
-        return None
-    made = b.emit("tile.max_unpool_grad", (b.reshape(g, plane), pooled), pooled.shape, g.dtype, args=args)
-    return b.reshape(made, indices.shape)
+    tensors = (b.reshape(g, plane), pooled)
+    return b.reshape(b.emit("tile.max_unpool_grad", tensors, pooled.shape, g.dtype, args=op.args[1:5]), indices.shape)
 
 
 # Interpolation -----------------------------------------------------------------------------------
