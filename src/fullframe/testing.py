@@ -1,15 +1,18 @@
-"""The public test kit: is a tiled step the untiled step?
+"""The public test kit: is a tiled step the untiled step, and does a rule keep its contract?
 
-`agree` runs a network both ways and returns the worst relative difference of loss, outputs,
-gradients and buffers; `probe` and `lattice` hold a single rule to its contract.
+`agree` runs a network both ways and returns the worst difference of loss, gradients and buffers.
+`drawn` gives plain PyTorch the random numbers of a tiled step. `sufficient`, `tight` and `combines`
+hold one op to its rule: what it reads is enough, no more than it needs, and partial results add up.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise, product
+from random import Random
 from typing import Any
 
 import torch
@@ -18,12 +21,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fullframe
 from fullframe import region as box
+from fullframe.graph import Op
 from fullframe.ops import noise
+from fullframe.region import Interval, Region
+
+Tensors = Sequence[torch.Tensor]
+
+
+# A step both ways --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The worst difference found, relative to the largest number of its kind, and where."""
+    """The worst difference found, relative to the largest number of its kind, and where.
+
+    ``whole`` names the ops on tiled values that the plan runs whole.
+    """
 
     worst: float
     where: str
@@ -31,73 +44,148 @@ class Difference:
 
 
 def agree(
-    net: nn.Module, inputs: Sequence[torch.Tensor], loss: Callable[..., torch.Tensor], *,
-    target: Any = None, tile: int | tuple[int, ...] | None = None, budget: int | None = None,
+    net: nn.Module, inputs: Tensors, loss: Callable[..., torch.Tensor], *, target: Any = None,
+    tile: int | tuple[int, ...] | None = None, budget: int | None = None,
 ) -> Difference:  # fmt: skip
     """Run a training step plainly and tiled, on copies of ``net``, and compare everything.
 
-    ``inputs`` must hold one tensor for the loss form; its gradient is compared where it asks for
-    one. ``whole`` of the result names the ops on tiled values that the plan runs whole.
+    ``inputs`` holds the image; its gradient is compared where it asks for one.
     """
-    found: list[tuple[float, str]] = []
-    (plain, *_), (tiled, whole) = _plain(net, inputs, loss, target), _tiled(net, inputs, loss, target, tile, budget)
-    for kind, expected in plain.items():
-        scale = (
-            max((float(t.abs().max()) for t in expected.values() if t is not None and t.numel()), default=0.0) or 1.0
-        )
-        for name, old in expected.items():
-            new = tiled[kind].get(name)
-            if (old is None) != (new is None):
-                found.append((float("inf"), f"{kind} {name}: one of them is None"))
-            elif old is not None and new is not None:
-                if old.shape != new.shape or old.dtype != new.dtype:
-                    found.append(
-                        (
-                            float("inf"),
-                            f"{kind} {name}: {old.dtype}{list(old.shape)} and {new.dtype}{list(new.shape)}",
-                        )
-                    )
-                elif old.numel():
-                    gap = float((old.double() - new.double()).abs().nan_to_num(float("inf")).max()) / scale
-                    found.append((gap, f"{kind} {name}"))
-    worst, where = max(found, default=(0.0, "nothing"))
+    state = torch.get_rng_state()
+    plain, leaves = copy.deepcopy(net), _leaves(inputs)
+    with drawn():
+        made = loss(plain(*leaves), target)
+    expected = _results(plain, leaves, made)
+    torch.set_rng_state(state)
+    tiled, leaves = copy.deepcopy(net), _leaves(inputs)
+    step = fullframe.tile(tiled, loss=loss, tile=tile, budget=budget, workers=1)
+    whole = step.plan(*leaves, target).whole
+    torch.set_rng_state(state)
+    found = _results(tiled, leaves, step(*leaves, target))
+    gaps = [gap for kind in expected for gap in _gaps(kind, expected[kind], found[kind])]
+    worst, where = max(gaps, default=(0.0, "nothing"))
     return Difference(worst, where, whole)
 
 
-Results = dict[str, dict[str, "torch.Tensor | None"]]
+Results = dict[str, "torch.Tensor | None"]
 
 
-def _plain(net: nn.Module, inputs: Sequence[torch.Tensor], loss: Callable[..., Any], target: Any) -> tuple[Results]:
-    net = copy.deepcopy(net)
-    leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
-    state = torch.get_rng_state()
-    with drawn() if random else nullcontext():
-        made = loss(net(*leaves), target)
-    torch.set_rng_state(state)
+def _leaves(inputs: Tensors) -> list[torch.Tensor]:
+    return [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
+
+
+def _results(net: nn.Module, leaves: Tensors, made: torch.Tensor) -> dict[str, Results]:
     if made.requires_grad:
         made.backward()
-    return (_results(net, leaves, made),)
-
-
-def _tiled(net: nn.Module, inputs: Sequence[torch.Tensor], loss: Callable[..., Any], target: Any,
-           tile: Any, budget: Any) -> tuple[Results, tuple[str, ...]]:  # fmt: skip
-    net = copy.deepcopy(net)
-    leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
-    step = fullframe.tile(net, loss=loss, tile=tile, budget=budget, workers=1)
-    whole = step.plan(*leaves, target).whole
-    made = step(*leaves, target)
-    if made.requires_grad:
-        made.backward()
-    return _results(net, leaves, made), whole
-
-
-def _results(net: nn.Module, leaves: Sequence[torch.Tensor], made: torch.Tensor) -> Results:
     grads = {n: p.grad for n, p in net.named_parameters()} | {f"input{k}": t.grad for k, t in enumerate(leaves)}
-    return {
-        "loss": {"": made.detach()},
-        "gradient of": grads,
-        "buffer": {n: b.detach() for n, b in net.named_buffers()},
-    }
+    buffers: Results = {n: b.detach() for n, b in net.named_buffers()}
+    return {"loss": {"": made.detach()}, "gradient of": grads, "buffer": buffers}
+
+
+def _gaps(kind: str, expected: Results, found: Results) -> Iterator[tuple[float, str]]:
+    largest = [float(t.abs().max()) for t in expected.values() if t is not None and t.numel()]
+    scale = max(largest, default=0.0) or 1.0
+    for name, old in expected.items():
+        new, where = found[name], f"{kind} {name}".strip()
+        if old is None or new is None:
+            yield (0.0, where) if old is new else (float("inf"), f"{where}: one of them is None")
+        elif (old.shape, old.dtype) != (new.shape, new.dtype):
+            yield float("inf"), f"{where}: {old.dtype}{list(old.shape)}, {new.dtype}{list(new.shape)}"
+        elif old.numel():
+            yield float((old.double() - new.double()).abs().nan_to_num(float("inf")).max()) / scale, where
+
+
+# The contract of a rule --------------------------------------------------------------------------
+
+
+def sufficient(op: Op, tensors: Tensors, wanted: Region, *, tolerance: float = 1e-12) -> bool:
+    """Whether a region made from its footprint alone, among NaN, is that part of the whole output.
+
+    For a reduction the wanted region is one of the driver, and the partial result is compared with
+    that of a tensor which is the driver there and absent elsewhere: see `combines`.
+    """
+    rule: Any = op.rule
+    region = rule.grow(op, wanted)
+    assert box.contains(region, wanted), f"{op!r} grows {wanted} to {region}"
+    made = rule.run(op, region, _cut(op, tensors, region))
+    whole = rule.run(op, box.full(op.output.shape), list(tensors))
+    assert tuple(made.shape) == box.shape_of(region), f"{op!r} makes {tuple(made.shape)} of {region}"
+    return _same(made, whole[box.slices(region)], tolerance)
+
+
+def _cut(op: Op, tensors: Tensors, region: Region) -> list[torch.Tensor]:
+    """The windows a region reads, as views into tensors that are NaN all around."""
+    rule: Any = op.rule
+    windows = []
+    for tensor, read in zip(tensors, rule.footprint(op, region), strict=True):
+        assert box.contains(box.full(tuple(tensor.shape)), read), f"{op!r} reads {read} of {tuple(tensor.shape)}"
+        hidden = torch.full_like(tensor, float("nan")) if tensor.is_floating_point() else torch.zeros_like(tensor)
+        hidden[box.slices(read)] = tensor[box.slices(read)]
+        windows.append(hidden[box.slices(read)])
+    return windows
+
+
+def _same(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.dtype.is_floating_point or tolerance == 0:
+        return torch.equal(a, b)
+    scale = float(b.abs().max()) if b.numel() else 1.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * (scale or 1.0), equal_nan=True)
+
+
+def tight(op: Op, tensors: Tensors, wanted: Region) -> list[tuple[int, int, str]]:
+    """The faces (input, axis, end) of the footprint whose elements do not reach the output."""
+    rule: Any = op.rule
+    region = rule.grow(op, wanted)
+    windows = _cut(op, tensors, region)
+    before = rule.run(op, region, [w.clone() for w in windows])
+    idle = []
+    for k, window in enumerate(windows):
+        if not window.is_floating_point() or 0 in window.shape:
+            continue
+        for axis, n in enumerate(window.shape):
+            for end, at in (("low", 0), ("high", n - 1)):
+                probed = [w.clone() for w in windows]
+                probed[k].select(axis, at).fill_(float("nan"))
+                if torch.equal(before, rule.run(op, region, probed)):
+                    idle.append((k, axis, end))
+    return idle
+
+
+def combines(op: Op, tensors: Tensors, random: Random, *, tolerance: float = 1e-12) -> bool:
+    """Whether partial results over a random disjoint cover of the driver add up to the whole."""
+    rule: Any = op.rule
+    driver = box.full(tuple(tensors[rule.driver].shape))
+    whole = rule.finish(op, rule.run(op, driver, list(tensors)))
+    total = rule.start(op, op.output.shape, tensors[rule.driver].device)
+    parts = [_parts(op, driver, axis, random) for axis in range(len(driver))]
+    for cell in product(*parts):
+        rule.combine(op, total[box.slices(rule.out_region(op, cell))], rule.run(op, cell, _cut(op, tensors, cell)))
+    return _same(rule.finish(op, total), whole, tolerance)
+
+
+def _parts(op: Op, driver: Region, axis: int, random: Random) -> list[Interval]:
+    """An axis of the driver cut at random places, unless the rule takes it in full."""
+    rule: Any = op.rule
+    extent = driver[axis][1]
+    half = tuple((0, (high + 1) // 2) if a == axis else (low, high) for a, (low, high) in enumerate(driver))
+    if extent < 2 or rule.grow(op, half) != half:
+        return [(0, extent)]
+    return list(pairwise(sorted({0, extent, random.randint(1, extent - 1), random.randint(1, extent - 1)})))
+
+
+def regions(shape: Sequence[int], random: Random, count: int = 4) -> Iterator[Region]:
+    """Boxes of a value: all of it, the pixels of two corners, and some at random; none is empty."""
+    yield box.full(tuple(shape))
+    yield tuple((0, 1) for _ in shape)
+    yield tuple((n - 1, n) for n in shape)
+    for _ in range(count):
+        ends = [sorted(random.choices(range(n + 1), k=2)) for n in shape]
+        yield tuple((min(low, n - 1), max(high, low + 1)) for (low, high), n in zip(ends, shape, strict=True))
+
+
+# Random numbers ----------------------------------------------------------------------------------
 
 
 @contextmanager

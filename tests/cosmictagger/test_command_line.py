@@ -35,10 +35,10 @@ def test_from_simulation_to_tags(engine, small, small_events, tmp_path, capsys):
         "a21",
         "--validation",
         events,
-        "--steps",
-        "2",
         "--budget",
         "1 GB",
+        "--steps",
+        "2",
     ]
     assert main(train) == 0
     assert (out / "report.html").is_file()
