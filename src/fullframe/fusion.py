@@ -266,7 +266,7 @@ def _fused(unit: Unit, need: dict[Value, Region], labels: Labels, tile: Tile) ->
         region = own_region(unit.loop, labels, tile)
     else:
         region = ((0, 0),) * len(unit.loop.shape)
-        for value in unit.makes:
+        for value in (*unit.makes, *unit.saves):  # what other units read, and what is stored
             if value in need:
                 region = box.union(region, need[value])
     if box.is_empty(region):
