@@ -20,7 +20,7 @@ test: lint
 lint: .venv/test.stamp
 	.venv/bin/ruff check src tests $(wildcard bench examples)
 	.venv/bin/ruff format --check src tests $(wildcard bench examples)
-	.venv/bin/pyright
+	.venv/bin/pyright --pythonpath .venv/bin/python
 	.venv/bin/lint-imports --no-cache
 
 fuzz: .venv/test.stamp
