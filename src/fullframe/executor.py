@@ -118,7 +118,7 @@ class Run:
             unit = work.unit
             reads = self._windows(work, windows, regions)
             if unit.fused:
-                self._fused(work, reads, windows, regions, partials)
+                self._fused(work, reads, windows, tile, partials)
             else:
                 self._single(work, reads, windows, tile, section, partials)
             for value in unit.reads:
@@ -174,20 +174,23 @@ class Run:
                 self.values[value] = self._apart(made)
         windows[op.output] = made
 
-    def _fused(self, work: Work, reads: list[torch.Tensor], windows: dict[Value, torch.Tensor],
-               regions: dict[Value, Region], partials: Partials) -> None:  # fmt: skip
+    def _fused(self, work: Work, reads: list[torch.Tensor], windows: dict[Value, torch.Tensor], tile: Tile,
+               partials: Partials) -> None:  # fmt: skip
         unit = work.unit
         kernel = self.kernels[unit]
         targets: dict[Value, torch.Tensor] = {}
-        for value in unit.saves:
-            targets[value] = self.values[value][box.slices(work.region)]
-        for value in unit.makes:
-            if value not in targets:
-                shape = box.shape_of(work.region)
-                targets[value] = empty_map(shape, value.dtype, self.device)
-            windows[value] = targets[value]
+        for value in (*unit.saves, *unit.makes):
+            if value in unit.saves and unit.own:
+                targets[value] = self.values[value][box.slices(work.region)]
+            elif value not in targets:
+                targets[value] = empty_map(box.shape_of(work.region), value.dtype, self.device)
+            if value in unit.makes:
+                windows[value] = targets[value]
         operands = [aligned(t, len(work.region)) for t in reads]
         sums = kernel.run(operands, list(targets.values()))
+        for value in () if unit.own else unit.saves:  # the halo is another tile's to store
+            own = own_region(value, self.plan.labels, tile)
+            self.values[value][box.slices(own)] = targets[value][box.slices(own, work.region)]
         for op, partial in zip(unit.sums, sums, strict=True):
             rule: Any = op.rule
             region = rule.out_region(op, work.region)

@@ -143,7 +143,7 @@ def window_bytes(section: Section, units: Sequence[Unit], labels: Labels, tile: 
     for k, work in enumerate(works):
         unit = work.unit
         for value in unit.makes:
-            stored = unit.fused and value in unit.saves
+            stored = unit.own and value in unit.saves
             alive[value] = 0 if stored or value not in regions else box.size(regions[value]) * value.itemsize
         copies = 0
         if any(op.rule.heavy for op in (*unit.ops, *unit.sums)):

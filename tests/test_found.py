@@ -1,0 +1,92 @@
+"""Small networks that once gave a wrong number or an error nobody could use; each stays right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import agree
+from torch import nn
+
+import fullframe
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+class Beside(nn.Module):
+    """The input beside a convolution of it."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return torch.cat([x, self.conv(x)], 1)
+
+
+@pytest.mark.parametrize("tile", [8, 100])
+def test_a_map_stored_by_a_pass_that_others_read_in_part(tile):
+    # The gradient of the concatenation was stored on the channels that one branch reads, not on all.
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), Beside(4), nn.BatchNorm2d(8), nn.ReLU())
+    agree(net, torch.randn(2, 1, 24, 20), tile=tile)
+
+
+def test_average_pooling_that_keeps_the_size():
+    # Taken for the identity, since source and target sizes are equal.
+    agree(nn.AvgPool2d(3, 1, 1), torch.randn(2, 1, 18, 18).requires_grad_(), tile=7)
+
+
+def test_a_tile_that_reads_nothing_of_a_map():
+    # The last tile of the input has no pixel of the pooled map: a map not made was asked for.
+    net = nn.Sequential(nn.Conv1d(1, 3, 3, 2, 1), nn.BatchNorm1d(3), nn.LeakyReLU(), nn.MaxPool1d(2))
+    agree(net, torch.randn(2, 1, 22), tile=5)
+
+
+class Excite(nn.Module):
+    """Global pooling of a map whose channels lie innermost, as a norm over channels leaves it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv, self.pool = nn.LayerNorm(3), nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x):
+        x = self.norm(x.movedim(1, -1)).movedim(-1, 1)
+        return x * torch.sigmoid(self.conv(self.pool(x)))
+
+
+def test_global_pooling_of_channels_last_runs_in_tiles():
+    # Its gradient rewrites strides (as_strided), which ran whole or was refused.
+    image = torch.randn(2, 3, 19, 17).requires_grad_()
+    found = fullframe.check(Excite(), image, tile=6)
+    assert found.passed and found.plan is not None and not found.plan.whole, found
+
+
+def test_a_scalar_operand_of_a_fused_pass():
+    class Gain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x):
+            return F.avg_pool2d(x, 3, 1, 1) * self.gain
+
+    agree(Gain(), torch.randn(2, 1, 18, 18), tile=7)
+
+
+def test_a_map_stored_with_a_halo_has_the_same_bits_for_any_number_of_workers():
+    # The halo of such a map belongs to the neighbouring tiles, which store it themselves.
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), Beside(4), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    image, label = torch.randn(2, 1, 40, 36), torch.randint(0, 2, (2, 38, 34))
+    found = []
+    for workers in (1, 2, 4):
+        net.zero_grad()
+        loss = fullframe.tile(net, loss=F.cross_entropy, tile=6, workers=workers)(image, label)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in net.parameters())])
+        net[2].reset_running_stats()
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
