@@ -15,7 +15,7 @@ from fullframe.testing import Difference, agree
 
 CASES: dict[str, Case] = {}
 PLANE, LINE, SOLID = (2, 4, 9, 11), (2, 4, 23), (1, 4, 5, 6, 7)
-TILES = {3: (5, 2), 4: (4, (3, 5), 2), 5: (3,)}
+TILES = {3: (5, 2), 4: ((3, 5), 2), 5: (3,)}
 
 
 @dataclass(frozen=True)
@@ -430,6 +430,8 @@ case(
 )
 case("coord conv", lambda x, c: c(torch.cat([x, torch.linspace(-1, 1, 9, dtype=x.dtype)[:, None].expand(2, 1, 9, 11),
      torch.arange(11, dtype=x.dtype).expand(2, 1, 9, 11)], 1)), lambda: nn.Conv2d(6, 3, 3))  # fmt: skip
+case("ramps", lambda x: x * torch.arange(2, 13, dtype=x.dtype) + torch.arange(0, 9, 1, dtype=x.dtype)[:, None])
+case("steps", lambda x: x * torch.arange(1.0, 12.0, 1.0, dtype=x.dtype) + torch.arange(0, 22, 2, dtype=x.dtype))
 case(
     "meshgrid",
     lambda x: (

@@ -147,8 +147,6 @@ RULES |= {
     "aten._log_softmax.default": Along(),
     "aten._softmax_backward_data.default": Along(),
     "aten._log_softmax_backward_data.default": Along(),
-    "aten.cumsum.default": Along(),
-    "aten.cumprod.default": Along(),
     "tile.full": Constant(),
     "tile.iota": Iota(),
 }

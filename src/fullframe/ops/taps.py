@@ -40,7 +40,11 @@ Taps = list[tuple[int, float]]
 
 
 def single(x: float) -> float:
-    """A number rounded to float32, in which ATen computes the positions of nearest neighbours."""
+    """A number rounded to float32, in which ATen computes the positions of nearest neighbours.
+
+    ATen's forward kernels for contiguous 1-D and 3-D float64 round differently at a few sizes, and so
+    disagree with its kernels for other layouts and with its own gradients; those are followed here.
+    """
     return unpack("f", pack("f", x))[0]
 
 
@@ -213,6 +217,8 @@ def _table(rows: list[Taps], origin: int, dtype: torch.dtype, device: torch.devi
 
 def apply(x: torch.Tensor, axis: int, table: Table, length: int) -> torch.Tensor:
     """Sum of weighted gathers along one axis of a window cut to what the table reads."""
+    if axis > 1 and x.dim() in (4, 5) and x.stride(1) == 1:  # index_select would move the channels outwards
+        return apply(x.movedim(1, -1), axis - 1, table, length).movedim(-1, 1)
     shape = [1] * x.dim()
     shape[axis] = -1
     out: torch.Tensor | None = None
