@@ -6,7 +6,7 @@ PIP    := .venv/bin/python -m pip --disable-pip-version-check install --quiet --
 
 help:
 	@echo "make demo   simulate, train at full resolution, evaluate; leaves out/demo/report.html"
-	@echo "make test   lint and the ordinary tests (under 15 minutes)"
+	@echo "make test   lint and the ordinary tests (under 10 minutes)"
 	@echo "make fuzz   random search for wrong numbers (long)"
 	@echo "make slow   tests that need minutes or many gigabytes"
 	@echo "make lint   ruff, pyright and the import floors alone"
