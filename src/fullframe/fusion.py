@@ -52,6 +52,11 @@ Fusable = Callable[[Op], bool]
 
 def units_of(section: Section, labels: Labels, fusable: Fusable) -> tuple[Unit, ...]:
     """The units of a section in runnable order."""
+    if not section.sums and not any(tiled(v, labels) for op in section.ops for v in (op.output, *op.inputs)):
+        saved = set(section.saves)
+        return tuple(
+            Unit((op,), op.inputs, (op.output,), (op.output,) if op.output in saved else (), ()) for op in section.ops
+        )
     drafts = _Drafts(section, labels, fusable)
     for op in section.ops:
         drafts.add(op)

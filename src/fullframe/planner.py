@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from fullframe import region as box
@@ -73,8 +73,9 @@ def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
     """Drop and make again until the whole plan fits; report the smallest plan seen if it never does."""
     smallest: Plan | None = None
     helped = True
+    steps: dict[Section, Step] = {}
     while True:
-        made = _finish(graph, draft, request)
+        made = _finish(graph, draft, request, steps)
         if made.projected_bytes <= request.budget:
             return made
         if smallest is None or made.projected_bytes < smallest.projected_bytes:
@@ -102,7 +103,8 @@ def _refusal(plan: Plan, budget: int) -> Exception:
 # Tiles, scratch and places -------------------------------------------------------------------------
 
 
-def _finish(graph: Graph, draft: Draft, request: Request) -> Plan:
+def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, Step]) -> Plan:
+    """The plan of a draft; ``known`` keeps the steps of sections that an earlier draft had too."""
     labels, sizes = draft.cuts.labels, draft.sizes
     lives = draft.lifetimes()
     maps = {v: n for v, n in sizes.items() if tiled(v, labels)}
@@ -112,7 +114,10 @@ def _finish(graph: Graph, draft: Draft, request: Request) -> Plan:
     for value, last in lives.last.items():
         if value not in kept:
             frees[last].append(value)
-    steps = tuple(_step(s, tuple(f), labels, request) for s, f in zip(draft.steps, frees, strict=True))
+    for section in draft.steps:
+        if section not in known:
+            known[section] = _step(section, labels, request)
+    steps = tuple(replace(known[s], frees=tuple(f)) for s, f in zip(draft.steps, frees, strict=True))
     small = {v: n for v, n in sizes.items() if v not in maps}
     usage = lives.usage(len(steps), small)
     untiled = max((u + s.scratch for u, s in zip(usage, steps, strict=True)), default=0)
@@ -125,13 +130,13 @@ def _finish(graph: Graph, draft: Draft, request: Request) -> Plan:
     return Plan(graph, labels, steps, draft.early, slots, total, request.budget, request.workers, whole)
 
 
-def _step(section: Section, frees: tuple[Value, ...], labels: Labels, request: Request) -> Step:
+def _step(section: Section, labels: Labels, request: Request) -> Step:
     grid = choose_grid(section, labels, request)
     units = units_of(section, labels, request.fusable)
     scratch = max(window_bytes(section, units, labels, tile) for tile in grid.samples())
     running = min(request.workers, len(grid))
     sums = sum(prod(op.output.shape) * 8 * (1 + running) for op in section.sums)
-    return Step(section, units, grid, frees, scratch * running + sums, len(grid) > 1)
+    return Step(section, units, grid, (), scratch * running + sums, len(grid) > 1)
 
 
 def window_bytes(section: Section, units: Sequence[Unit], labels: Labels, tile: Tile) -> int:

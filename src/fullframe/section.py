@@ -185,11 +185,13 @@ class _Draft:
 
 @dataclass
 class Grouping:
+    """Drafts so far; ``alike`` finds the latest untiled one by what it waits for."""
+
     cuts: Cuts
     drafts: list[_Draft] = field(default_factory=list)
     home: dict[Value, int] = field(default_factory=dict)
     users: dict[Op, list[int]] = field(default_factory=dict)
-    readers: dict[Value, list[int]] = field(default_factory=dict)
+    alike: dict[tuple[bool, int], int] = field(default_factory=dict)
 
 
 def build_sections(graph: Graph, cuts: Cuts) -> list[Section]:
@@ -219,15 +221,16 @@ def _place(state: Grouping, value: Value) -> None:
         if read in state.home:
             home = state.home[read]
             before |= 1 << home | state.drafts[home].before
-    target = None
     if tiled(value, cuts.labels) or cuts.maker[value] in cuts.reducing:
-        for k in _candidates(state, ops, loads):
-            if _can_join(state, k, value, ops, loads):
-                target = k
-                break
+        joins = (k for k in _candidates(state, ops, loads) if _can_join(state, k, value, ops, loads))
+        target = next(joins, None)
+    else:
+        target = _waits_alike(state, value, loads, before)
     if target is None:
         target = len(state.drafts)
         state.drafts.append(_Draft(set(), set(), []))
+        if not tiled(value, cuts.labels) and cuts.maker[value] not in cuts.reducing:
+            state.alike[value in cuts.late, before] = target
     draft = state.drafts[target]
     draft.ops |= ops
     draft.loads |= loads
@@ -241,6 +244,19 @@ def _place(state: Grouping, value: Value) -> None:
     state.home[value] = target
     for op in ops:
         state.users.setdefault(op, []).append(target)
+
+
+def _waits_alike(state: Grouping, value: Value, loads: set[Value], before: int) -> int | None:
+    """An untiled draft that waits for all that an untiled value needs, so that joining delays nothing."""
+    late = value in state.cuts.late
+    found = {state.home[v] for v in loads if v in state.home}
+    found |= {state.alike[late, before]} if (late, before) in state.alike else set()
+    for k in sorted(found, reverse=True):
+        first = state.drafts[k].outputs[0]
+        untiled = not tiled(first, state.cuts.labels) and state.cuts.maker[first] not in state.cuts.reducing
+        if untiled and (first in state.cuts.late) == late and not before & ~(1 << k) & ~state.drafts[k].before:
+            return k
+    return None
 
 
 def _candidates(state: Grouping, ops: set[Op], loads: set[Value]) -> list[int]:
