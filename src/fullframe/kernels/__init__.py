@@ -4,8 +4,11 @@ A `Group` says what is computed: operands (whole windows, per-channel vectors, p
 (ATen calls), outputs, and partial sums or moments over chosen axes. `build` makes it runnable: as generated
 C++, without torch headers, compiled once per form and kept in a private folder; or, where there is no
 compiler, through ATen, with the same results within rounding. `plain` is always the ATen version.
+
+`weight_grad` is the one sum that is not pointwise: of a convolution, where the library is slow at it.
 """
 
+from .gradient import weight_grad
 from .group import Group, Node, Operand, Reduction, Ref
 from .kernel import Kernel, Plain, build, build_many, plain
 from .table import SUPPORTED, supports
@@ -23,4 +26,5 @@ __all__ = [
     "build_many",
     "plain",
     "supports",
+    "weight_grad",
 ]

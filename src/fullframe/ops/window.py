@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from fullframe import region as box
 from fullframe.graph import Kind, Link, Op
+from fullframe.kernels import weight_grad
 from fullframe.ops.rule import BaseRule, Reduction
 from fullframe.region import Interval, Region
 
@@ -178,6 +179,13 @@ class ConvWeightGrad(Reduction):
         g, x = windows
         stride, padding, dilation, groups = op.args[2:]
         pads = outside(self.reads(op, region), op.inputs[1].shape[2:])
+        axes = self.axes(op)
+        made = weight_grad(
+            g, x, op.output.shape, [a.stride for a in axes], [before for before, _ in pads],
+            [a.dilation for a in axes], groups,
+        )  # fmt: skip
+        if made is not None:
+            return made
         if all(before == after for before, after in pads):
             padding = [before for before, _ in pads]
         else:

@@ -1,0 +1,220 @@
+// The weight gradient of a convolution over one window, channels innermost, float32.
+//
+// For one row of taps it is a product of matrices, summed over the pixels: (output channels) x (taps and input
+// channels). Where the taps of a row are neighbours, their columns are one run in memory that begins again at
+// every pixel, so that nothing is gathered or copied. A small block of the product stays in registers while
+// the pixels of a patch pass; a patch is so small that it stays in the first-level cache for all blocks.
+// Padding is never made: a tap is summed over those pixels at which it lies inside the window.
+
+#include <stdint.h>
+
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16, HELD = 24;
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8, HELD = 12;
+#else
+constexpr int64_t LANES = 4, HELD = 12;
+#endif
+constexpr int64_t PATCH = 128;  // pixels
+constexpr int64_t FEW = 2 * LANES;  // channels, from which on each tap is a run of its own: no pixel is then apart
+
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+// Sums are rounded once per product here, as in the library's kernels.
+#if defined(__clang__)
+#define FUSED
+#define MADD(a, b, c) __builtin_elementwise_fma(a, b, c)
+#else
+#define FUSED __attribute__((optimize("fp-contract=fast")))
+#define MADD(a, b, c) ((a) * (b) + (c))
+#endif
+
+// A value kept in a register, where the compiler would rather load it again at every use.
+#if defined(__AVX512F__)
+#define KEEP(value) asm("" : "+v"(value))
+#elif defined(__x86_64__)
+#define KEEP(value) asm("" : "+x"(value))
+#else
+#define KEEP(value)
+#endif
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+
+struct Patch {  // of pixels; steps of both arrays from pixel to pixel and from row to row, in elements
+    int64_t rows, pixels;
+    int64_t thin_pixel, thin_row, wide_pixel, wide_row;
+    int64_t pitch;  // of the product's rows
+};
+
+// Adds R x (V vectors) of the product; the first `skip` lanes of the last vector are another block's.
+template <int R, int V>
+FUSED static void block(const Patch &p, const float *thin, const float *wide, float *out, int64_t skip) {
+    Vec sum[R][V] = {};
+    for (int64_t row = 0; row < p.rows; row++) {
+        const float *a = thin + row * p.thin_row, *b = wide + row * p.wide_row;
+        for (int64_t k = 0; k < p.pixels; k++, a += p.thin_pixel, b += p.wide_pixel) {
+            Vec lanes[V];
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) {
+                lanes[v] = *(const Loose *)(b + v * LANES);
+                KEEP(lanes[v]);
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) {
+                const Vec one = a[r] - Vec{};
+#pragma GCC unroll 8
+                for (int v = 0; v < V; v++) sum[r][v] = MADD(one, lanes[v], sum[r][v]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) {
+            float *to = out + r * p.pitch + v * LANES;
+            if (v < V - 1 || skip == 0) *(Loose *)to += sum[r][v];
+            else for (int64_t j = skip; j < LANES; j++) to[j] += sum[r][v][j];
+        }
+    }
+}
+
+template <int V, int R>
+static inline void some_rows(int64_t r, const Patch &p, const float *thin, const float *wide, float *out, int64_t skip) {
+    if constexpr (R > 0) {
+        if (r == R) block<R, V>(p, thin, wide, out, skip);
+        else some_rows<V, R - 1>(r, p, thin, wide, out, skip);
+    }
+}
+
+// All rows against V vectors of columns, in even shares.
+template <int V>
+static void strip(const Patch &p, const float *thin, const float *wide, float *out, int64_t rows, int64_t skip) {
+    constexpr int64_t MOST = HELD / V < 8 ? HELD / V : 8;
+    const int64_t blocks = (rows + MOST - 1) / MOST;
+    for (int64_t k = 0, r = 0; k < blocks; k++) {
+        const int64_t end = rows * (k + 1) / blocks;
+        some_rows<V, MOST>(end - r, p, thin + r, wide, out + r * p.pitch, skip);
+        r = end;
+    }
+}
+
+// The product of a patch: rows x columns, columns at least one vector.
+static void product(const Patch &p, const float *thin, const float *wide, float *out, int64_t rows, int64_t columns) {
+    if (p.rows <= 0 || p.pixels <= 0) return;
+    const int64_t vectors = (columns + LANES - 1) / LANES, strips = (vectors + 2) / 3;
+    for (int64_t k = 0, v = 0; k < strips; k++) {
+        const int64_t end = vectors * (k + 1) / strips, wanted = end - v, last = columns - end * LANES;
+        // A last vector that reaches over the columns is moved back to end with them, alone.
+        const int64_t whole = last < 0 ? wanted - 1 : wanted, at = v * LANES;
+        if (whole == 3) strip<3>(p, thin, wide + at, out + at, rows, 0);
+        if (whole == 2) strip<2>(p, thin, wide + at, out + at, rows, 0);
+        if (whole == 1) strip<1>(p, thin, wide + at, out + at, rows, 0);
+        if (last < 0) strip<1>(p, thin, wide + columns - LANES, out + columns - LANES, rows, -last);
+        v = end;
+    }
+}
+
+struct Axis {
+    int64_t g, x, kernel, stride, before, dilation;  // extents, geometry, padding before the window
+    // The outputs [low, high) for which a tap lies inside the window.
+    int64_t low(int64_t tap) const { return most(0, -floor_div(tap * dilation - before, stride)); }
+    int64_t high(int64_t tap) const { return least(g, floor_div(x - 1 + before - tap * dilation, stride) + 1); }
+    int64_t at(int64_t out, int64_t tap) const { return out * stride - before + tap * dilation; }
+};
+
+struct Task {
+    int64_t batch, groups, thick, deep;  // output and input channels of a group
+    Axis axis[3];
+    int64_t g_step[4], x_step[4];  // batch and spatial, in elements
+    bool swapped;                  // vectors run over the output channels
+    const float *g, *x;
+    float *out;
+};
+
+// One row of taps from tap `first` to `last`, which are one run of columns, over the pixels [low, high) x rows.
+static void run(const Task &t, const float *g, const float *x, float *out, int64_t first, int64_t last,
+                const int64_t rows[2], const int64_t pixels[2], int64_t row_tap) {
+    const Axis &h = t.axis[1], &w = t.axis[2];
+    Patch p = {rows[1] - rows[0], pixels[1] - pixels[0], 0, 0, 0, 0, 0};
+    if (p.rows <= 0 || p.pixels <= 0) return;
+    g += rows[0] * t.g_step[2] + pixels[0] * t.g_step[3];
+    x += h.at(rows[0], row_tap) * t.x_step[2] + w.at(pixels[0], first) * t.x_step[3];
+    const int64_t columns = (last - first) * t.deep;
+    const int64_t g_steps[2] = {t.g_step[3], t.g_step[2]};
+    const int64_t x_steps[2] = {t.x_step[3] * w.stride, t.x_step[2] * h.stride};
+    const int64_t taps = t.axis[0].kernel * h.kernel * w.kernel;
+    if (t.swapped) {
+        p.thin_pixel = x_steps[0], p.thin_row = x_steps[1], p.wide_pixel = g_steps[0], p.wide_row = g_steps[1];
+        p.pitch = t.thick;
+        product(p, x, g, out + first * t.deep * t.thick, columns, t.thick);
+    } else {
+        p.thin_pixel = g_steps[0], p.thin_row = g_steps[1], p.wide_pixel = x_steps[0], p.wide_row = x_steps[1];
+        p.pitch = taps * t.deep;
+        product(p, g, x, out + first * t.deep, t.thick, columns);
+    }
+}
+
+// All taps of one row of taps over one patch.
+static void row_of_taps(const Task &t, const float *g, const float *x, float *out, const int64_t rows[2],
+                        const int64_t pixels[2], int64_t row_tap) {
+    const Axis &w = t.axis[2];
+    const bool joined = t.deep <= FEW && t.groups == 1 && w.dilation == 1 && t.x_step[3] == t.deep;
+    if (!joined) {
+        for (int64_t k = 0; k < w.kernel; k++) {
+            const int64_t inside[2] = {most(pixels[0], w.low(k)), least(pixels[1], w.high(k))};
+            run(t, g, x, out, k, k + 1, rows, inside, row_tap);
+        }
+        return;
+    }
+    // At the pixels in the middle all taps are inside; at each of the others, some.
+    const int64_t middle[2] = {most(pixels[0], w.low(0)), least(pixels[1], w.high(w.kernel - 1))};
+    run(t, g, x, out, 0, w.kernel, rows, middle, row_tap);
+    for (int64_t p = pixels[0]; p < pixels[1]; p++) {
+        if (p == middle[0] && middle[1] > middle[0]) p = middle[1];
+        if (p >= pixels[1]) break;
+        const int64_t start = p * w.stride - w.before, one[2] = {p, p + 1};
+        const int64_t first = most(0, -start), last = least(w.kernel, w.x - start);
+        if (first < last) run(t, g, x, out, first, last, rows, one, row_tap);
+    }
+}
+
+static void plane(const Task &t, const float *g, const float *x, float *out) {
+    const Axis &h = t.axis[1], &w = t.axis[2];
+    const int64_t shares = (w.g + PATCH - 1) / PATCH, width = (w.g + shares - 1) / shares;
+    const int64_t height = most(1, PATCH / width), size = w.kernel * t.deep * (t.swapped ? t.thick : 1);
+    for (int64_t top = 0; top < h.g; top += height)
+        for (int64_t left = 0; left < w.g; left += width)
+            for (int64_t k = 0; k < h.kernel; k++) {
+                const int64_t rows[2] = {most(top, h.low(k)), least(least(top + height, h.g), h.high(k))};
+                const int64_t pixels[2] = {left, least(left + width, w.g)};
+                row_of_taps(t, g, x, out + k * size, rows, pixels, k);
+            }
+}
+
+// words: batch, groups, output and input channels of a group, three axes (extent of g, of x, kernel, stride,
+// padding before, dilation), steps of g and of x (batch and three axes), whether vectors run over the output
+// channels. out: zeros; (output channel, taps, input channel), or (taps, input channel, output channel) per group.
+extern "C" int fullframe_weight_grad(const int64_t *words, const float *g, const float *x, float *out) {
+    Task t;
+    t.batch = words[0], t.groups = words[1], t.thick = words[2], t.deep = words[3];
+    for (int a = 0; a < 3; a++) {
+        const int64_t *w = words + 4 + 6 * a;
+        t.axis[a] = {w[0], w[1], w[2], w[3], w[4], w[5]};
+    }
+    for (int a = 0; a < 4; a++) t.g_step[a] = words[22 + a], t.x_step[a] = words[26 + a];
+    t.swapped = words[30] != 0;
+    const Axis &d = t.axis[0];
+    const int64_t slice = t.axis[1].kernel * t.axis[2].kernel * t.deep * (t.swapped ? t.thick : 1);
+    for (int64_t group = 0; group < t.groups; group++) {
+        float *mine = out + group * t.thick * t.deep * d.kernel * t.axis[1].kernel * t.axis[2].kernel;
+        for (int64_t n = 0; n < t.batch; n++)
+            for (int64_t k = 0; k < d.kernel; k++)
+                for (int64_t z = d.low(k); z < d.high(k); z++)
+                    plane(t, g + n * t.g_step[0] + z * t.g_step[1] + group * t.thick,
+                          x + n * t.x_step[0] + d.at(z, k) * t.x_step[1] + group * t.deep, mine + k * slice);
+    }
+    return 0;
+}
