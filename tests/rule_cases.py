@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fullframe.check import twin
 from fullframe.testing import Difference, agree
 
 CASES: dict[str, Case] = {}
@@ -74,8 +75,9 @@ def layer(name: str, *parts: Callable[[], nn.Module], **rest: Any) -> None:
     case(name, chain, *parts, **rest)
 
 
+@cache
 def difference(name: str, tile: Any) -> Difference:
-    """The worst difference of a case; the network, image and target follow from its name."""
+    """The worst difference of a case, and its plan; the network, image and target follow from its name."""
     it = CASES[name]
     torch.manual_seed(sum(map(ord, name)))
     net = it.make().double().train(it.train)
@@ -86,7 +88,7 @@ def difference(name: str, tile: Any) -> Difference:
         assert it.target is not None
         return agree(net, [x], it.loss, target=it.target(), tile=tile)
     with torch.no_grad():
-        outputs = copy.deepcopy(net)(x)
+        outputs = twin(net)(x)
     outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
     target = [torch.randn(o.shape, dtype=torch.float64) for o in outputs]
     return agree(net, [x], weighted, target=target, tile=tile)

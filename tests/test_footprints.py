@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import CASES
 from rule_cases import weighted
+from usage_cases import CASES
 
 import fullframe
 from fullframe import region as box

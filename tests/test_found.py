@@ -90,3 +90,53 @@ def test_a_map_stored_with_a_halo_has_the_same_bits_for_any_number_of_workers():
         net[2].reset_running_stats()
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_strides_are_those_of_the_recording_not_of_a_window():
+    # as_strided ran on windows, which lie in memory as they please: wrong numbers without an error.
+    class Shear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 3, padding=1)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return torch.as_strided(y.contiguous(), (1, 2, 9, 10), (198, 99, 11, 1))
+
+    agree(Shear(), torch.randn(1, 2, 9, 11), tile=5)
+    agree(Shear(), torch.randn(1, 2, 9, 11).to(memory_format=torch.channels_last), tile=5)
+
+
+def test_memory_outside_a_tensor_is_refused():
+    class Peek(nn.Module):
+        def forward(self, x):
+            return torch.as_strided(x[:, :1], (1, 1, 9, 11), (198, 99, 11, 1), 99)
+
+    with pytest.raises(fullframe.CaptureError, match="as_strided"):
+        fullframe.tile(Peek(), tile=5)(torch.randn(1, 2, 9, 11))
+
+
+@pytest.mark.parametrize(
+    "draw", [torch.poisson, lambda x: x.multinomial(1), lambda x: torch.rand_like(x, generator=torch.Generator())]
+)
+def test_random_numbers_that_would_hang_on_the_tiling_are_refused(draw):
+    # Run whole, such an op drew anew each time its value was made: forward and backward disagreed.
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x * draw(x.abs().flatten(1)).sum()
+
+    with pytest.raises(fullframe.CaptureError, match="draw"):
+        fullframe.tile(Noisy(), tile=5)(torch.randn(1, 2, 9, 11))
+
+
+def test_gumbel_noise_is_one_draw_whatever_is_made_again():
+    class Sample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 3, 3, padding=1)
+
+        def forward(self, x):
+            return F.gumbel_softmax(self.conv(x), dim=1)
+
+    found = fullframe.check(Sample(), torch.randn(1, 1, 19, 17), tile=5)
+    assert found.passed and found.plan is not None and not found.plan.whole, found

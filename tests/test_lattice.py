@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_cases import CASES
 from rule_cases import PLANE
 from test_footprints import evaluated, graph_of
 from torch import nn
+from usage_cases import CASES
 
 import fullframe
 from fullframe import lowering

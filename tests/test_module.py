@@ -544,3 +544,24 @@ def test_check_reports_in_words():
     assert found.passed and "the same in float64" in str(found) and len(found.of("gradient")) == 7
     wrong = fullframe.check(plain_net(), *batch(), cross_entropy, tolerance=0.0)
     assert not wrong.passed and "beyond the tolerance" in str(wrong)
+
+
+def test_check_draws_the_same_numbers_both_ways_and_leaves_the_random_state():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Dropout(0.3), nn.utils.weight_norm(nn.Conv2d(4, 3, 1)))
+    before = torch.get_rng_state()
+    found = fullframe.check(net, *batch(), cross_entropy)
+    assert found.passed and "dropout" in str(found), found
+    assert torch.equal(before, torch.get_rng_state())
+    named = [d.name for d in found.of("gradient")]
+    assert sorted(named) == ["0.bias", "0.weight", "2.bias", "2.weight_g", "2.weight_v"]
+    assert all(name in str(found) for name in named)
+
+
+def test_check_takes_the_corner_of_a_large_image():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, 2, 1), nn.ReLU(), nn.Conv2d(2, 3, 3, padding=1))
+    image, labels = torch.randn(1, 1, 640, 1000), torch.randint(0, 3, (1, 320, 500))
+    found = fullframe.check(net, {"x": image}["x"], labels, cross_entropy)
+    assert found.passed and "first 256 x 256 pixels" in str(found), found
+    rigid = nn.Sequential(nn.MaxPool2d(20), nn.Flatten(), nn.Linear(1600, 2))
+    with pytest.raises(ValueError, match="small instance"):
+        fullframe.check(rigid, image)

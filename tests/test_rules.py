@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import CASES
 from rule_cases import difference
+from usage_cases import CASES
 
 from fullframe import lowering
 

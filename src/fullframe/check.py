@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from fullframe.fingerprint import Survey
 from fullframe.module import Tiled, tile
+from fullframe.ops.drawn import drawn
 from fullframe.plan import Plan
 
 
@@ -33,6 +37,8 @@ class Difference:
         return value if value == value else float("inf")
 
     def __str__(self) -> str:
+        if self.largest == 0:
+            return f"{self.kind} {self.name}: none"
         return f"{self.kind} {self.name}: {self.largest:.2g}, that is {self.relative:.2g} of {self.scale:.2g}"
 
 
@@ -63,15 +69,17 @@ class Check:
         verdict = "the same" if self.passed else "NOT the same"
         lines = [f"tiled and plain PyTorch are {verdict} in float64 (tolerance {self.tolerance:.0e} of scale)"]
         for kind, counted in (
-            ("output", "the output"),
+            ("output", "its largest number"),
             ("gradient", "the largest gradient"),
-            ("buffer", "the buffer"),
+            ("buffer", "its largest number"),
         ):
             found = self.of(kind)
             if found:
-                lines.append(f"  {len(found)} {kind}s, differences relative to {counted}; the worst is {found[0]}")
-        if not self.passed:
-            lines += [f"  beyond the tolerance: {d}" for d in self.differences if d.relative > self.tolerance]
+                one = f"1 {kind} differs" if len(found) == 1 else f"{len(found)} {kind}s differ"
+                lines.append(f"  {one} by at most {found[0].relative:.2g} of {counted}:")
+                lines += [
+                    f"    {d}{'' if d.relative <= self.tolerance else '  <- beyond the tolerance'}" for d in found
+                ]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
 
@@ -83,17 +91,19 @@ def check(
 
     Parameters
     ----------
-    net: the network; it is copied, not changed. Its own train or eval mode is kept, but dropout is
-        off, since its random numbers cannot be those of plain PyTorch.
+    net: the network; it is copied, not changed, and keeps its train or eval mode. Where it draws
+        random numbers (dropout), both runs draw the tiled step's.
     input: the network's one argument: a tensor, or tensors in tuples, lists or dicts. A small image
-        is enough: 64 pixels a side where the network allows it.
+        is enough: 64 pixels a side where the network allows it. Of an image of more than LARGE
+        pixels the first corner is taken (see `corner`), and the same part of a target that covers it.
     target, loss: as for ``fullframe.tile(net, loss=loss)``. Without a loss the outputs are compared,
         and the gradients of their sum with fixed random weights.
     tile, budget: as for `fullframe.tile`; neither: tiles of about a third of the image each way.
     tolerance: what counts as the same, relative to the largest gradient (for gradients) or to the
         tensor's own largest number (for outputs and buffers).
 
-    Raises whatever `fullframe.tile` refuses.
+    Returns a `Check`, which prints in words. Raises whatever `fullframe.tile` refuses, and ValueError
+    where the network does not run on the corner of a large image. Torch's random state is left as it was.
 
     Example
     -------
@@ -102,26 +112,72 @@ def check(
     >>> print(fullframe.check(net, torch.randn(1, 1, 20, 20)).passed)
     True
     """
+    input, target, cut = corner(input, target)
     options: dict[str, Any] = {"tile": _third(input) if tile is None and budget is None else tile, "budget": budget}
     plain, tiled = _Side(net, loss, None), _Side(net, loss, options)
-    for side in (plain, tiled):
-        side.step(input, target)
-    found = tuple(_compare(plain, tiled))
-    notes = tuple(f"dropout is off in this check: {name}" for name in plain.dropouts)
-    return Check(found, tolerance, notes, tiled.plan)
+    with torch.random.fork_rng(devices=[]):
+        state = torch.get_rng_state()
+        try:
+            plain.step(input, target)
+        except (RuntimeError, ValueError) as error:
+            if not cut:
+                raise
+            raise ValueError(
+                f"the image is large, and the network does not run on {cut} ({error}); "
+                "pass a small instance of your own"
+            ) from error
+        torch.set_rng_state(state)
+        tiled.step(input, target)
+    notes = [f"the image is large: this is {cut}"] if cut else []
+    if tiled.plan is not None and tiled.plan.graph.seed is not None:
+        notes.append("random numbers, as of dropout, are the tiled step's own in both")
+    return Check(tuple(_compare(plain, tiled)), tolerance, tuple(notes), tiled.plan)
+
+
+LARGE = 1 << 18  # pixels of an image that is checked as it is
+SIDES = {1: 1 << 16, 2: 256, 3: 32}  # of the corner taken of a larger one
+
+
+def corner(input: Any, target: Any) -> tuple[Any, Any, str]:
+    """Input and target cut to the first pixels of a large image, and what that is in words.
+
+    Tensors whose last axes are those of the image, all larger or smaller by one factor, are cut
+    alike; others stay.
+    """
+    images = [t for t in pytree.tree_leaves(input) if isinstance(t, torch.Tensor) and 3 <= t.dim() <= 5]
+    whole = max((tuple(t.shape[2:]) for t in images), key=prod, default=())
+    if prod(whole) <= LARGE:
+        return input, target, ""
+    small = tuple(min(n, SIDES[len(whole)]) for n in whole)
+
+    def cut(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.dim() < len(whole):
+            return leaf
+        own = leaf.shape[leaf.dim() - len(whole) :]
+        factors = {Fraction(n, k) for n, k in zip(own, whole, strict=True)}
+        if len(factors) > 1 or any(n * m % k for n, m, k in zip(own, small, whole, strict=True)):
+            return leaf
+        kept = [slice(n * m // k) for n, m, k in zip(own, small, whole, strict=True)]
+        return leaf[(..., *kept)].detach().clone().requires_grad_(leaf.requires_grad)
+
+    input, target = pytree.tree_map(cut, (input, target))
+    return input, target, "its first " + " x ".join(map(str, small)) + " pixels"
+
+
+def twin(thing: Any) -> Any:
+    """A deep copy, also of modules that hold tensors made of others, which PyTorch does not copy."""
+    made = [t for t in Survey([thing]).tensors if not t.is_leaf]
+    return copy.deepcopy(thing, {id(t): t.detach().clone() for t in made})
 
 
 class _Side:
     """One of the two runs: copies of network and loss, and what the step left in them."""
 
     def __init__(self, net: nn.Module, loss: Callable[..., Any] | None, options: Any):
-        self.net, self.loss = copy.deepcopy((net, loss))
+        self.net, self.loss = twin((net, loss))
         self.net.double()
         if isinstance(self.loss, nn.Module):
             self.loss.double()
-        self.dropouts = [n for n, m in self.net.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
-        for name in self.dropouts:
-            self.net.get_submodule(name).eval()
         self.run: Any = None
         if options is not None:
             self.run = tile(self.net, loss=self.loss, **options)
@@ -137,7 +193,8 @@ class _Side:
             self.plan = self.run.plan(*arguments)
             made = self.run(*arguments)
         else:
-            made = self.net(input) if self.loss is None else self.loss(self.net(input), target)
+            with drawn():
+                made = self.net(input) if self.loss is None else self.loss(self.net(input), target)
         outputs = [t for t in pytree.tree_leaves(made) if isinstance(t, torch.Tensor)]
         self.outputs = [t.detach() for t in outputs]
         total = outputs[0] if self.loss is not None else _weighted(outputs)
@@ -156,6 +213,8 @@ def _double(leaf: Any) -> Any:
         return leaf
     wanted = leaf.requires_grad
     leaf = leaf.detach().clone()
+    if leaf.is_complex():
+        return leaf.to(torch.complex128).requires_grad_(wanted)
     return leaf.double().requires_grad_(wanted) if leaf.is_floating_point() else leaf
 
 

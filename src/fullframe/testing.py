@@ -7,25 +7,25 @@ hold one op to its rule: what it reads is enough, no more than it needs, and par
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise, product
 from random import Random
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fullframe
 from fullframe import region as box
+from fullframe.check import twin
 from fullframe.graph import Op
-from fullframe.ops import noise
+from fullframe.ops.drawn import drawn
+from fullframe.plan import Plan
 from fullframe.region import Interval, Region
 
 Tensors = Sequence[torch.Tensor]
+__all__ = ["Difference", "agree", "combines", "drawn", "regions", "sufficient", "tight"]
 
 
 # A step both ways --------------------------------------------------------------------------------
@@ -41,6 +41,7 @@ class Difference:
     worst: float
     where: str
     whole: tuple[str, ...]
+    plan: Plan = field(repr=False, compare=False)
 
 
 def agree(
@@ -52,19 +53,19 @@ def agree(
     ``inputs`` holds the image; its gradient is compared where it asks for one.
     """
     state = torch.get_rng_state()
-    plain, leaves = copy.deepcopy(net), _leaves(inputs)
+    plain, leaves = twin(net), _leaves(inputs)
     with drawn():
         made = loss(plain(*leaves), target)
     expected = _results(plain, leaves, made)
     torch.set_rng_state(state)
-    tiled, leaves = copy.deepcopy(net), _leaves(inputs)
+    tiled, leaves = twin(net), _leaves(inputs)
     step = fullframe.tile(tiled, loss=loss, tile=tile, budget=budget, workers=1)
-    whole = step.plan(*leaves, target).whole
+    plan = step.plan(*leaves, target)
     torch.set_rng_state(state)
     found = _results(tiled, leaves, step(*leaves, target))
     gaps = [gap for kind in expected for gap in _gaps(kind, expected[kind], found[kind])]
     worst, where = max(gaps, default=(0.0, "nothing"))
-    return Difference(worst, where, whole)
+    return Difference(worst, where, plan.whole, plan)
 
 
 Results = dict[str, "torch.Tensor | None"]
@@ -184,59 +185,3 @@ def regions(shape: Sequence[int], random: Random, count: int = 4) -> Iterator[Re
     for _ in range(count):
         lows = [random.randrange(n) for n in shape]
         yield tuple((low, random.randint(low + 1, n)) for low, n in zip(lows, shape, strict=True))
-
-
-# Random numbers ----------------------------------------------------------------------------------
-
-
-@contextmanager
-def drawn(seed: int | None = None) -> Iterator[None]:
-    """Draw torch's random tensors by the engine's own numbers, the oracle of tiled randomness.
-
-    Inside, the random ATen ops that a network's forward calls count up from 0, as they do in a
-    recording, and take the numbers of a step with this seed; without one it is drawn from torch's
-    default generator, as a step draws its own.
-    """
-    number = int(torch.randint(2**62, (), dtype=torch.int64)) if seed is None else seed
-    with _Draws(number):
-        yield
-
-
-class _Draws(TorchDispatchMode):
-    """Runs each random op through its lowering, on whole tensors."""
-
-    def __init__(self, seed: int):
-        super().__init__()
-        self.seed = torch.tensor(seed)
-        self.calls = 0
-
-    def _next(self, shape: Sequence[int], dtype: torch.dtype, kind: str = "uniform") -> torch.Tensor:
-        make = noise.normal if kind == "normal" else noise.uniform
-        made = make(self.seed, self.calls, tuple(shape), box.full(tuple(shape)))
-        self.calls += 1
-        return made.to(dtype) if kind == "normal" else noise.narrowed(made, dtype)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = str(func).removeprefix("aten.")
-        if name in ("bernoulli_.float", "bernoulli.p"):
-            x, p = args[0], args[1] if len(args) > 1 else 0.5
-            made = (self._next(x.shape, x.dtype) < p).to(x.dtype)
-            return x.copy_(made) if "_." in name else made
-        if name == "uniform_.default":
-            low, high = (*args[1:], 0.0, 1.0)[:2] if len(args) > 1 else (0.0, 1.0)
-            return args[0].copy_(self._next(args[0].shape, args[0].dtype) * (high - low) + low)
-        if name in ("rand_like.default", "randn_like.default"):
-            kind = "normal" if "randn" in name else "uniform"
-            return self._next(args[0].shape, kwargs.get("dtype") or args[0].dtype, kind)
-        if name in ("rand.default", "randn.default"):
-            kind = "normal" if "randn" in name else "uniform"
-            return self._next(args[0], kwargs.get("dtype") or torch.get_default_dtype(), kind)
-        if name == "native_dropout.default" and args[2] and args[1] > 0:
-            keep = self._next(args[0].shape, torch.promote_types(args[0].dtype, torch.float32)) < 1 - args[1]
-            return args[0] * keep * (1 / (1 - args[1])), keep
-        if name.startswith("rrelu_with_noise") and "backward" not in name and len(args) > 4 and args[4]:
-            slope = self._next(args[0].shape, args[0].dtype) * (args[3] - args[2]) + args[2]
-            args[1].copy_(torch.where(args[0] <= 0, slope, 1))
-            return args[0] * args[1]
-        return func(*args, **kwargs)

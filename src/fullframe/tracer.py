@@ -107,6 +107,9 @@ def _lower(module: Any, names: Sequence[str], device: torch.device) -> Graph:
             inputs.append(made[node])
         elif node.op == "get_attr":
             tensor = getattr(module, str(node.target))
+            if not isinstance(tensor, torch.Tensor):  # a generator
+                made[node] = tensor
+                continue
             made[node] = builder.value(tensor.shape, tensor.dtype, f"constant.{node.target}")
             constants[made[node]] = tensor
         elif node in late:
@@ -137,11 +140,23 @@ def _lower_call(builder: Builder, node: Node, made: dict[Node, Any]) -> Any:
     builder.arguments, builder.keywords = args, kwargs
     builder.meta = [(tuple(m.shape), m.dtype) if isinstance(m, torch.Tensor) else None for m in metas]
     builder.path = node.meta.get("custom", {}).get("path", "")
+    builder.layouts = [(m.stride(), int(m.storage_offset())) for m in _metas(node)]
+    if isinstance(kwargs.get("generator"), torch.Generator):
+        raise CaptureError(
+            f"in {builder.path or 'the step'}, {builder.target} draws from a generator of its own, which a recorded "
+            "step cannot follow; leave generator= out, or draw outside the step and pass the numbers in"
+        )
     lowering = LOWERINGS.get(builder.target)
     result = builder.recorded() if lowering is None else lowering(builder, *args, **kwargs)
     if single:
         return result[0] if isinstance(result, list) else result
     return result
+
+
+def _metas(node: Node) -> list[torch.Tensor]:
+    """The recorded tensors among a call's arguments, in their order."""
+    found = [n.meta.get("val") for n in node.all_input_nodes]
+    return [m for m in found if isinstance(m, torch.Tensor) and m.layout is torch.strided]
 
 
 def _values(arg: Any, made: dict[Node, Any]) -> Any:

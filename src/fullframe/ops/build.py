@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fullframe.graph import Op, Ref, Value
+from fullframe.graph import CaptureError, Op, Ref, Value
 from fullframe.ops import contract, layout, noise, pointwise, pool, reduce, resample, window
 from fullframe.ops.norm_rules import STACKED
 from fullframe.ops.rule import BaseRule, Whole
@@ -36,8 +36,9 @@ ALONG = pointwise.Along()
 class Builder:
     """Collects ops; equal ops are made once.
 
-    While one recorded call is lowered, ``target``, ``call``, ``arguments`` and ``meta`` (the shape
-    and dtype of the call's outputs, a list) describe it.
+    While one recorded call is lowered, ``target``, ``call``, ``arguments``, ``meta`` (the shape
+    and dtype of the call's outputs, a list) and ``layouts`` (strides and offset of each tensor among
+    the arguments when it was recorded) describe it.
     """
 
     def __init__(self) -> None:
@@ -48,6 +49,7 @@ class Builder:
         self.arguments: tuple[Any, ...] = ()
         self.keywords: dict[str, Any] = {}
         self.meta: list[tuple[tuple[int, ...], torch.dtype] | None] = []
+        self.layouts: list[tuple[tuple[int, ...], int]] = []
         self.device = torch.device("cpu")
         self._names = count()
         self._made: dict[Any, Value] = {}
@@ -121,12 +123,32 @@ class Builder:
 
     def recorded(self) -> list[Value | None]:
         """The recorded call as it is: one op per output."""
+        if self.draws():
+            raise CaptureError(
+                f"in {self.path or 'the step'}, {self.target} draws random numbers, which would differ each time "
+                "a tile is made; draw them with torch.rand or torch.randn, or outside, and pass them in"
+            )
         dropped = ("memory_format", "pin_memory", "layout", "device")
         kwargs = {k: v for k, v in self.keywords.items() if k not in dropped}
-        rule = RULES.get(self.target, WHOLE)
+        rule = self.rule()
         if len(self.meta) == 1 and self.meta[0] is not None:
             return [self.record(self.target, self.arguments, kwargs, self.meta[0], self.call, rule)]
         return [None if m is None else self.output(k, rule) for k, m in enumerate(self.meta)]
+
+    def rule(self) -> BaseRule:
+        """The rule of the recorded call: by its name, or pointwise where ATen says so of a call with one output."""
+        tags = getattr(self.call, "tags", ())
+        pointwise_ = torch.Tag.pointwise in tags and len(self.meta) == 1 and bool(list(_values(self.arguments)))
+        return RULES.get(self.target, POINTWISE if pointwise_ else WHOLE)
+
+    def draws(self) -> bool:
+        """Whether the recorded call draws random numbers of its own; attention without dropout does not."""
+        if torch.Tag.nondeterministic_seeded not in getattr(self.call, "tags", ()):
+            return False
+        schema = self.call._schema.arguments  # type: ignore[attr-defined]
+        given = dict(zip((a.name for a in schema), self.arguments, strict=False)) | self.keywords
+        chances = [given.get(a.name, a.default_value) for a in schema if a.name in ("dropout_p", "dropout")]
+        return not chances or any(chances)
 
     def output(self, index: int, rule: BaseRule = WHOLE) -> Value:
         """Output ``index`` of the recorded call, made by a call of its own."""

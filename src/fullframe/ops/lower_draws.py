@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import log1p, pi
 from typing import Any
 
 import torch
@@ -41,6 +42,59 @@ def stretched(b: Builder, x: Value, low: float, high: float) -> Value:
 def normal(b: Builder, x: Value, mean: float = 0.0, std: float = 1.0, **_: Any) -> Value:
     made = b.aten(aten.mul.Scalar, b.draw(x.shape, x.dtype, "normal"), std)
     return b.aten(aten.add.Scalar, made, mean)
+
+
+@lowers("normal.float_float", "normal.Tensor_float", "normal.float_Tensor", "normal.Tensor_Tensor")
+def normal_of(b: Builder, mean: Any, std: Any = 1.0, *_: Any, **__: Any) -> Value:
+    """Normal numbers with means and deviations that are numbers or tensors."""
+    made = b.draw(b.meta_shape, b.meta_dtype, "normal")
+    made = b.aten(aten.mul.Tensor if isinstance(std, Value) else aten.mul.Scalar, made, std)
+    return b.aten(aten.add.Tensor if isinstance(mean, Value) else aten.add.Scalar, made, mean)
+
+
+# Other distributions: functions of uniform numbers in [0, 1), by inverting their distribution functions.
+
+
+def exponential(u: torch.Tensor, rate: float) -> torch.Tensor:
+    return -torch.log1p(-u) / rate
+
+
+def geometric(u: torch.Tensor, p: float) -> torch.Tensor:
+    return torch.ceil(torch.log1p(-u) / log1p(-p)).clamp(min=1) if p < 1 else torch.ones_like(u)
+
+
+def cauchy(u: torch.Tensor, median: float, width: float) -> torch.Tensor:
+    return median + width * torch.tan(pi * (u - 0.5))
+
+
+def log_normal(normal: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    return torch.exp(mean + std * normal)
+
+
+DISTRIBUTIONS = {
+    "exponential": (exponential, (1.0,)),
+    "geometric": (geometric, (0.5,)),
+    "cauchy": (cauchy, (0.0, 1.0)),
+    "log_normal": (log_normal, (1.0, 2.0)),
+}
+"""For each in-place method of tensors: the function, and the method's own defaults."""
+
+
+@lowers(*DISTRIBUTIONS)
+def distributed(b: Builder, x: Value, *numbers: Any, **_: Any) -> Value:
+    name = b.target.split(".")[1]
+    function, defaults = DISTRIBUTIONS[name]
+    drawn = b.draw(x.shape, x.dtype, "normal" if name == "log_normal" else "uniform")
+    return b.point(function, (drawn,), x.shape, x.dtype, *numbers, *defaults[len(numbers) :])
+
+
+def ranked(x: torch.Tensor) -> torch.Tensor:
+    return x.argsort()
+
+
+@lowers("randperm")
+def randperm(b: Builder, n: int, **_: Any) -> Value:
+    return cast(b, b.small(ranked, (b.draw((n,), torch.float64, "uniform"),), (n,), torch.int64), b.meta_dtype)
 
 
 @lowers("randint", "randint_like", "randint.low", "randint_like.low_dtype")

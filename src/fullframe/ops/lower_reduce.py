@@ -103,6 +103,27 @@ def vector_norm(
     return cast(b, total, kind)
 
 
+@lowers("norm.Scalar", "norm.ScalarOpt_dim", "norm.ScalarOpt_dim_dtype", "norm.ScalarOpt_dtype")
+def norm(b: Builder, x: Value, order: Any = 2, dims: Any = None, keepdim: bool = False, **_: Any) -> Value:
+    return vector_norm(b, x, 2 if order is None else order, dims, keepdim)
+
+
+@lowers("aminmax")
+def aminmax(b: Builder, x: Value, *, dim: Any = None, keepdim: bool = False) -> list[Value]:
+    return [b.reduce(t, x, dims_of(x, dim), keepdim, x.dtype) for t in ("tile.amin", "tile.amax")]
+
+
+@lowers("nansum")
+def nansum(b: Builder, x: Value, dims: Any = None, keepdim: bool = False, **_: Any) -> Value:
+    x = b.aten(aten.where.self, b.aten(aten.isnan.default, x), b.full((), 0, x.dtype), x)
+    return b.sum(cast(b, x, b.meta_dtype), dims_of(x, dims), keepdim, b.meta_dtype)
+
+
+@lowers("count_nonzero", "count_nonzero.dim_IntList")
+def count_nonzero(b: Builder, x: Value, dims: Any = None) -> Value:
+    return b.sum(b.aten(aten.ne.Scalar, x, 0), dims_of(x, dims), False, torch.int64)
+
+
 def finite_or_zero(x: torch.Tensor) -> torch.Tensor:
     """A maximum fit to be subtracted: an infinite one would make NaN."""
     return torch.where(x.isinf(), 0, x)
@@ -135,6 +156,20 @@ def softmax(b: Builder, x: Value, dim: int, half_to_float: bool) -> Value:
     else:
         made = b.aten(aten.div.Tensor, powers, total)
     return cast(b, made, b.meta_dtype)
+
+
+@lowers("_safe_softmax")
+def safe_softmax(b: Builder, x: Value, dim: int, dtype: Any = None) -> Value:
+    """Softmax along an axis; zero where all of it is minus infinity."""
+    axis = dim % max(1, len(x.shape))
+    y = cast(b, x, torch.promote_types(b.meta_dtype, torch.float32))
+    top = b.reduce("tile.amax", y, (axis,), True, y.dtype)
+    top = b.point(finite_or_zero, (top,), top.shape, y.dtype)
+    powers = b.aten(aten.exp.default, b.aten(aten.sub.Tensor, y, top))
+    total = b.sum(powers, (axis,), True, y.dtype)
+    nothing = b.aten(aten.eq.Scalar, total, 0)
+    total = b.aten(aten.where.self, nothing, b.full((), 1, y.dtype), total)
+    return cast(b, b.aten(aten.div.Tensor, powers, total), b.meta_dtype)
 
 
 @lowers("_softmax_backward_data", "_log_softmax_backward_data")

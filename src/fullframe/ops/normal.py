@@ -8,7 +8,6 @@ Each function takes the builder and the call's arguments and returns the value(s
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 import torch
@@ -70,6 +69,11 @@ def zeros(b: Builder, *_: Any, **__: Any) -> Value:
     return b.full(b.meta_shape, 0, b.meta_dtype)
 
 
+@lowers("zero")
+def zero(b: Builder, x: Value) -> Value:
+    return b.full(x.shape, 0, x.dtype)
+
+
 @lowers("ones_like", "new_ones", "ones")
 def ones(b: Builder, *_: Any, **__: Any) -> Value:
     return b.full(b.meta_shape, 1, b.meta_dtype)
@@ -116,30 +120,3 @@ def triangle(b: Builder, x: Value, diagonal: int = 0) -> Value:
 def eye(b: Builder, *_: Any, **__: Any) -> Value:
     rows, columns = b.iota(b.meta_shape, 0), b.iota(b.meta_shape, 1)
     return cast(b, b.aten(torch.ops.aten.eq.Tensor, rows, columns), b.meta_dtype)
-
-
-def _in_order(x: Value, size: Any, stride: Any, offset: Any) -> bool:
-    """Whether strides walk through all elements of a dense tensor (one axis, or its own) in their order."""
-    dense, step = [], 1
-    for n in reversed(size):
-        dense.append(step)
-        step *= n
-    alike = len(x.shape) == 1 or tuple(size) == x.shape
-    return (
-        alike
-        and not offset
-        and step == prod(x.shape)
-        and all(n == 1 or s == d for n, s, d in zip(size, stride, reversed(dense), strict=True))
-    )
-
-
-@lowers("as_strided")
-def as_strided(b: Builder, x: Value, size: Any, stride: Any, offset: Any = None) -> Any:
-    """The same elements in the same order (pooling to one pixel rewrites its strides); else run whole."""
-    return b.reshape(x, tuple(size)) if _in_order(x, size, stride, offset) else b.recorded()
-
-
-@lowers("as_strided_scatter")
-def as_strided_scatter(b: Builder, x: Value, source: Value, size: Any, stride: Any, offset: Any = None) -> Any:
-    """All elements replaced in their order (the gradient of the above); else run whole."""
-    return b.reshape(source, x.shape) if _in_order(x, size, stride, offset) else b.recorded()

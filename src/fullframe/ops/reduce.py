@@ -121,10 +121,37 @@ class Product(Reduction):
         return made
 
 
+class ScatterSum(Reduction):
+    """``tile.scatter_sum(g, index)``: row ``index`` of a table is the sum of the rows of g with that index.
+
+    The first axes of g are the index's, the others those of a row; the output is (rows, *row). Rows
+    of a negative index are left out.
+    """
+
+    def links(self, op: Op) -> Sequence[Link]:
+        own = range(len(op.inputs[0].shape))
+        return [Link(0, a, a) for a in own] + [Link(1, a, a) for a in range(len(op.inputs[1].shape))]
+
+    def keeps(self, op: Op) -> Sequence[tuple[int, int]]:
+        rank = len(op.inputs[1].shape)
+        return [(a, a - rank + 1) for a in range(rank, len(op.inputs[0].shape))]
+
+    def footprint(self, op: Op, region: Region) -> Sequence[Region]:
+        return [region, region[: len(op.inputs[1].shape)]]
+
+    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+        g, index = windows
+        row = g.shape[index.dim() :]
+        total = torch.zeros(op.output.shape[0] + 1, *row, dtype=self.accumulator(op), device=g.device)
+        index = torch.where(index < 0, op.output.shape[0], index).flatten()
+        return total.index_add_(0, index, g.reshape(-1, *row).to(total.dtype))[:-1]
+
+
 RULES: dict[str, Reduction] = {
     "tile.sum": Sum(),
     "tile.amax": Extreme(largest=True),
     "tile.amin": Extreme(largest=False),
     "tile.moments": Moments(),
     "tile.prod": Product(),
+    "tile.scatter_sum": ScatterSum(),
 }

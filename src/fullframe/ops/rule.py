@@ -61,6 +61,8 @@ class Reduction(BaseRule):
         return ()
 
     def accumulator(self, op: Op) -> torch.dtype:
+        if op.output.dtype.is_complex:
+            return torch.complex128
         return torch.float64 if op.output.dtype.is_floating_point else op.output.dtype
 
     def start(self, op: Op, shape: Sequence[int], device: torch.device) -> torch.Tensor:
