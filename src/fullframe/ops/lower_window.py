@@ -41,8 +41,22 @@ def convolution_backward(b: Builder, g: Value, x: Value, w: Value, _: Any, *rest
     return [
         conv_input_grad(b, g, x, w, rest[:6]) if mask[0] else None,
         conv_weight_grad(b, g, x, w, rest[:6]) if mask[1] else None,
-        b.sum(g, (0, *range(2, len(g.shape))), False, w.dtype) if mask[2] else None,
+        b.sum(unrounded(b, g), (0, *range(2, len(g.shape))), False, w.dtype) if mask[2] else None,
     ]
+
+
+def unrounded(b: Builder, g: Value) -> Value:
+    """What a gradient was before it was rounded to fewer bits, if it was.
+
+    A norm after the convolution makes the bias's gradient zero: its sum in bfloat16 would be nothing but
+    the rounding of its terms.
+    """
+    op = b.maker.get(g)
+    if op is None or op.target != "aten._to_copy.default":
+        return g
+    kinds = (op.inputs[0].dtype, g.dtype)
+    rounds = all(k.is_floating_point for k in kinds) and kinds[0].itemsize > kinds[1].itemsize
+    return op.inputs[0] if rounds else g
 
 
 def conv_input_grad(b: Builder, g: Value, x: Value, w: Value, geometry: Any) -> Value:
