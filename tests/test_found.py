@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from networks import agree
 from torch import nn
 
@@ -140,3 +141,76 @@ def test_gumbel_noise_is_one_draw_whatever_is_made_again():
 
     found = fullframe.check(Sample(), torch.randn(1, 1, 19, 17), tile=5)
     assert found.passed and found.plan is not None and not found.plan.whole, found
+
+
+def test_an_op_run_whole_sees_tensors_laid_out_as_recorded():
+    # ATen's attention kernel for the CPU reads tensors wrongly whose last axis is not innermost.
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True)
+
+        def forward(self, x):
+            return self.layer(x.flatten(2).transpose(1, 2)).transpose(1, 2).view_as(x)
+
+    agree(Block(), torch.randn(2, 4, 5, 7).requires_grad_(), tile=3)
+
+
+def test_a_tensor_given_by_name_to_an_op_run_whole():
+    class Masked(nn.Module):
+        def forward(self, x):
+            y = x.flatten(2).transpose(1, 2)[:, None]
+            return F.scaled_dot_product_attention(y, y.sin(), y.cos(), attn_mask=torch.eye(35, dtype=x.dtype))
+
+    agree(Masked(), torch.randn(2, 4, 5, 7).requires_grad_(), tile=3)
+
+
+def test_an_image_of_whole_numbers_is_tiled():
+    class Labels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.conv = nn.Embedding(5, 4), nn.Conv2d(4, 2, 3)
+
+        def forward(self, x):
+            return self.conv(self.table(x[:, 0]).movedim(-1, 1))
+
+    found = fullframe.check(Labels(), torch.randint(0, 5, (2, 1, 19, 17)), tile=6)
+    assert found.passed and found.plan is not None and not found.plan.whole, found
+    assert any(len(step.grid) > 1 for step in found.plan.steps)
+
+
+def test_modules_made_by_the_compilers_of_torch():
+    conv = nn.Conv2d(2, 2, 3)
+    compiled = torch.compile(nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU()), backend="eager")
+    traced = torch.jit.trace(conv.double(), torch.randn(1, 2, 9, 9, dtype=torch.float64))
+    for part in (compiled, torch.jit.script(nn.Sequential(nn.Conv2d(2, 2, 3))), traced):
+        step = fullframe.tile(nn.Sequential(part.double(), nn.ReLU()), tile=4)
+        image = torch.randn(1, 2, 12, 11, dtype=torch.float64)
+        plain = nn.Sequential(part, nn.ReLU())(image)
+        assert float((step(image) - plain).abs().max()) < 1e-12 and not step.plan(image).whole
+
+
+def test_a_mark_for_the_profiler_is_no_op():
+    class Marked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 3)
+
+        def forward(self, x):
+            with torch.profiler.record_function("here"):
+                return self.conv(x)
+
+    agree(Marked(), torch.randn(1, 2, 12, 11), tile=4)
+
+
+def test_reentrant_checkpoints_are_refused():
+    class Saved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 3)
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.conv, x, use_reentrant=True)
+
+    with pytest.raises(fullframe.CaptureError, match="use_reentrant=False"):
+        fullframe.tile(Saved(), tile=4)(torch.randn(1, 2, 12, 11).requires_grad_())

@@ -228,7 +228,8 @@ def compile_call(call: Call, options: Options) -> Program:
 def _request(graph: Graph, call: Call, options: Options, first_grad: int) -> Request:
     end = len(call.tensors)
     images = graph.inputs[end - len(call.inputs) : end]
-    images = [v for v in images if len(v.shape) >= 3 and v.dtype.is_floating_point]
+    images = [v for v in images if len(v.shape) >= 3]
+    images = [v for v in images if v.dtype.is_floating_point or v.dtype.is_complex] or images
     roots = tuple((v, (0, *range(2, len(v.shape)))) for v in images)
     forced: list[tuple[Value, int, int]] | None = None
     if options.tile is not None:

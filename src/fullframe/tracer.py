@@ -8,9 +8,10 @@ so no alias survives.
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,9 +58,14 @@ def _record(recording: Recording) -> Any:
     random_before = random.getstate()
     numpy_before = _numpy_state()
     try:
-        with _active(), recording.watch.paths(), fx_traceback.preserve_node_meta():
+        with _active(), recording.watch.paths(), fx_traceback.preserve_node_meta(), _uncompiled():
             module = make_fx(dispatch_functionalize(recording.function))(*fakes)
     except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise CaptureError(
+                f"in {recording.watch.current or 'the step'}, torch.utils.checkpoint with use_reentrant=True cannot "
+                "be recorded; use use_reentrant=False, or no checkpoint: a tiled step stores what fits its budget"
+            ) from error
         if not isinstance(error, DATA_DEPENDENT) and BLAME not in str(error):
             raise
         raise _data_dependent(recording.watch.current, error) from error
@@ -73,6 +79,14 @@ def _record(recording: Recording) -> Any:
     return module
 
 
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Inside, functions that torch.compile made run as they were written."""
+    dynamo = sys.modules.get("torch._dynamo")
+    with dynamo.config.patch(error_on_nested_fx_trace=False) if dynamo else nullcontext():
+        yield
+
+
 def _data_dependent(path: str, error: Exception) -> CaptureError:
     op = str(getattr(error, "func", "")) or "the numbers of a tensor"
     return CaptureError(
@@ -83,8 +97,6 @@ def _data_dependent(path: str, error: Exception) -> CaptureError:
 
 
 def _numpy_state() -> Any:
-    import sys
-
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return None
@@ -133,14 +145,16 @@ def _lower_call(builder: Builder, node: Node, made: dict[Node, Any]) -> Any:
     kwargs = {k: _values(v, made) for k, v in node.kwargs.items()}
     if getattr(node.target, "__name__", "") == "getitem":
         return args[0][args[1]]
-    value = node.meta["val"]
+    value = node.meta.get("val")
+    if not _tensors(value):
+        return None  # a mark for the profiler, say
     single = isinstance(value, torch.Tensor)
-    metas = [value] if single else list(value)
+    metas = list(value) if isinstance(value, (list, tuple)) else [value]
     builder.target, builder.call = str(node.target), node.target  # type: ignore[assignment]
     builder.arguments, builder.keywords = args, kwargs
     builder.meta = [(tuple(m.shape), m.dtype) if isinstance(m, torch.Tensor) else None for m in metas]
     builder.path = node.meta.get("custom", {}).get("path", "")
-    builder.layouts = [(m.stride(), int(m.storage_offset())) for m in _metas(node)]
+    builder.layouts = [_layout(n) for n in _nodes((*node.args, *node.kwargs.values()))]
     if isinstance(kwargs.get("generator"), torch.Generator):
         raise CaptureError(
             f"in {builder.path or 'the step'}, {builder.target} draws from a generator of its own, which a recorded "
@@ -153,10 +167,21 @@ def _lower_call(builder: Builder, node: Node, made: dict[Node, Any]) -> Any:
     return result
 
 
-def _metas(node: Node) -> list[torch.Tensor]:
-    """The recorded tensors among a call's arguments, in their order."""
-    found = [n.meta.get("val") for n in node.all_input_nodes]
-    return [m for m in found if isinstance(m, torch.Tensor) and m.layout is torch.strided]
+def _nodes(arg: Any) -> Iterator[Node]:
+    """The nodes among a call's arguments, in their order."""
+    if isinstance(arg, Node):
+        yield arg
+    elif isinstance(arg, (list, tuple)):
+        for a in arg:
+            yield from _nodes(a)
+
+
+def _layout(node: Node) -> tuple[tuple[int, ...], int] | None:
+    """Strides and offset of a tensor as it was recorded; None where they are not known."""
+    meta = node.meta.get("val")
+    if not isinstance(meta, torch.Tensor) or meta.layout is not torch.strided:
+        return None
+    return tuple(meta.stride()), int(meta.storage_offset())
 
 
 def _values(arg: Any, made: dict[Node, Any]) -> Any:
@@ -165,6 +190,11 @@ def _values(arg: Any, made: dict[Node, Any]) -> Any:
     if isinstance(arg, (list, tuple)):
         return [_values(a, made) for a in arg]
     return arg
+
+
+def _tensors(value: Any) -> bool:
+    found = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(t, torch.Tensor) for t in found)
 
 
 _STATE = threading.local()

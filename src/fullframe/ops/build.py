@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from fullframe.graph import CaptureError, Op, Ref, Value
+from fullframe.graph import CaptureError, Op, Value
 from fullframe.ops import contract, layout, noise, pointwise, pool, reduce, resample, window
+from fullframe.ops.arguments import Recorded, frozen, memory_order, meta_of, replaced, templated, values_in
 from fullframe.ops.norm_rules import STACKED
 from fullframe.ops.rule import BaseRule, Whole
 from fullframe.ops.views import View, common, factors_of, laid_out, refine, solid, spans
@@ -27,6 +28,7 @@ RULES: dict[str, BaseRule] = {
 }
 """One rule per op name."""
 
+PLACES = ("memory_format", "pin_memory", "layout", "device")  # of a call's keywords: where its output lies
 WHOLE = Whole()
 POINTWISE = pointwise.Pointwise()
 TABLE = pointwise.Table()
@@ -49,7 +51,7 @@ class Builder:
         self.arguments: tuple[Any, ...] = ()
         self.keywords: dict[str, Any] = {}
         self.meta: list[tuple[tuple[int, ...], torch.dtype] | None] = []
-        self.layouts: list[tuple[tuple[int, ...], int]] = []
+        self.layouts: list[tuple[tuple[int, ...], int] | None] = []
         self.device = torch.device("cpu")
         self._names = count()
         self._made: dict[Any, Value] = {}
@@ -89,11 +91,11 @@ class Builder:
             lifted = self._lifted(target, args, kwargs, meta, call)
             if lifted is not None:
                 return lifted
-        key = (target, _freeze(args), _freeze(kwargs), meta)
+        key = (target, frozen(args), frozen(kwargs), meta)
         if key in self._made:
             return self._made[key]
         inputs: list[Value] = []
-        template = tuple(_template(a, inputs) for a in args)
+        template = tuple(templated(a, inputs) for a in args)
         output = self.value(*meta)
         op = Op(target, tuple(inputs), template, kwargs, output, rule, call, self.path)
         self.ops.append(op)
@@ -116,7 +118,7 @@ class Builder:
 
     def aten(self, overload: Any, *args: Any, **kwargs: Any) -> Value:
         """Add an ATen op with one output; its shape and dtype come from running it on meta tensors."""
-        out = overload(*(_meta(a) for a in args), **kwargs)
+        out = overload(*(meta_of(a) for a in args), **kwargs)
         meta = (tuple(out.shape), out.dtype)
         target = str(overload)
         return self.record(target, args, kwargs, meta, overload, RULES.get(target, WHOLE))
@@ -128,17 +130,15 @@ class Builder:
                 f"in {self.path or 'the step'}, {self.target} draws random numbers, which would differ each time "
                 "a tile is made; draw them with torch.rand or torch.randn, or outside, and pass them in"
             )
-        dropped = ("memory_format", "pin_memory", "layout", "device")
-        kwargs = {k: v for k, v in self.keywords.items() if k not in dropped}
         rule = self.rule()
         if len(self.meta) == 1 and self.meta[0] is not None:
-            return [self.record(self.target, self.arguments, kwargs, self.meta[0], self.call, rule)]
+            return [self._whole(rule, self.target, self.meta[0], None)]
         return [None if m is None else self.output(k, rule) for k, m in enumerate(self.meta)]
 
     def rule(self) -> BaseRule:
         """The rule of the recorded call: by its name, or pointwise where ATen says so of a call with one output."""
         tags = getattr(self.call, "tags", ())
-        pointwise_ = torch.Tag.pointwise in tags and len(self.meta) == 1 and bool(list(_values(self.arguments)))
+        pointwise_ = torch.Tag.pointwise in tags and len(self.meta) == 1 and bool(list(values_in(self.arguments)))
         return RULES.get(self.target, POINTWISE if pointwise_ else WHOLE)
 
     def draws(self) -> bool:
@@ -154,8 +154,21 @@ class Builder:
         """Output ``index`` of the recorded call, made by a call of its own."""
         meta = self.meta[index]
         assert meta is not None
-        call = Output(self.call, index)
-        return self.record(f"{self.target}[{index}]", self.arguments, self.keywords, meta, call, rule)
+        return self._whole(rule, f"{self.target}[{index}]", meta, index)
+
+    def _whole(self, rule: BaseRule, target: str, meta: Any, index: int | None) -> Value:
+        kwargs = {
+            k: v for k, v in self.keywords.items() if k not in ("memory_format", "pin_memory", "layout", "device")
+        }
+        named = {k: v for k, v in kwargs.items() if list(values_in(v))}
+        kwargs = {k: v for k, v in kwargs.items() if k not in named}
+        call = self.call
+        if rule is WHOLE or named or index is not None:
+            orders = None
+            if rule is WHOLE:
+                orders = tuple(x and memory_order(x[0]) for x in self.layouts)
+            call = Recorded(self.call, tuple(named), orders, index)
+        return self.record(target, (*self.arguments, *named.values()), kwargs, meta, call, rule)
 
     # Shorthands, in the words of the rules.
 
@@ -280,13 +293,13 @@ class Builder:
 
     def _lifted(self, target: str, args: Any, kwargs: Any, meta: Any, call: Any) -> Value | None:
         """A pointwise op on merged axes, made on their factors; None where none is merged."""
-        values = list(_values(args))
+        values = list(values_in(args))
         if not any(self.merged(v) for v in values):
             return None
         factors = self.aligned(values, meta[0])
         if factors is None:
             return None
-        args = _replace(args, {v: self.refactored(v, factors) for v in values})
+        args = replaced(args, {v: self.refactored(v, factors) for v in values})
         made = self.record(target, args, kwargs, (laid_out(factors), meta[1]), call, POINTWISE)
         return self.reshape(made, meta[0])
 
@@ -420,59 +433,5 @@ def _with(shape: Sequence[Any], axis: int, extent: Any) -> tuple[Any, ...]:
     return (*shape[:axis], extent, *shape[axis + 1 :])
 
 
-class Output:
-    """One output of an op that makes several."""
-
-    def __init__(self, call: Callable[..., Any], index: int):
-        self.call, self.index = call, index
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)[self.index]
-
-
 def _never(*_: Any, **__: Any) -> Any:
     raise AssertionError("this op runs through its rule")
-
-
-def _meta(arg: Any) -> Any:
-    if isinstance(arg, Value):
-        return torch.empty(arg.shape, dtype=arg.dtype, device="meta")
-    if isinstance(arg, (list, tuple)):
-        return [_meta(a) for a in arg]
-    return arg
-
-
-def _values(arg: Any) -> Any:
-    if isinstance(arg, Value):
-        yield arg
-    elif isinstance(arg, (list, tuple)):
-        for a in arg:
-            yield from _values(a)
-
-
-def _replace(arg: Any, new: dict[Value, Value]) -> Any:
-    if isinstance(arg, Value):
-        return new[arg]
-    return type(arg)(_replace(a, new) for a in arg) if type(arg) in (list, tuple) else arg
-
-
-def _template(arg: Any, inputs: list[Value]) -> Any:
-    if isinstance(arg, Value):
-        inputs.append(arg)
-        return Ref(len(inputs) - 1)
-    if (
-        isinstance(arg, (list, tuple))
-        and any(isinstance(a, (Value, list, tuple)) for a in arg)
-        and not hasattr(arg, "_fields")
-    ):
-        return [_template(a, inputs) for a in arg]
-    return arg
-
-
-def _freeze(arg: Any) -> Any:
-    if isinstance(arg, dict):
-        return tuple((k, _freeze(v)) for k, v in sorted(arg.items()))
-    if isinstance(arg, (list, tuple)):
-        return tuple(_freeze(a) for a in arg)
-    # 1, 1.0 and True are equal in Python and different in ATen.
-    return (type(arg).__name__, arg) if isinstance(arg, (bool, int, float)) else arg

@@ -49,7 +49,7 @@ def strided_scatter(
 
 def _line(b: Builder, x: Value, size: Any, stride: Any, offset: Any) -> tuple[Value, list[int], int]:
     """A value as a line in the order of memory, the order of its axes there, and the offset within it."""
-    steps, first = b.layouts[0]
+    steps, first = b.layouts[0] or (torch.empty(x.shape, device="meta").stride(), 0)
     order = memory_order(x.shape, steps)
     start = 0 if offset is None else offset - first
     last = start + sum((n - 1) * s for n, s in zip(size, stride, strict=True))

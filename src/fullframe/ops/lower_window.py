@@ -17,9 +17,9 @@ from fullframe.ops.views import solid
 aten = torch.ops.aten
 
 
-@lowers("convolution")
+@lowers("convolution", "_convolution")
 def convolution(b: Builder, x: Value, w: Value, bias: Any, *geometry: Any) -> Value:
-    stride, padding, dilation, transposed, _, groups = geometry
+    stride, padding, dilation, transposed, _, groups = geometry[:6]
     target = "tile.conv_transpose" if transposed else "tile.conv"
     geometry = (stride, padding, dilation, groups)
     return b.emit(target, (x, w, bias), b.meta_shape, b.meta_dtype, args=geometry)
