@@ -19,8 +19,8 @@ from torch.fx import traceback as fx_traceback
 from torch.overrides import TorchFunctionMode
 
 from fullframe.graph import CaptureError
+from fullframe.known import MAKERS, READERS, Known
 
-READERS = frozenset(("item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__"))
 WRITERS = frozenset(("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__iand__",
                      "__ior__", "__ixor__", "__ifloordiv__", "__imod__"))  # fmt: skip
 
@@ -35,11 +35,17 @@ class Watch(TorchFunctionMode):
         self.current = ""
         self.stand_ins: dict[int, torch.Tensor] = {}
         self.used: set[int] = set()  # ids of tensors that entered an operation, not only had their shape asked
+        self.known = Known()
+        self.met = self.strangers = False  # whether the call's tensors have numbers; whether some have none
         self.owners: dict[Any, str] = {}  # autograd node -> path of the module that made it
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        made = func(*self._swap(args, name), **self._swap(kwargs or {}, name))
+        self.met = self.strangers = False
+        args, kwargs = self._swap(args, name), self._swap(kwargs or {}, name)
+        if self.met or func in MAKERS:
+            return self.known.call(func, args, kwargs, self.strangers)
+        made = func(*args, **kwargs)
         if self.current:
             for tensor in made if isinstance(made, (list, tuple)) else (made,):
                 if isinstance(tensor, torch.Tensor) and tensor.requires_grad and name != "grad_fn":
@@ -48,6 +54,10 @@ class Watch(TorchFunctionMode):
 
     def _swap(self, thing: Any, name: str) -> Any:
         if isinstance(thing, torch.Tensor):
+            if thing in self.known:
+                self.met = True
+                return thing
+            self.strangers = True
             found = self.stand_ins.get(id(thing))
             if name != "__get__":
                 self.used.add(id(thing))
@@ -102,7 +112,7 @@ class Watch(TorchFunctionMode):
             with self:
                 yield
         finally:
-            self.stand_ins = {}
+            self.stand_ins, self.known = {}, Known()
 
     @contextmanager
     def paths(self) -> Iterator[None]:

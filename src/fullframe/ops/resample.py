@@ -30,6 +30,16 @@ def unchanged(spec: Spec) -> bool:
     return spec.mode in NO_CHANGE and spec.source == spec.target and spec.scale in (None, 1.0)
 
 
+def sources(spec: Spec, low: int, high: int) -> Interval:
+    """Inputs that these outputs are windows of."""
+    return (low, high) if unchanged(spec) else reads(spec, low, high)
+
+
+def users(spec: Spec, low: int, high: int) -> Interval:
+    """Outputs whose gradients these inputs' gradients are windows of."""
+    return (low, high) if unchanged(spec) else readers(spec, low, high)
+
+
 def factor(spec: Spec) -> int:
     """n where output pixels are the input's, each stretched n times; else 0."""
     if spec.mode not in ("nearest", "linear") or spec.align or spec.target % spec.source:
@@ -56,7 +66,7 @@ class Resample(BaseRule):
         return [Link(0, a, a) for a in range(len(op.output.shape))]
 
     def interval(self, spec: Spec, low: int, high: int) -> Interval:
-        return (low, high) if unchanged(spec) else reads(spec, low, high)
+        return sources(spec, low, high)
 
     def table(self, spec: Spec, region: Interval, dtype: torch.dtype, device: torch.device) -> taps.Table:
         return taps.forward_table(spec, *region, dtype, device)
@@ -97,7 +107,7 @@ class ResampleGrad(Resample):
     """``tile.resample_grad(g, specs)``: the transposed map."""
 
     def interval(self, spec: Spec, low: int, high: int) -> Interval:
-        return (low, high) if unchanged(spec) else readers(spec, low, high)
+        return users(spec, low, high)
 
     def table(self, spec: Spec, region: Interval, dtype: torch.dtype, device: torch.device) -> taps.Table:
         return taps.backward_table(spec, *region, dtype, device)
@@ -130,7 +140,7 @@ def enlarged(x: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval])
     lead = x.dim() - len(specs)
     made = call(x, [n * f for n, f in zip(x.shape[lead:], factors, strict=True)], *rest, *map(float, factors))
     for k, (spec, f, (low, high)) in enumerate(zip(specs, factors, region, strict=True)):
-        start = low - reads(spec, low, high)[0] * f
+        start = low - sources(spec, low, high)[0] * f
         made = made.narrow(lead + k, start, high - low)
     return made
 
@@ -144,7 +154,7 @@ def reduced(g: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) 
     lead = g.dim() - len(specs)
     pads, sizes, starts = [], [], []
     for spec, (low, high) in zip(specs, region, strict=True):
-        f, (first, last) = factor(spec), readers(spec, low, high)
+        f, (first, last) = factor(spec), users(spec, low, high)
         a, b = first // f, -(-last // f)
         pads.append((first - a * f, b * f - last))
         sizes.append(b - a)
