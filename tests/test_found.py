@@ -214,3 +214,57 @@ def test_reentrant_checkpoints_are_refused():
 
     with pytest.raises(fullframe.CaptureError, match="use_reentrant=False"):
         fullframe.tile(Saved(), tile=4)(torch.randn(1, 2, 12, 11).requires_grad_())
+
+
+class Bytes(nn.Module):
+    """Takes a picture in bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x.to(self.conv.weight.dtype) / 255)
+
+
+class Labels(nn.Module):
+    """Takes a map of labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(5, 6)
+        self.conv = nn.Conv2d(6, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.table(x).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("net, image", [
+    (Bytes(), torch.randint(0, 256, (2, 3, 29, 35), dtype=torch.uint8)),
+    (Labels(), torch.randint(0, 5, (2, 29, 35))),
+], ids=["bytes", "labels"])  # fmt: skip
+def test_pictures_of_whole_numbers_are_tiled(net, image):
+    target = torch.randint(0, 4, (2, 29, 35))
+    found = fullframe.check(net, image, target, F.cross_entropy, tile=11)
+    assert found.passed, str(found)
+    assert max(len(s.grid) for s in found.plan.steps) == 2 * 3 * 4
+
+
+class Depth(nn.Module):
+    """Keeps or drops a branch for each image, by a number of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv(x) * torch.rand(len(x), 1, 1, 1, dtype=x.dtype).round()
+
+
+def test_recording_leaves_the_random_state_alone():
+    net, image = Depth(), torch.randn(3, 3, 17, 19)
+    before = torch.get_rng_state()
+    plan = fullframe.tile(net, tile=5).plan(image)
+    assert plan.graph.seed is not None
+    assert torch.equal(torch.get_rng_state(), before)
+    assert fullframe.check(net, image, tile=5).passed

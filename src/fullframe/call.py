@@ -38,6 +38,7 @@ class Call:
 
     def __init__(self, pair: Pair, args: Any, kwargs: Any):
         self.pair = pair
+        self._given = args[:1] if pair.criterion is not None else (args, kwargs)  # what the module is given
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
         self.inputs: Tensors = [x for x in self.leaves if isinstance(x, torch.Tensor)]
         if pair.criterion is not None and (len(args) != 2 or kwargs):
@@ -62,6 +63,22 @@ class Call:
         names = [n.removeprefix("module.") for n in (*self.parameters, *self.buffers)]
         names += [f"attribute{k}" for k in range(len(self.others))]
         return names + [f"input{k}" for k in range(len(self.inputs))]
+
+    @property
+    def spatial(self) -> list[tuple[int, ...]]:
+        """For each input the spatial axes that tiles follow, none where it is no image.
+
+        Images are floating point tensors (batch, channels, spatial axes), and such of whole numbers
+        (bytes, say) that the module is given; one of three axes may be a map of labels, whose second
+        axis is spatial too. Targets of whole numbers follow the output that they are compared with.
+        """
+        count = sum(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(self._given))
+        found = []
+        for k, x in enumerate(self.inputs):
+            image = x.dim() >= 3 and (x.is_floating_point() or x.is_complex() or k < count)
+            first = 1 if x.dim() == 3 and not x.is_floating_point() else 2
+            found.append(tuple(range(first, x.dim())) if image else ())
+        return found
 
     @property
     def device(self) -> torch.device:

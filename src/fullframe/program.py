@@ -210,7 +210,9 @@ def compile_call(call: Call, options: Options) -> Program:
     watch = Watch(call.pair)
     recorder = _Recorder(call, watch)
     before = Survey([call.pair]).key
-    with torch.inference_mode(False), _undisturbed(recorder, call.survey), recordable(call.pair):
+    # Recorded draws advance torch's generators, and plans would then change what is drawn afterwards.
+    unmoved = torch.random.fork_rng([call.device] if call.device.type == "cuda" else [])
+    with torch.inference_mode(False), unmoved, _undisturbed(recorder, call.survey), recordable(call.pair):
         graph = capture(Recording(recorder, call.tensors, call.names, watch))
     after = Survey([call.pair])
     if any(isinstance(t, (FunctionalTensor, FakeTensor)) for t in after.tensors):
@@ -227,20 +229,21 @@ def compile_call(call: Call, options: Options) -> Program:
 
 def _request(graph: Graph, call: Call, options: Options, first_grad: int) -> Request:
     end = len(call.tensors)
-    images = graph.inputs[end - len(call.inputs) : end]
-    images = [v for v in images if len(v.shape) >= 3]
-    images = [v for v in images if v.dtype.is_floating_point or v.dtype.is_complex] or images
-    roots = tuple((v, (0, *range(2, len(v.shape)))) for v in images)
+    images = [
+        (v, axes) for v, axes in zip(graph.inputs[end - len(call.inputs) : end], call.spatial, strict=True) if axes
+    ]
+    roots = tuple((v, (0, *axes)) for v, axes in images)
     forced: list[tuple[Value, int, int]] | None = None
     if options.tile is not None:
         if not roots:
             raise ValueError("tile= needs an image input with a batch, a channel and spatial axes")
-        image = roots[0][0]
-        rank = len(image.shape) - 2
-        extents = (options.tile,) * rank if isinstance(options.tile, int) else tuple(options.tile)
-        if len(extents) != rank:
-            raise ValueError(f"tile={options.tile} has {len(extents)} extents; the input has {rank} spatial axes")
-        forced = [(image, 0, 1), *((image, a + 2, n) for a, n in enumerate(extents))]
+        image, axes = images[0]
+        extents = (options.tile,) * len(axes) if isinstance(options.tile, int) else tuple(options.tile)
+        if len(extents) != len(axes):
+            raise ValueError(
+                f"tile={options.tile} has {len(extents)} extents; the input has {len(axes)} spatial axes"
+            )
+        forced = [(image, 0, 1), *((image, a, n) for a, n in zip(axes, extents, strict=True))]
     budget = options.budget if options.budget is not None else free_bytes(call.device)
     free = frozenset(v for v in graph.outputs[first_grad:] if v is not None)
     return Request(budget, options.workers, roots, fusable, None if forced is None else tuple(forced), free)
