@@ -12,28 +12,40 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from fullframe import region as box
-from fullframe.fusion import Unit, Work, work_of
+from fullframe.fusion import Unit
 from fullframe.graph import Op, Value
 from fullframe.kernels import Kernel, Plain
 from fullframe.lowering import build
-from fullframe.plan import Plan, Step
-from fullframe.region import Region
-from fullframe.section import Section, Tile, own_region, tiled
+from fullframe.plan import Plan
+from fullframe.section import tiled
 from fullframe.store import Arena, empty_map
+from fullframe.task import Job, Read, Store, Sum, Task, Tasks
 
 Kernels = dict[Unit, Kernel | Plain]
 _POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
-_KERNELS: WeakKeyDictionary[Plan, Kernels] = WeakKeyDictionary()
+_RUNTIMES: WeakKeyDictionary[Plan, Runtime] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
-def kernels_of(plan: Plan, device: torch.device) -> Kernels:
-    """The kernels of a plan, built when it first runs."""
+class Runtime:
+    """What the runs of a plan share: its kernels and its tasks."""
+
+    def __init__(self, plan: Plan, device: torch.device):
+        self.kernels: Kernels = build(plan, device)
+        self.tasks = Tasks(plan)
+        # A caller's own memory: what is handed out, and what is not cut into tiles.
+        outputs = {v for v in plan.graph.outputs if v is not None}
+        self.maps = {v for s in plan.steps for v in s.section.outputs if tiled(v, plan.labels)}
+        self.slots = {v: slot for v, slot in plan.slots.items() if v not in outputs}
+        self.kept = self.maps - outputs
+
+
+def runtime_of(plan: Plan, device: torch.device) -> Runtime:
+    """The runtime of a plan, made when it first runs."""
     with _LOCK:
-        if plan not in _KERNELS:
-            _KERNELS[plan] = build(plan, device)
-        return _KERNELS[plan]
+        if plan not in _RUNTIMES:
+            _RUNTIMES[plan] = Runtime(plan, device)
+        return _RUNTIMES[plan]
 
 
 def pool(workers: int) -> ThreadPoolExecutor:
@@ -56,9 +68,8 @@ class Run:
 
     def __init__(self, plan: Plan, arena: Arena, device: torch.device):
         self.plan, self.arena, self.device = plan, arena, device
-        self.kernels = kernels_of(plan, device)
+        self.runtime = runtime_of(plan, device)
         self.values: dict[Value, torch.Tensor] = dict(plan.graph.constants)
-        self.outputs = {v for v in plan.graph.outputs if v is not None}
         self.position = 0
 
     def feed(self, values: Sequence[Value], tensors: Sequence[torch.Tensor]) -> None:
@@ -74,130 +85,107 @@ class Run:
     def advance(self, end: int) -> None:
         """Run the steps up to ``end``; grad mode and autocast are off inside."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            for step in self.plan.steps[self.position : end]:
-                self._step(step)
+            for number in range(self.position, end):
+                self._step(number)
         self.position = end
 
-    def _step(self, step: Step) -> None:
-        labels = self.plan.labels
+    def _step(self, number: int) -> None:
+        step = self.plan.steps[number]
         for value in step.section.saves:
-            if tiled(value, labels):
+            if value in self.runtime.maps:
                 self.values[value] = self._allocate(value)
-        sums = [Summation(op, self.device) for op in step.section.sums]
-        tiles = list(step.grid.tiles())
+        sums = {op: Summation(op, self.device) for op in step.section.sums}
+        task, count = self.runtime.tasks.task, len(step.grid)
         if step.parallel and self.plan.workers > 1 and self.device.type == "cpu":
             in_order = InOrder(lambda partials: _add(sums, partials))
-            _share(self.plan.workers, len(tiles), lambda k: in_order.put(k, self._tile(step, tiles[k])))
+            _share(self.plan.workers, count, lambda k: in_order.put(k, self._tile(task(number, k))))
         else:
-            for tile in tiles:
-                _add(sums, self._tile(step, tile))
-        for total in sums:
-            self.values[total.op.output] = self._keep(total.op.output, total.finish())
+            for k in range(count):
+                _add(sums, self._tile(task(number, k)))
+        for op, total in sums.items():
+            self.values[op.output] = self._keep(op.output, total.finish())
         for value in step.frees:
             del self.values[value]
 
     def _allocate(self, value: Value) -> torch.Tensor:
-        slot = self.plan.slots.get(value)
-        if slot is None or value in self.outputs:
+        slot = self.runtime.slots.get(value)
+        if slot is None:
             return torch.empty(value.shape, dtype=value.dtype, device=self.device)
         return self.arena.view(slot.offset, value.shape, value.dtype)
 
     def _keep(self, value: Value, tensor: torch.Tensor) -> torch.Tensor:
-        if not tiled(value, self.plan.labels) or value in self.outputs:
-            return tensor
-        return self._allocate(value).copy_(tensor)
+        return self._allocate(value).copy_(tensor) if value in self.runtime.kept else tensor
 
-    def _tile(self, step: Step, tile: Tile) -> Partials:
-        """Make one tile; returns the partial result of each sum with its place in the output."""
-        section = step.section
-        works, regions = work_of(step.units, section.saves, frozenset(section.sums), self.plan.labels, tile)
+    def _tile(self, task: Task) -> Partials:
+        """Make one tile; returns its partial result of each sum."""
         windows: dict[Value, torch.Tensor] = {}
-        partials: Partials = {}
-        last = {value: k for k, work in enumerate(works) for value in work.unit.reads}
-        for k, work in enumerate(works):
-            unit = work.unit
-            reads = self._windows(work, windows, regions)
-            if unit.fused:
-                self._fused(work, reads, windows, tile, partials)
-            else:
-                self._single(work, reads, windows, tile, section, partials)
-            for value in unit.reads:
-                if last[value] == k:
-                    windows.pop(value, None)
-        # Tiles that differ only in labels a driver lacks share its region: the first counts it.
-        return {op: made for op, made in partials.items() if self._first(op, tile)}
+        partials: Partials = []
+        for job in task:
+            reads = [self._read(read, windows) for read in job.reads]
+            run = self._fused if job.unit.fused else self._single
+            run(job, reads, windows, partials)
+            for value in job.drops:
+                del windows[value]
+        return partials
 
-    def _first(self, op: Op, tile: Tile) -> bool:
-        rule: Any = op.rule
-        labels = self.plan.labels[op.inputs[rule.driver]]
-        return all(span.low == 0 or label in labels for label, span in tile.items())
+    def _read(self, read: Read, windows: dict[Value, torch.Tensor]) -> torch.Tensor:
+        if read.empty is not None:
+            return torch.empty(read.empty, dtype=read.value.dtype, device=self.device)
+        tensor = windows[read.value] if read.window else self.values[read.value]
+        return tensor if read.part is None else tensor[read.part]
+
+    def _store(self, store: Store, made: torch.Tensor) -> None:
+        if not store.tiled:
+            self.values[store.value] = self._apart(made)
+            return
+        stored = self.values[store.value]
+        target = stored if store.to is None else stored[store.to]
+        target.copy_(made if store.made is None else made[store.made])
 
     def _apart(self, made: torch.Tensor) -> torch.Tensor:
         """A tensor that does not look into the arena, whose places are used again."""
         shared = made.untyped_storage().data_ptr() == self.arena.block.untyped_storage().data_ptr()
         return made.clone() if shared else made
 
-    def _windows(
-        self, work: Work, windows: dict[Value, torch.Tensor], regions: dict[Value, Region]
-    ) -> list[torch.Tensor]:
-        found = []
-        for value, read in zip(work.unit.reads, work.reads, strict=True):
-            window = windows.get(value)
-            if window is None and box.is_empty(read):  # none of it was made for this tile
-                found.append(torch.empty(box.shape_of(read), dtype=value.dtype, device=self.device))
-            elif window is None:
-                tensor = self.values[value]
-                found.append(tensor if box.shape_of(read) == tuple(tensor.shape) else tensor[box.slices(read)])
-            elif read == regions[value]:
-                found.append(window)
-            else:
-                found.append(window[box.slices(read, regions[value])])
-        return found
-
-    def _single(self, work: Work, reads: list[torch.Tensor], windows: dict[Value, torch.Tensor], tile: Tile,
-                section: Section, partials: Partials) -> None:  # fmt: skip
-        unit = work.unit
+    def _single(self, job: Job, reads: list[torch.Tensor], windows: dict[Value, torch.Tensor],
+                partials: Partials) -> None:  # fmt: skip
+        unit = job.unit
         (op,) = unit.ops or unit.sums
         rule: Any = op.rule
-        made = rule.run(op, work.region, reads)
-        if op in section.sums:
-            partials[op] = rule.out_region(op, work.region), made
+        made = rule.run(op, job.region, reads)
+        if job.sums:
+            (place,) = job.sums
+            if place.counted:
+                partials.append((place, made))
             return
-        region = work.region
         if rule.kind == "reduce":  # no tile cuts it: finished at once
-            made, region = rule.finish(op, made), rule.out_region(op, region)
-        for value in unit.saves:
-            if tiled(value, self.plan.labels):
-                own = own_region(value, self.plan.labels, tile)
-                self.values[value][box.slices(own)] = made[box.slices(own, region)]
-            else:
-                self.values[value] = self._apart(made)
+            made = rule.finish(op, made)
+        for store in job.stores:
+            self._store(store, made)
         windows[op.output] = made
 
-    def _fused(self, work: Work, reads: list[torch.Tensor], windows: dict[Value, torch.Tensor], tile: Tile,
+    def _fused(self, job: Job, reads: list[torch.Tensor], windows: dict[Value, torch.Tensor],
                partials: Partials) -> None:  # fmt: skip
-        unit = work.unit
-        kernel = self.kernels[unit]
-        targets: dict[Value, torch.Tensor] = {}
-        for value in (*unit.saves, *unit.makes):
-            if value in unit.saves and unit.own:
-                targets[value] = self.values[value][box.slices(work.region)]
-            elif value not in targets:
-                targets[value] = empty_map(box.shape_of(work.region), value.dtype, self.device)
-            if value in unit.makes:
-                windows[value] = targets[value]
-        operands = [aligned(t, len(work.region)) for t in reads]
-        sums = kernel.run(operands, list(targets.values()))
-        for value in () if unit.own else unit.saves:  # the halo is another tile's to store
-            own = own_region(value, self.plan.labels, tile)
-            self.values[value][box.slices(own)] = targets[value][box.slices(own, work.region)]
-        for op, partial in zip(unit.sums, sums, strict=True):
-            rule: Any = op.rule
-            region = rule.out_region(op, work.region)
-            partials[op] = region, partial.view(box.shape_of(region))
+        made: dict[Value, torch.Tensor] = {}
+        for target in job.targets:
+            if target.shape is None:
+                stored = self.values[target.value]
+                tensor = stored if target.part is None else stored[target.part]
+            else:
+                tensor = empty_map(target.shape, target.value.dtype, self.device)
+            made[target.value] = tensor
+            if target.keep:
+                windows[target.value] = tensor
+        operands = [aligned(t, len(job.region)) for t in reads]
+        sums = self.runtime.kernels[job.unit].run(operands, list(made.values()))
+        for store in job.stores:
+            self._store(store, made[store.value])
+        for place, partial in zip(job.sums, sums, strict=True):
+            if place.counted:
+                partials.append((place, partial.view(place.shape)))
 
 
-Partials = dict[Op, tuple[Region, torch.Tensor]]
+Partials = list[tuple[Sum, torch.Tensor]]
 
 
 def aligned(tensor: torch.Tensor, rank: int) -> torch.Tensor:
@@ -206,24 +194,39 @@ def aligned(tensor: torch.Tensor, rank: int) -> torch.Tensor:
     return tensor[(None,) * missing] if missing and tensor.dim() else tensor
 
 
-def _add(sums: Sequence[Summation], partials: Partials) -> None:
-    for total in sums:
-        if total.op in partials:
-            total.add(*partials[total.op])
+def _add(sums: dict[Op, Summation], partials: Partials) -> None:
+    for place, partial in partials:
+        sums[place.op].add(place, partial)
 
 
 class Summation:
-    """A reduction in progress."""
+    """A reduction in progress. Small partial results of whole outputs wait and are then joined, some at a time."""
+
+    WAITING, SMALL = 32, 1023  # results, and elements of each: together too few for ATen to split among threads
 
     def __init__(self, op: Op, device: torch.device):
         self.op = op
         self.rule: Any = op.rule
         self.total = self.rule.start(op, op.output.shape, device)
+        self.waiting: list[torch.Tensor] = []
 
-    def add(self, region: Region, partial: torch.Tensor) -> None:
-        self.rule.combine(self.op, self.total[box.slices(region)], partial)
+    def add(self, place: Sum, partial: torch.Tensor) -> None:
+        if place.part is not None or self.total.numel() > self.SMALL:
+            total = self.total if place.part is None else self.total[place.part]
+            self.rule.combine(self.op, total, partial)
+            return
+        self.waiting.append(partial)
+        if len(self.waiting) == self.WAITING:
+            self._join()
+
+    def _join(self) -> None:
+        if self.waiting:
+            joined = self.waiting[0] if len(self.waiting) == 1 else self.rule.join(self.op, torch.stack(self.waiting))
+            self.rule.combine(self.op, self.total, joined)
+            self.waiting.clear()
 
     def finish(self) -> torch.Tensor:
+        self._join()
         return self.rule.finish(self.op, self.total)
 
 

@@ -64,6 +64,9 @@ class Extreme(Reduction):
     def combine(self, op: Op, total: torch.Tensor, partial: torch.Tensor) -> None:
         total.copy_(torch.maximum(total, partial) if self.largest else torch.minimum(total, partial))
 
+    def join(self, op: Op, partials: torch.Tensor) -> torch.Tensor:
+        return torch.amax(partials, 0) if self.largest else torch.amin(partials, 0)
+
     def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
         reduce = torch.amax if self.largest else torch.amin
         return reduce(windows[0], op.args[1], op.args[2])
@@ -100,6 +103,15 @@ class Moments(Reduction):
         total[2].add_(partial[2] + delta * delta * (na * nb / n))
         total[0].copy_(n)
 
+    def join(self, op: Op, partials: torch.Tensor) -> torch.Tensor:
+        """Of all at once: the mean of the means, then the squares about it."""
+        count, mean, square = partials.unbind(1)
+        n = count.sum(0)
+        weight = count / n.clamp(min=1)
+        middle = (weight * mean).sum(0)
+        square = square.sum(0) + (count * (mean - middle).square()).sum(0)
+        return torch.stack([n, middle, square])
+
 
 class Product(Reduction):
     """``tile.prod(x, axes, keepdim)``."""
@@ -113,6 +125,9 @@ class Product(Reduction):
 
     def combine(self, op: Op, total: torch.Tensor, partial: torch.Tensor) -> None:
         total.mul_(partial)
+
+    def join(self, op: Op, partials: torch.Tensor) -> torch.Tensor:
+        return torch.prod(partials, 0)
 
     def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
         made = windows[0]

@@ -1,0 +1,188 @@
+"""Tasks: what is to be done on one tile, with every region turned into slices.
+
+A task follows from the plan and never changes, so it is made when its tile first runs and then kept:
+the arithmetic of footprints is not repeated at every step. Of very many tiles only some are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from fullframe import region as box
+from fullframe.fusion import Unit, Work, work_of
+from fullframe.graph import Op, Value
+from fullframe.plan import Plan, Step
+from fullframe.region import Region
+from fullframe.section import Tile, own_region, tiled
+
+KEPT = 1 << 14  # tiles of a plan whose tasks are kept: some kilobytes each
+Part = tuple[slice, ...] | None  # of a tensor; None is all of it
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Read:
+    """What an op or a kernel takes: a part of a window or of a stored map; ``empty`` gives the shape of nothing."""
+
+    value: Value
+    window: bool
+    part: Part
+    empty: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Target:
+    """Where a kernel writes a value: a part of its stored map, or (``shape``) a new window; ``keep`` it as one."""
+
+    value: Value
+    part: Part
+    shape: tuple[int, ...] | None
+    keep: bool
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Store:
+    """A part of a window that is the tile's own part of a map; an untiled value is kept as it is."""
+
+    value: Value
+    tiled: bool
+    to: Part
+    made: Part
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Sum:
+    """A partial result: its place in the output and its shape. Not counted on tiles that another one stands for."""
+
+    op: Op
+    part: Part
+    shape: tuple[int, ...]
+    counted: bool
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Job:
+    """One unit on a tile; ``drops`` are the windows that nothing reads afterwards."""
+
+    unit: Unit
+    region: Region
+    reads: tuple[Read, ...]
+    targets: tuple[Target, ...]
+    stores: tuple[Store, ...]
+    sums: tuple[Sum, ...]
+    drops: tuple[Value, ...]
+
+
+Task = tuple[Job, ...]
+
+
+class Tasks:
+    """The tasks of a plan, made when they are first asked for. Threads may ask at the same time."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        room = KEPT
+        self.kept: list[list[Task | None] | None] = []
+        for step in plan.steps:
+            fits = len(step.grid) <= room
+            room -= len(step.grid) if fits else 0
+            self.kept.append([None] * len(step.grid) if fits else None)
+
+    def task(self, number: int, k: int) -> Task:
+        """Of tile ``k`` of step ``number``."""
+        kept = self.kept[number]
+        found = kept[k] if kept is not None else None
+        if found is None:
+            step = self.plan.steps[number]
+            found = task_of(self.plan, step, tile_at(step, k))
+            if kept is not None:
+                kept[k] = found
+        return found
+
+
+def tile_at(step: Step, k: int) -> Tile:
+    """The tile of a number, the last axis fastest."""
+    position: list[int] = []
+    for n in reversed(step.grid.counts()):
+        k, at = divmod(k, n)
+        position.insert(0, at)
+    return step.grid.tile(tuple(position))
+
+
+def task_of(plan: Plan, step: Step, tile: Tile) -> Task:
+    """The jobs of a tile, in runnable order."""
+    section, labels = step.section, plan.labels
+    works, regions = work_of(step.units, section.saves, frozenset(section.sums), labels, tile)
+    last = {value: k for k, work in enumerate(works) for value in work.unit.reads}
+    made: set[Value] = set()
+    jobs = []
+    for k, work in enumerate(works):
+        reads = tuple(_read(v, r, regions, made) for v, r in zip(work.unit.reads, work.reads, strict=True))
+        form = _fused if work.unit.fused else _single
+        targets, stores, sums = form(plan, step, work, tile)
+        made |= {*work.unit.makes}
+        drops = tuple(
+            v for v in dict.fromkeys((*work.unit.reads, *work.unit.makes)) if v in made and last.get(v, k) == k
+        )
+        made -= {*drops}
+        jobs.append(Job(work.unit, work.region, reads, targets, stores, sums, drops))
+    return tuple(jobs)
+
+
+def _read(value: Value, read: Region, regions: dict[Value, Region], made: set[Value]) -> Read:
+    if value in made:
+        return Read(value, True, None if read == regions[value] else _slices(read, regions[value]))
+    if box.is_empty(read):  # none of it was made for this tile
+        return Read(value, False, None, box.shape_of(read))
+    return Read(value, False, _part(read, value.shape))
+
+
+def _part(region: Region, shape: tuple[int, ...]) -> Part:
+    return None if region == box.full(shape) else _slices(region)
+
+
+@lru_cache(maxsize=4096)
+def _slices(region: Region, origin: Region | None = None) -> tuple[slice, ...]:
+    return box.slices(region, origin)
+
+
+def _own_store(plan: Plan, value: Value, tile: Tile, made: Region) -> Store:
+    if not tiled(value, plan.labels):
+        return Store(value, False, None, None)
+    own = own_region(value, plan.labels, tile)
+    return Store(value, True, _part(own, value.shape), None if own == made else _slices(own, made))
+
+
+def _sum(plan: Plan, op: Op, region: Region, tile: Tile) -> Sum:
+    """Tiles that differ only in labels a driver lacks share its region: the first counts it."""
+    rule: Any = op.rule
+    labels = plan.labels[op.inputs[rule.driver]]
+    counted = all(span.low == 0 or label in labels for label, span in tile.items())
+    out = rule.out_region(op, region)
+    return Sum(op, _part(out, op.output.shape), box.shape_of(out), counted)
+
+
+Form = tuple[tuple[Target, ...], tuple[Store, ...], tuple[Sum, ...]]
+
+
+def _fused(plan: Plan, step: Step, work: Work, tile: Tile) -> Form:
+    unit, shape = work.unit, box.shape_of(work.region)
+    targets = []
+    for value in dict.fromkeys((*unit.saves, *unit.makes)):
+        stored = unit.own and value in unit.saves
+        part = _part(work.region, value.shape) if stored else None
+        targets.append(Target(value, part, None if stored else shape, value in unit.makes))
+    halo = () if unit.own else unit.saves  # the halo is another tile's to store
+    stores = tuple(_own_store(plan, v, tile, work.region) for v in halo)
+    return tuple(targets), stores, tuple(_sum(plan, op, work.region, tile) for op in unit.sums)
+
+
+def _single(plan: Plan, step: Step, work: Work, tile: Tile) -> Form:
+    unit = work.unit
+    (op,) = unit.ops or unit.sums
+    rule: Any = op.rule
+    if op in step.section.sums:
+        return (), (), (_sum(plan, op, work.region, tile),)
+    made = rule.out_region(op, work.region) if rule.kind == "reduce" else work.region
+    return (), tuple(_own_store(plan, v, tile, made) for v in unit.saves), ()
