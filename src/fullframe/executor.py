@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from math import prod
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,7 @@ from fullframe.fusion import Unit
 from fullframe.graph import Op, Value
 from fullframe.kernels import Kernel, Plain
 from fullframe.lowering import build
-from fullframe.plan import Plan
+from fullframe.plan import Plan, Step
 from fullframe.section import tiled
 from fullframe.store import Arena, empty_map
 from fullframe.task import Job, Read, Store, Sum, Task, Tasks
@@ -38,6 +39,7 @@ class Runtime:
         self.maps = {v for s in plan.steps for v in s.section.outputs if tiled(v, plan.labels)}
         self.slots = {v: slot for v, slot in plan.slots.items() if v not in outputs}
         self.kept = self.maps - outputs
+        self.wide = [len(step.grid) == 1 and _dear(step) for step in plan.steps]
 
 
 def runtime_of(plan: Plan, device: torch.device) -> Runtime:
@@ -46,6 +48,19 @@ def runtime_of(plan: Plan, device: torch.device) -> Runtime:
         if plan not in _RUNTIMES:
             _RUNTIMES[plan] = Runtime(plan, device)
         return _RUNTIMES[plan]
+
+
+DEAR = 300_000_000  # operations: some milliseconds
+
+
+def _dear(step: Step) -> bool:
+    """Whether a step is worth more than one thread."""
+    spent = 0
+    for op in step.section.ops:
+        rule: Any = op.rule
+        through = op.inputs[rule.driver] if rule.kind == "reduce" else op.output
+        spent += max(rule.cost(op, prod(through.shape)), 100 * prod(op.output.shape) * (rule.kind == "whole"))
+    return spent > DEAR
 
 
 def pool(workers: int) -> ThreadPoolExecutor:
@@ -84,10 +99,21 @@ class Run:
 
     def advance(self, end: int) -> None:
         """Run the steps up to ``end``; grad mode and autocast are off inside."""
+        threads = torch.get_num_threads()
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            for number in range(self.position, end):
-                self._step(number)
+            try:
+                for number in range(self.position, end):
+                    self._threads(threads if self.runtime.wide[number] else 1)
+                    self._step(number)
+            finally:
+                self._threads(threads)
         self.position = end
+
+    def _threads(self, count: int) -> None:
+        """Threads inside the ops of this thread. After each such op they wait busily for the next, in the way of
+        the workers; so only steps that are dear and not cut into tiles have them, whatever the number of workers."""
+        if self.device.type == "cpu" and torch.get_num_threads() != count:
+            torch.set_num_threads(count)
 
     def _step(self, number: int) -> None:
         step = self.plan.steps[number]

@@ -87,7 +87,8 @@ class Tasks:
         for step in plan.steps:
             fits = len(step.grid) <= room
             room -= len(step.grid) if fits else 0
-            self.kept.append([None] * len(step.grid) if fits else None)
+            empty: list[Task | None] = [None] * len(step.grid)
+            self.kept.append(empty if fits else None)
 
     def task(self, number: int, k: int) -> Task:
         """Of tile ``k`` of step ``number``."""

@@ -1,0 +1,65 @@
+"""The executor: threads of the caller, tasks kept and made anew, partial sums joined."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fullframe
+from fullframe import task
+from fullframe.graph import Op, Value
+from fullframe.ops.reduce import RULES
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 2, 3, padding=1)
+    )
+
+
+def _gradients(step: nn.Module, net: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
+    net.zero_grad()
+    step(image).square().sum().backward()
+    return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+
+def test_the_callers_threads_are_given_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        net = _net()
+        _gradients(fullframe.tile(net, tile=16), net, torch.randn(1, 3, 40, 40))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 1 << 14])
+def test_same_bits_whether_tasks_are_kept(monkeypatch, kept):
+    net, image = _net(), torch.randn(1, 3, 40, 40)
+    truth = _gradients(fullframe.tile(net, tile=16), net, image)
+    monkeypatch.setattr(task, "KEPT", kept)
+    step = fullframe.tile(net, tile=16)
+    for _ in range(2):
+        assert all(map(torch.equal, _gradients(step, net, image), truth))
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_joined_partials_are_those_added_one_by_one(name):
+    torch.manual_seed(0)
+    rule = RULES[name]
+    x = Value("x", (5, 6, 7), torch.float64, 8)
+    shape = (3, 1, 6, 1) if name == "tile.moments" else (6,)
+    args = (None, (0, 2)) if name == "tile.moments" else (None, (0, 2), False)
+    op = Op(name, (x,), args, {}, Value("y", shape, torch.float64, 8), rule, lambda: None)
+    partials = []
+    for rows in ((0, 1), (1, 2), (2, 5)):
+        window = torch.randn(rows[1] - rows[0], 6, 7, dtype=torch.float64) + 1e6
+        partials.append(rule.run(op, (rows, (0, 6), (0, 7)), [window]))
+    one_by_one, at_once = (rule.start(op, shape, torch.device("cpu")) for _ in range(2))
+    for partial in partials:
+        rule.combine(op, one_by_one, partial)
+    rule.combine(op, at_once, rule.join(op, torch.stack(partials)))
+    torch.testing.assert_close(at_once, one_by_one, rtol=1e-12, atol=0)
