@@ -152,8 +152,8 @@ def window_bytes(section: Section, units: Sequence[Unit], labels: Labels, tile: 
             alive[value] = 0 if stored or value not in regions else box.size(regions[value]) * value.itemsize
         copies = 0
         if any(op.rule.heavy for op in (*unit.ops, *unit.sums)):
-            # The library may copy what a convolution reads, for padding or for its layout.
-            copies = sum(box.size(r) * v.itemsize for v, r in zip(unit.reads, work.reads, strict=True))
+            # What a convolution reads may be copied, for padding, for its layout or to float32.
+            copies = sum(box.size(r) * max(4, v.itemsize) for v, r in zip(unit.reads, work.reads, strict=True))
         most = max(most, sum(alive.values()) + copies)
         for value in unit.reads:
             if last[value] == k:
