@@ -1,72 +1,134 @@
-"""Time and memory of a training step: tiled against plain eager PyTorch, in turns, in one run.
+"""Time and memory of a training step, tiled and in plain PyTorch, in turns, in one run.
 
-    python bench/speed.py [--rounds N] [--bfloat16]
+    python bench/speed.py [--network uresnet] [--rounds N] [--variants tiled,eager,...] [--bfloat16]
 
-UResNet at 3 x 640 x 1024, batch 1, loss light. Plain PyTorch runs in channels_last, as its users would.
-Memory is the growth of the resident set at its highest in each one's first step, recording and planning
-included; times are medians of the later steps, the ratio is of medians. Run it with
-GLIBC_TUNABLES=glibc.malloc.hugetlb=1 for plain PyTorch with huge pages.
+UResNet and a21 at 3 x 640 x 1024 (--halvings 1), a ResNet-50 classifier and MONAI's U-Net at 1024 x 1024
+(--size), batch 1. Every variant has a process of its own, which steps only when it is its turn. Plain PyTorch
+runs in channels_last: as it comes, with huge pages for malloc, with every residual block checkpointed, and, on
+request (`compile` among the variants; minutes), compiled. `limit` is the time of the convolutions alone (see
+limit.py). Memory is the growth of the resident set at its highest in the first step, recording and planning
+included; times are medians of the later steps. One network a run writes one table, so a run can be repeated
+for each. On a processor without bfloat16 arithmetic its convolutions are emulated, and slow in every variant.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import importlib.util
 import os
 import statistics
-import time
-from collections.abc import Callable
+import subprocess
+import sys
 
 import torch
+from limit import limit
 from record import setting, write
-from uresnet import event, network
+from rivals import NETWORKS, case, serve
 
-import fullframe
-from cosmictagger.memory import PeakMemory
+DEFAULT = "tiled,eager,eager-hugepages,checkpoint,limit"
+TUNED = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+Process = subprocess.Popen[str]
+
+
+def start(given: argparse.Namespace, variant: str) -> Process:
+    """A process that serves one variant; returns when it is ready."""
+    command = [sys.executable, __file__, "--serve", variant, "--network", given.network, "--budget", given.budget]
+    command += ["--halvings", str(given.halvings), "--size", str(given.size), *["--bfloat16"] * given.bfloat16]
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    environment |= TUNED if variant.endswith("hugepages") else {}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    if process.stdout.readline().strip() != "ready":
+        raise SystemExit(f"{variant} did not start")
+    return process
+
+
+def ask(process: Process, variant: str, turn: str) -> tuple[float, float, float] | None:
+    """Seconds, bytes and loss of one step; None when the process ended (out of memory)."""
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write(turn + "\n")
+        process.stdin.flush()
+        seconds, added, loss = map(float, process.stdout.readline().split())
+    except (ValueError, OSError):
+        print(f"{variant}: the process ended", flush=True)
+        return None
+    print(f"{variant} {turn}: {seconds:.2f} s, loss {loss:.5f}", flush=True)
+    return seconds, added, loss
+
+
+def measure(given: argparse.Namespace, variants: list[str]) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of the steps, and bytes of the first, by variant; one that ends early is left out."""
+    processes = {v: start(given, v) for v in variants}
+    times: dict[str, list[float]] = {v: [] for v in variants}
+    memory: dict[str, float] = {}
+    try:
+        for turn in ["first", *map(str, range(1, given.rounds + 1))]:
+            for variant in list(processes):
+                found = ask(processes[variant], variant, turn)
+                if found is None:
+                    del processes[variant]
+                elif turn == "first":
+                    memory[variant] = found[1]
+                else:
+                    times[variant].append(found[0])
+    finally:
+        for process in processes.values():
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait()
+    return {v: t for v, t in times.items() if len(t) == given.rounds}, memory
+
+
+def table(given: argparse.Namespace, variants: list[str]) -> str:
+    """The measurements as text."""
+    times, memory = measure(given, [v for v in variants if v != "limit"])
+    middle = {v: statistics.median(t) for v, t in times.items()}
+    ours = middle.get("tiled")
+    lines = ["| | step | times tiled | memory added | of eager's |", "|---|---|---|---|---|"]
+    for v in variants:
+        if v in middle:
+            ratio = f"{middle[v] / ours:.2f}" if ours else "-"
+            part = f"{memory[v] / memory['eager']:.2f}" if memory.get("eager") else "-"
+            lines.append(f"| {v} | {middle[v]:.2f} s | {ratio} | {memory[v] / 1e9:.2f} GB | {part} |")
+        elif v != "limit":
+            lines.append(f"| {v} | ended | - | - | - |")
+    if "limit" in variants:
+        pair = limit(case(given.network, given.halvings, given.size), given.bfloat16)
+        for name, seconds in zip(("the library's convolutions alone", "with our weight gradient"), pair, strict=True):
+            ratio = f"{seconds / ours:.2f}" if ours else "-"
+            lines.append(f"| {name} | {seconds:.2f} s | {ratio} | - | - |")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=NETWORKS, default="uresnet")
+    parser.add_argument("--variants", default=DEFAULT)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--halvings", type=int, default=1)
+    parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--budget", default="4 GB")
     parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    net, criterion = network()
-    image, label, source = event(1)
-    plain = copy.deepcopy(net).to(memory_format=torch.channels_last)
-    flat = image.to(memory_format=torch.channels_last)
-    step = fullframe.tile(net, loss=criterion, budget=given.budget)
-    variants: dict[str, Callable[[], torch.Tensor]] = {
-        "tiled": lambda: step(image, label),
-        "eager": lambda: criterion(plain(flat), label),
-    }
-    times: dict[str, list[float]] = {k: [] for k in variants}
-    memory: dict[str, float] = {}
-    for turn in range(given.rounds + 1):
-        for name, forward in variants.items():
-            (net if name == "tiled" else plain).zero_grad(set_to_none=True)
-            with PeakMemory(image.device, wanted=turn == 0) as peak:
-                start = time.perf_counter()
-                with torch.autocast("cpu", torch.bfloat16, enabled=given.bfloat16):
-                    loss = forward()
-                loss.backward()
-                seconds = time.perf_counter() - start
-            if turn == 0:
-                memory[name] = (peak.added or 0) / 1e9
-            else:
-                times[name].append(seconds)
-            print(f"{name} {turn}: {seconds:.1f} s, loss {loss.item():.5f}", flush=True)
-    middle = {k: statistics.median(v) for k, v in times.items()}
+    if given.serve:
+        serve(given.network, given.serve, given.halvings, given.size, given.budget, given.bfloat16)
+        return
+    image = case(given.network, given.halvings, given.size)[2]
     kind = "bfloat16" if given.bfloat16 else "float32"
-    pages = "huge pages for malloc" if "hugetlb" in os.environ.get("GLIBC_TUNABLES", "") else "malloc as it comes"
-    text = (
-        f"UResNet, 3 x {image.shape[2]} x {image.shape[3]}, batch 1, {kind}, {source} shrunk by 2, {pages}\n\n"
-        "| | step | memory added |\n|---|---|---|\n"
-        + "".join(f"| {k} | {middle[k]:.1f} s | {memory[k]:.2f} GB |\n" for k in variants)
-        + f"\ntiled is {middle['eager'] / middle['tiled']:.2f} times as fast with "
-        f"{memory['tiled'] / memory['eager']:.2f} of the memory\n\nbench/speed.py, {setting()}"
-    )
-    write(f"speed-{kind}" + ("-hugepages" if "huge pages" in pages else ""), text)
+    text = table(given, given.variants.split(","))
+    notes = ["plain PyTorch in channels_last", f"medians of {given.rounds} steps"]
+    if given.bfloat16 and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        notes.append("bfloat16 is emulated on this processor")
+    if importlib.util.find_spec("lightstream") is None:
+        notes.append("lightstream is not installed")
+    else:
+        notes.append("lightstream left out: it trains no batch norm, which every network here has")
+    shape = " x ".join(map(str, image.shape[1:]))
+    head = f"{given.network}, {shape}, batch 1, {kind}; {'; '.join(notes)}"
+    name = f"speed-{given.network}-{kind}" + (f"-{image.shape[2]}" if image.shape[2] not in (640, 1024) else "")
+    write(name, f"{head}\n\n{text}\n\nbench/speed.py, {setting()}")
 
 
 if __name__ == "__main__":
