@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from networks import agree
+from networks import agree, close
 from torch import nn
 
 import fullframe
+import fullframe.testing
 
 
 @pytest.fixture(autouse=True)
@@ -268,3 +269,113 @@ def test_recording_leaves_the_random_state_alone():
     assert plan.graph.seed is not None
     assert torch.equal(torch.get_rng_state(), before)
     assert fullframe.check(net, image, tile=5).passed
+
+
+class DropPath(nn.Module):
+    """A convolution left out for some images of the batch, by a mask made from nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv(x) * torch.empty(x.shape[0], 1, 1, 1).bernoulli_(0.5)
+
+
+def test_recording_leaves_the_random_numbers_of_the_step_alone():
+    # A step that was recorded first drew other masks than the same step later.
+    tiled = fullframe.tile(DropPath(), tile=7)
+    image = torch.randn(8, 1, 18, 18)
+    torch.manual_seed(1)
+    first = tiled(image)
+    torch.manual_seed(1)
+    assert torch.equal(first, tiled(image))
+
+
+def test_a_random_activation_in_place_is_drawn_by_the_oracle_too():
+    # The test kit's random numbers reached only the activation that makes a new map.
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.RReLU(inplace=True))
+    image = torch.randn(1, 1, 18, 18)
+    tiled = fullframe.tile(net, tile=7)
+    torch.manual_seed(1)
+    found = tiled(image)
+    torch.manual_seed(1)
+    with fullframe.testing.drawn():
+        assert torch.allclose(found, net(image))
+
+
+class Code(nn.Module):
+    """Down to a few pixels by channel shuffles, and up again: several maps are needed at once near the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 2, 5, padding="same"), nn.Conv2d(2, 2, 5, 2, 2)
+        self.code, self.mix, self.norm = nn.Linear(8, 8), nn.Conv2d(18, 18, 1), nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        y = F.adaptive_avg_pool2d(self.down(self.stem(x).tanh()), 2).flatten(1)
+        y = F.pad(F.interpolate(self.code(y).view(-1, 2, 2, 2), size=(11, 13)), (0, 2, 0, 1))
+        return self.norm(F.pixel_shuffle(self.mix(F.pixel_unshuffle(y, 3)), 3)[..., :11, :13])
+
+
+def test_making_again_what_was_not_read_yet_comes_to_an_end():
+    # Values made again for the same reader were dropped and made again in turn, for ever.
+    with pytest.raises(fullframe.BudgetError) as refused:
+        fullframe.tile(Code(), loss=F.mse_loss, budget=1, tile=(7, 9)).plan(
+            torch.randn(2, 3, 11, 13), torch.randn(2, 2, 11, 13)
+        )
+    agree(Code(), torch.randn(2, 3, 11, 13), torch.randn(2, 2, 11, 13), F.mse_loss, budget=2 * refused.value.smallest)
+
+
+def test_instance_norm_of_one_image_in_channels_last():
+    # Plain PyTorch's gradient is wrong here, and right for contiguous tensors; ours is the latter in both.
+    torch.set_default_dtype(torch.float64)
+    try:
+        net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.InstanceNorm2d(3), nn.Conv2d(3, 3, 1))
+        image, weights = torch.randn(1, 3, 15, 12), torch.randn(1, 3, 15, 12)
+        (net(image) * weights).sum().backward()
+        expected = net[0].weight.grad.clone()
+        net.zero_grad()
+        net.to(memory_format=torch.channels_last)
+        (fullframe.tile(net, tile=7)(image) * weights).sum().backward()
+        assert close(expected, net[0].weight.grad)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_window_that_is_empty_along_one_axis_only():
+    # The padded map has columns that lie in the padding: nothing of the map is read for them, but rows
+    # beyond those made were asked for.
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(1, 2, 1)
+            self.wide = nn.Conv2d(2, 2, 3, padding=6, dilation=3, padding_mode="replicate")
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            return self.wide(x) * torch.sigmoid(F.pad(x, (0, 6, 0, 6)))
+
+    agree(Gated(), torch.randn(2, 1, 7, 7), tile=(3, 6))
+
+
+def test_what_only_an_unused_output_depends_on_has_no_gradient():
+    # It had a gradient of zeros, which an optimiser with weight decay or momentum does not take for none.
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.first, self.second = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 1, 3), nn.Conv2d(2, 1, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.first(x), self.second(x)
+
+    net = Two()
+    image = torch.randn(1, 1, 18, 18)
+    net(image)[0].mean().backward()
+    expected = {k: p.grad for k, p in net.named_parameters()}
+    net.zero_grad()
+    fullframe.tile(net, tile=7)(image)[0].mean().backward()
+    for name, p in net.named_parameters():
+        assert (p.grad is None) == (expected[name] is None), name
+        assert p.grad is None or close(p.grad, expected[name], 1e-5)

@@ -195,3 +195,12 @@ def live_ops(ops: Iterable[Op], wanted: Iterable[Value]) -> list[Op]:
             kept.append(op)
             need.update(op.inputs)
     return kept[::-1]
+
+
+def followers(ops: Iterable[Op], values: Iterable[Value]) -> set[Value]:
+    """The values and all that is made from them."""
+    found = set(values)
+    for op in ops:
+        if not found.isdisjoint(op.inputs):
+            found.add(op.output)
+    return found

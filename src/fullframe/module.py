@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,13 @@ from torch import nn
 from fullframe.budget import parse_bytes
 from fullframe.call import Call, Pair, Tensors
 from fullframe.executor import Run
+from fullframe.graph import Value, followers
 from fullframe.plan import Plan
 from fullframe.program import Options, Program, compile_call
 from fullframe.store import Arena, Arenas
 from fullframe.tracer import recording
+
+Grads = list["torch.Tensor | None"]
 
 
 class Tiled(nn.Module):
@@ -151,6 +154,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, arenas: Arenas, program: Program, call: Call, *wanted: torch.Tensor) -> Any:
         outputs, run, arena = _forward(arenas, program, call)
+        ctx.set_materialize_grads(False)
         ctx.program = program
         ctx.late = (run, arena, arenas) if program.graph.late else None
         if not program.graph.late:
@@ -177,14 +181,30 @@ class _Function(torch.autograd.Function):
         run, arena, arenas = ctx.late
         ctx.late = None
         given = [g for g, yes in zip(upstream, program.differentiable, strict=True) if yes]
-        run.feed([v for v in program.graph.inputs if v in program.graph.late], given)
+        late = [v for v in program.graph.inputs if v in program.graph.late]
+        run.feed(late, [_or_zeros(g, v, device=run.device) for g, v in zip(given, late, strict=True)])
         run.advance(len(program.plan.steps))
         grads = _gradients(program, run)
         arenas.give(arena)
+        unused = [v for v, g in zip(late, given, strict=True) if g is None]
+        if unused:
+            grads = _without(program, grads, set(late) - set(unused), unused)
         return None, None, None, *grads
 
 
-def _gradients(program: Program, run: Run) -> list[torch.Tensor | None]:
+def _or_zeros(given: torch.Tensor | None, value: Value, device: torch.device) -> torch.Tensor:
+    return torch.zeros(value.shape, dtype=value.dtype, device=device) if given is None else given
+
+
+def _without(program: Program, grads: Grads, used: Iterable[Value], unused: Iterable[Value]) -> Grads:
+    """None for what only outputs that the loss left out depend on, as in PyTorch."""
+    ops = program.graph.ops
+    reached, left_out = followers(ops, used), followers(ops, unused)
+    values = program.graph.outputs[len(program.graph.outputs) - len(grads) :]
+    return [None if v in left_out and v not in reached else g for v, g in zip(values, grads, strict=True)]
+
+
+def _gradients(program: Program, run: Run) -> Grads:
     start = len(program.graph.outputs) - len(program.wanted)
     return [run.result(v) for v in program.graph.outputs[start:]]
 

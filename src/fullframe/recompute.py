@@ -84,7 +84,7 @@ def _cheapest(draft: Draft, lives: Lifetimes, peak: int) -> tuple[Value, int, Ag
         size = draft.sizes.get(value, 0)
         if value in fixed or not size or lives.first.get(value, peak) >= peak or not tiled(value, cuts.labels):
             continue
-        if cuts.maker[value] in cuts.reducing:
+        if cuts.maker[value] in cuts.reducing or _waits(draft, lives, value, peak):
             continue
         again = _make_again(draft, lives, value, at, peak)
         if again is None or again.extended >= size:
@@ -93,6 +93,16 @@ def _cheapest(draft: Draft, lives: Lifetimes, peak: int) -> tuple[Value, int, Ag
         if best is None or score < best[0]:
             best = score, (value, at, again)
     return None if best is None else best[1]
+
+
+def _waits(draft: Draft, lives: Lifetimes, value: Value, peak: int) -> bool:
+    """Whether a value made again has not been read yet at the peak: what needs it needs the others there too.
+
+    Dropping it would only change the order in which they are made, and could go on for ever.
+    """
+    if not any(value in clones for clones in draft.versions.values()):
+        return False
+    return not any(value in step.loads for step in draft.steps[lives.first[value] + 1 : peak])
 
 
 def _make_again(draft: Draft, lives: Lifetimes, value: Value, at: int, peak: int) -> Again | None:

@@ -132,10 +132,10 @@ def task_of(plan: Plan, step: Step, tile: Tile) -> Task:
 
 
 def _read(value: Value, read: Region, regions: dict[Value, Region], made: set[Value]) -> Read:
+    if box.is_empty(read):  # along one axis; what was made for this tile need not hold it along the others
+        return Read(value, False, None, box.shape_of(read))
     if value in made:
         return Read(value, True, None if read == regions[value] else _slices(read, regions[value]))
-    if box.is_empty(read):  # none of it was made for this tile
-        return Read(value, False, None, box.shape_of(read))
     return Read(value, False, _part(read, value.shape))
 
 
