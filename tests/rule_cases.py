@@ -6,15 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fullframe import lowering, tracer
 from fullframe.check import twin
 from fullframe.testing import Difference, agree
 
 CASES: dict[str, Case] = {}
+USED: set[str] = set()  # the recorded calls met so far
 PLANE, LINE, SOLID = (2, 4, 9, 11), (2, 4, 23), (1, 4, 5, 6, 7)
 TILES = {3: (5, 2), 4: ((3, 5), 2), 5: (3,)}
 
@@ -75,9 +78,33 @@ def layer(name: str, *parts: Callable[[], nn.Module], **rest: Any) -> None:
     case(name, chain, *parts, **rest)
 
 
+class _Noted(dict):
+    """Lowerings, noting which calls were looked up."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        USED.add(name)
+        return super().get(name, default)
+
+
+def _plain_kernels(groups: Any, *, compile: bool) -> Any:
+    """Fused units run by PyTorch: hundreds of networks would each wait for a compiler."""
+    return _build_many(groups, compile=False)
+
+
+_build_many = lowering.kernels.build_many
+
+
 @cache
 def difference(name: str, tile: Any) -> Difference:
     """The worst difference of a case, and its plan; the network, image and target follow from its name."""
+    with (
+        mock.patch.object(lowering.kernels, "build_many", _plain_kernels),
+        mock.patch.object(tracer, "LOWERINGS", _Noted(tracer.LOWERINGS)),
+    ):
+        return _difference(name, tile)
+
+
+def _difference(name: str, tile: Any) -> Difference:
     it = CASES[name]
     torch.manual_seed(sum(map(ord, name)))
     net = it.make().double().train(it.train)

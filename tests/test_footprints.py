@@ -7,41 +7,51 @@ take there. `loose` names the rules that may read more than an output needs, and
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from random import Random
 from typing import Any
 
 import pytest
 import torch
-from rule_cases import weighted
+from rule_cases import USED, difference
 from usage_cases import CASES
 
-import fullframe
 from fullframe import region as box
 from fullframe.graph import Graph, Op, Ref, Value
-from fullframe.ops import RULES
+from fullframe.ops import LOWERINGS, RULES, taps
 from fullframe.ops.pointwise import Along, Pointwise
+from fullframe.ops.rule import BaseRule
 from fullframe.testing import combines, regions, sufficient, tight
 
 WEIGHTED = ("tile.conv", "tile.conv_transpose")  # their weights are read in full, whatever the region
 
 
 def loose(op: Op) -> str:
-    """Why a rule may read a face that not every region needs; empty where it may not."""
+    """Why a rule may read a face that a region does not need, whatever the numbers; empty where it may not."""
     steps = op.target.removeprefix("tile.")
-    if steps in ("conv", "conv_transpose", "conv_weight_grad", "max_pool"):
+    if steps in ("conv", "conv_transpose", "conv_weight_grad", "max_pool", "max_pool_indices", "max_pool_grad"):
         axes = op.rule.axes(op)  # type: ignore[attr-defined]
         if any(a.dilation > 1 or a.stride > a.kernel for a in axes):
             return "pixels between the taps of a dilated kernel, or between strides, lie in its box"
     if steps == "resample_grad" and any(spec.mode in ("linear", "cubic") for spec in op.args[1]):
         return "an output that gives a pixel the weight zero is read"
-    return {
-        "max_pool_grad": "the gradient of a window goes to its maximum, which may lie elsewhere",
-        "max_pool_indices": "a new value moves the maximum only if it is larger",
-        "adaptive_max_grad": "as max pooling",
-        "max_unpool": "as max pooling",
-        "max_unpool_grad": "picks one element of each window",
-    }.get(steps, "")
+    if steps in ("max_pool_grad", "adaptive_max_grad") and _lone(op):
+        return "the number of a pixel that is alone in its window does not matter"
+    if steps.startswith("max_unpool"):
+        return "indices of other numbers would be no indices of a pooling"
+    return ""
+
+
+def _lone(op: Op) -> bool:
+    """Whether some window of a pooling holds one pixel only."""
+    rule: Any = op.rule
+    if op.target == "tile.adaptive_max_grad":
+        spans = [[taps.reads(spec, o, o + 1) for o in range(spec.target)] for spec in rule.specs(op)]
+    else:
+        extents = zip(
+            rule.axes(op), op.inputs[1].shape[rule.lead(op) :], op.inputs[0].shape[rule.lead(op) :], strict=True
+        )
+        spans = [[box.clip(box.window_reads((o, o + 1), *a), n) for o in range(m)] for a, n, m in extents]
+    return all(any(high - low == 1 for low, high in axis) for axis in spans)
 
 
 @pytest.fixture(autouse=True)
@@ -49,20 +59,8 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@cache
 def graph_of(name: str) -> Graph:
-    it = CASES[name]
-    torch.manual_seed(0)
-    net = it.make().double().train(it.train)
-    x = torch.randn(it.shape, dtype=torch.float64, requires_grad=True)
-    if it.loss is not None:
-        assert it.target is not None
-        target: Any = it.target()
-    else:
-        with torch.no_grad():
-            made = it.make().double().train(it.train)(x)
-        target = [torch.randn_like(o) for o in (made if isinstance(made, (list, tuple)) else [made])]
-    return fullframe.tile(net, loss=it.loss or weighted, tile=3, workers=1).plan(x, target).graph
+    return difference(name, CASES[name].tiles[0]).plan.graph
 
 
 def evaluated(graph: Graph) -> Iterator[tuple[Op, list[torch.Tensor]]]:
@@ -112,13 +110,69 @@ def _check(op: Op, tensors: list[torch.Tensor]) -> None:
     random, rule = Random(signature(op)), op.rule
     if rule.kind == "reduce":
         assert all(combines(op, tensors, random) for _ in range(2)), op
+        driver: Any = rule
+        _check_empty(op, op.inputs[driver.driver].shape)
         return
+    _check_empty(op, op.output.shape)
     for region in regions(op.output.shape, random):
         assert sufficient(op, tensors, region), (op, region)
-        idle = [] if loose(op) or _masked(op) else tight(op, tensors, region)
-        if op.target in WEIGHTED:
-            idle = [face for face in idle if face[0] == 0]
-        assert not idle, (op, region, idle)
+        if _masked(op):
+            _check_beside(op, region)
+        elif not loose(op):
+            idle = _idle(op, tensors, region)
+            assert not idle, (op, region, idle)
+
+
+def _check_beside(op: Op, region: Any) -> None:
+    """Tight where numbers may rightly not matter: each element read stands beside one that is made."""
+    rule: Any = op.rule
+    region = rule.grow(op, region)
+    free = rule.axis(op) if isinstance(rule, Along) else None  # the axis taken in full
+    for k, (value, read) in enumerate(zip(op.inputs, rule.footprint(op, region), strict=True)):
+        if len(read) > len(region) or (isinstance(rule, Along) and len(read) != len(region)):
+            continue  # stacked moments, a table
+        if type(rule).__name__ == "Table" and k == len(op.inputs) - 1:
+            continue
+        shift = len(region) - len(read)
+        for axis, own in enumerate(read):
+            beside = (0, 1) if value.shape[axis] == 1 else region[axis + shift]
+            assert own == beside or axis == free, (op, region, k, own)
+
+
+def _check_empty(op: Op, shape: tuple[int, ...]) -> None:
+    """Of an empty region, wherever it is, no rule reads beyond its inputs."""
+    for axis, n in enumerate(shape):
+        for at in {0, n // 2, n}:
+            region = tuple((at, at) if a == axis else (0, m) for a, m in enumerate(shape))
+            rule: Any = op.rule
+            for value, read in zip(op.inputs, rule.footprint(op, rule.grow(op, region)), strict=True):
+                assert box.contains(box.full(value.shape), read), (op, region, read)
+
+
+def _idle(op: Op, tensors: list[torch.Tensor], region: Any) -> set[Any]:
+    """The faces that reach the output for none of several draws of numbers."""
+    idle = set(tight(op, tensors, region))
+    if op.target in WEIGHTED:  # their weights are read in full, whatever the region
+        idle = {face for face in idle if face[0] == 0}
+    for k in range(DRAWS):
+        if not idle:
+            break
+        generator = torch.Generator().manual_seed(k)
+        drawn = [
+            torch.rand(t.shape, generator=generator, dtype=t.dtype) * (1 + k % 3) - k % 2
+            if t.is_floating_point()
+            else t
+            for t in tensors
+        ]
+        if k % 2:  # let a choice fall on the region's own corner, however many others there are
+            for t in drawn:
+                if t.shape == op.output.shape and t.is_floating_point():
+                    t[tuple(low for low, _ in region)] += 9
+        idle &= set(tight(op, drawn, region))
+    return idle
+
+
+DRAWS = 60  # a choice among the elements of a window falls on each of them before long
 
 
 def _masked(op: Op) -> bool:
@@ -126,10 +180,45 @@ def _masked(op: Op) -> bool:
     return isinstance(op.rule, (Pointwise, Along)) and type(op.rule).__name__ != "Expand"
 
 
+def descendants(cls: type) -> set[type]:
+    return {d for c in cls.__subclasses__() for d in {c, *descendants(c)}}
+
+
+ABSTRACT = {"Layout", "Reduction"}  # bases of families, no op's own rule
+
+
 def test_every_rule_has_a_case() -> None:
-    met = {op.target.split("[")[0] for name in CASES for op in graph_of(name).ops}
+    """By construction: each entry of RULES, and each class of rules, is that of an op proven above."""
+    ops = [op for name in CASES for op in graph_of(name).ops]
+    met = {op.target.split("[")[0] for op in ops}
     tiled = {name for name, rule in RULES.items() if type(rule) is not Pointwise}
     assert not tiled - met, tiled - met
+    classes = {c.__name__ for c in descendants(BaseRule) if c.__module__.startswith("fullframe.")}
+    assert not (left := classes - ABSTRACT - {type(op.rule).__name__ for op in ops}), left
+
+
+ELSEWHERE = {  # lowerings of calls that only an accelerator records
+    "aten.cudnn_batch_norm.default",
+    "aten._fused_rms_norm.default",
+    "aten._fused_rms_norm_backward.default",
+}
+
+
+def test_every_lowering_has_a_case() -> None:
+    """By construction: each recorded call with a lowering is met in a network compared with plain PyTorch."""
+    for name in CASES:
+        graph_of(name)
+    assert not (left := set(LOWERINGS) - USED - ELSEWHERE), sorted(left)
+
+
+def test_a_rule_without_a_case_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two tests above do fail: for a new entry, a new class, a new lowering."""
+    few = {n: CASES[n] for n in list(CASES)[:3]}
+    monkeypatch.setattr("test_footprints.CASES", few)
+    for check in (test_every_rule_has_a_case, test_every_lowering_has_a_case):
+        monkeypatch.setattr("test_footprints.USED", set())
+        with pytest.raises(AssertionError):
+            check()
 
 
 POINTWISE = [name for name, rule in RULES.items() if type(rule) is Pointwise]
@@ -181,3 +270,4 @@ def test_pointwise_footprints(target: str) -> None:
     op = Op(target, inputs, tuple(args), kwargs, output, RULES[target], first)
     for region in regions(op.output.shape, Random(target)):
         assert sufficient(op, tensors, region, tolerance=1e-15), (op, region)
+        _check_beside(op, region)

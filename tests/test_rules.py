@@ -9,15 +9,10 @@ import torch
 from rule_cases import difference
 from usage_cases import CASES
 
-from fullframe import lowering
-
 
 @pytest.fixture(autouse=True)
-def plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One thread, and fused units run by PyTorch: hundreds of networks would each wait for a compiler."""
+def one_thread() -> None:
     torch.set_num_threads(1)
-    build = lowering.kernels.build_many
-    monkeypatch.setattr(lowering.kernels, "build_many", lambda groups, *, compile: build(groups, compile=False))
 
 
 @pytest.mark.parametrize(("name", "tile"), [(n, t) for n, c in CASES.items() for t in c.tiles])

@@ -69,6 +69,10 @@ class _Draws(TorchDispatchMode):
             low, high = (0, args[0]) if name == "randint.default" else args[:2]
             drawn = self._next(args[-1], torch.float64) * (high - low)
             return (drawn.floor() + low).to(kwargs.get("dtype") or torch.int64)
+        if name in ("randint_like.default", "randint_like.low_dtype"):
+            low, high = (0, args[1]) if name == "randint_like.default" else args[1:3]
+            drawn = self._next(args[0].shape, torch.float64) * (high - low)
+            return (drawn.floor() + low).to(kwargs.get("dtype") or args[0].dtype)
         if name == "randperm.default":
             return self._next((args[0],), torch.float64).argsort()
         if name == "uniform_.default":

@@ -16,8 +16,7 @@ from fullframe.ops.taps import Spec
 aten = torch.ops.aten
 
 
-@lowers("view", "_unsafe_view", "reshape", "squeeze", "squeeze.dim", "squeeze.dims", "unsqueeze")
-@lowers("_reshape_alias", "flatten.using_ints", "unflatten.int", "_reshape_copy", "view_copy")
+@lowers("view", "_unsafe_view", "_reshape_alias", "squeeze", "squeeze.dim", "squeeze.dims", "unsqueeze")
 def reshape(b: Builder, x: Value, *_: Any) -> Value:
     return b.reshape(x, b.meta_shape)
 
@@ -49,11 +48,6 @@ def split(b: Builder, x: Value, sizes: Any, dim: int = 0) -> list[Value]:
         sizes = [min(sizes, whole - at) for at in range(0, max(whole, 1), sizes)]
     starts = [sum(sizes[:k]) for k in range(len(sizes))]
     return [b.slice(x, dim, start, size) for start, size in zip(starts, sizes, strict=True)]
-
-
-@lowers("chunk", "unsafe_chunk")
-def chunk(b: Builder, x: Value, chunks: int, dim: int = 0) -> list[Value]:
-    return split(b, x, -(-x.shape[dim] // chunks), dim)
 
 
 @lowers("unbind.int")
@@ -142,12 +136,12 @@ def rot90(b: Builder, x: Value, turns: int = 1, dims: Any = (0, 1)) -> Value:
     return b.flip(x, [first, second]) if turns % 4 else x
 
 
-@lowers("permute", "permute_copy")
+@lowers("permute")
 def permute(b: Builder, x: Value, dims: Any) -> Value:
     return b.permute(x, [d % len(x.shape) for d in dims])
 
 
-@lowers("transpose.int", "t", "numpy_T", "mT")
+@lowers("transpose.int", "t")
 def transpose(b: Builder, x: Value, first: int = -1, second: int = -2) -> Value:
     order = list(range(len(x.shape)))
     if len(order) > 1:

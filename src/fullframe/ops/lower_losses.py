@@ -149,6 +149,5 @@ def backward(b: Builder, *given: Any, **_: Any) -> Value:
     return _each(b, (g, *tensors), numbers, b.meta_shape, b.meta_dtype)
 
 
-for _loss in EACH:
-    lowers(_loss)(forward)
-    lowers(f"{_loss}_backward")(backward)
+for _loss in _EACH:
+    lowers(_loss)(backward if _loss.endswith("_backward") else forward)

@@ -14,7 +14,7 @@ import torch
 
 from fullframe.graph import CaptureError, Value
 from fullframe.ops.build import Builder
-from fullframe.ops.normal import cast, lowers
+from fullframe.ops.normal import lowers
 
 aten = torch.ops.aten
 
@@ -135,27 +135,17 @@ def view_as_complex(b: Builder, x: Value) -> Value:
     return b.point(torch.complex, parts, b.meta_shape, b.meta_dtype)
 
 
-@lowers("view_as_real", "view_as_real_copy")
+@lowers("view_as_real")
 def view_as_real(b: Builder, x: Value) -> Value:
     parts = [b.point(f, (x,), x.shape, b.meta_dtype) for f in (real_part, imaginary_part)]
     return b.cat([b.reshape(p, (*x.shape, 1)) for p in parts], len(x.shape))
 
 
-@lowers("_conj", "conj", "_conj_physical", "conj_physical", "_conj_copy")
+@lowers("_conj", "_conj_physical")
 def conjugate(b: Builder, x: Value) -> Value:
     return b.point(conjugated, (x,), x.shape, x.dtype) if x.dtype.is_complex else x
-
-
-@lowers("resolve_conj", "resolve_neg")
-def resolved(b: Builder, x: Value) -> Value:
-    return x
 
 
 @lowers("_neg_view")
 def negated(b: Builder, x: Value) -> Value:
     return b.aten(aten.neg.default, x)
-
-
-@lowers("real")
-def real(b: Builder, x: Value) -> Value:
-    return b.point(real_part, (x,), x.shape, b.meta_dtype) if x.dtype.is_complex else cast(b, x, b.meta_dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from fullframe.graph import Value
@@ -18,7 +16,6 @@ EQUATIONS = {
     "mv": "mk,k->m",
     "dot": "k,k->",
     "vdot": "k,k->",
-    "outer": "m,n->mn",
 }
 
 
@@ -43,13 +40,6 @@ def added_product(b: Builder, base: Value, x: Value, y: Value, *, beta: float = 
 
 for _name in ("addmm", "baddbmm", "addmv", "addbmm"):
     lowers(_name)(added_product)
-
-
-@lowers("linear")
-def linear(b: Builder, x: Value, w: Value, bias: Any = None) -> Value:
-    letters = "abcdefgh"[: len(x.shape) - 1]
-    made = b.contract(x, w, f"{letters}z,yz->{letters}y", b.meta_dtype)
-    return made if bias is None else b.aten(aten.add.Tensor, made, bias)
 
 
 @lowers("addr")

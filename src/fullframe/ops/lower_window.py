@@ -121,7 +121,7 @@ def _average_specs(x: Value, out: Sequence[int], kernel: Any, rest: Sequence[Any
     )
 
 
-@lowers("avg_pool2d", "avg_pool3d", "avg_pool1d")
+@lowers("avg_pool2d", "avg_pool3d")
 def avg_pool(b: Builder, x: Value, kernel: Any, *rest: Any) -> Value:
     specs = _average_specs(x, b.meta_shape, kernel, rest)
     return b.emit("tile.resample", (x,), b.meta_shape, x.dtype, args=(specs,))
@@ -133,7 +133,7 @@ def avg_pool_backward(b: Builder, g: Value, x: Value, kernel: Any, *rest: Any) -
     return b.emit("tile.resample_grad", (g,), x.shape, x.dtype, args=(specs,))
 
 
-@lowers("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d")
+@lowers("_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
 def adaptive_avg_pool(b: Builder, x: Value, size: Any) -> Value:
     n = len(size)
     specs = tuple(Spec("adaptive", s, t) for s, t in zip(x.shape[-n:], b.meta_shape[-n:], strict=True))

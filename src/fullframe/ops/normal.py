@@ -39,13 +39,12 @@ def dims_of(x: Value, dims: Any) -> tuple[int, ...]:
     return tuple(sorted(d % max(rank, 1) for d in dims)) if rank else ()
 
 
-@lowers("detach", "clone", "alias", "lift_fresh_copy", "contiguous", "lift_fresh", "positive")
-@lowers("detach_copy", "alias_copy")
+@lowers("detach", "clone", "alias", "lift_fresh_copy", "lift_fresh")
 def identity(b: Builder, x: Value, *_: Any, **__: Any) -> Value:
     return x
 
 
-@lowers("_to_copy", "to.dtype")
+@lowers("_to_copy")
 def cast(b: Builder, x: Value, dtype: Any = None, **_: Any) -> Value:
     return x if dtype in (None, x.dtype) else b.aten(torch.ops.aten._to_copy.default, x, dtype=dtype)
 

@@ -135,8 +135,8 @@ rsqrt rsub.Tensor rsub.Scalar selu sgn sigmoid sigmoid_backward sign signbit sil
 sinh softplus softplus_backward softshrink softshrink_backward special_entr special_expit
 special_log_ndtr sqrt square sub.Tensor sub.Scalar tan tanh tanh_backward threshold
 threshold_backward trunc where.self where.ScalarSelf where.ScalarOther where.Scalar xlogy.Tensor
-xlogy.Scalar_Other xlogy.Scalar_Self special_xlog1py _to_copy to.dtype sinc rad2deg
-_prelu_kernel _prelu_kernel_backward log_sigmoid_forward
+xlogy.Scalar_Other xlogy.Scalar_Self special_xlog1py _to_copy sinc rad2deg
+_prelu_kernel _prelu_kernel_backward
 """.split()  # noqa: SIM905  (a table of names reads best as words)
 
 RULES: dict[str, BaseRule] = {
