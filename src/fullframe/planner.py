@@ -93,9 +93,10 @@ def _refusal(plan: Plan, budget: int) -> Exception:
             f"{first} can only run whole, and the step then needs at least {least:,} bytes; the budget is "
             f"{budget:,}. Raise the budget, or give the op a rule in fullframe/ops"
         )
+    whole = f"; of its ops {', '.join(plan.whole)} can only run whole" if plan.whole else ""
     return BudgetError(
         f"the step does not fit in a budget of {budget:,} bytes; the smallest that would do is "
-        f"{least:,} bytes ({least / 1e9:.3f} GB)",
+        f"{least:,} bytes ({least / 1e9:.3f} GB){whole}",
         least,
     )
 

@@ -98,9 +98,10 @@ class _Recorder:
         kept += [self.stand_ins[id(t)] for t in call.others if id(t) in mutable]
         for new, old in zip(kept, call.mutable, strict=True):
             if new.shape != old.shape:
+                place = next(k for k, t in enumerate(call.tensors) if t is old)
                 raise CaptureError(
-                    f"a buffer changes its shape from {tuple(old.shape)} to {tuple(new.shape)} during the step; "
-                    "register it with its final shape"
+                    f"{call.names[place]} changes its shape from {tuple(old.shape)} to {tuple(new.shape)} in the "
+                    "step; register it with its final shape"
                 )
         return [*(t.detach() for t in outputs), *(t.detach() for t in kept), *grads], seeds
 
@@ -155,6 +156,8 @@ def _undisturbed(recorder: _Recorder, survey: Survey) -> Iterator[None]:
     """
     derived = _derived_weights(survey)
     saved = [(space, key, value) for space in _spaces(survey) for key, value in _items(space)]
+    owners = {id(vars(h)): recorder.watch.names.get(id(h)) or type(h).__name__ for h in survey.holders if _fields(h)}
+    owners |= {id(v): owners[id(s)] for s in map(_fields, survey.holders) for v in s.values() if id(s) in owners}
     lost = ""
     try:
         yield
@@ -168,16 +171,20 @@ def _undisturbed(recorder: _Recorder, survey: Survey) -> Iterator[None]:
                 old = before.get((id(space), key))
                 updated = id(value) in originals and originals[id(value)] is old
                 if not updated and (id(space), key) not in derived:
-                    lost = lost or str(key)
+                    lost = lost or f"{str(key)!r} of {owners.get(id(space), 'an object it can reach')}"
                 if old is None and isinstance(space, dict) and (id(space), key) not in before:
                     del space[key]
                 else:
                     space[key] = old
     if lost:
         raise CaptureError(
-            f"the forward stores a tensor under {lost!r}, which a recorded step would not bring up to date; "
+            f"the forward stores a tensor under {lost}, which a recorded step would not bring up to date; "
             "return it as an output, or register it as a buffer of fixed shape and copy into it"
         )
+
+
+def _fields(holder: Any) -> dict[str, Any]:
+    return getattr(holder, "__dict__", None) or {}
 
 
 def _derived_weights(survey: Survey) -> set[tuple[int, str]]:
