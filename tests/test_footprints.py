@@ -197,7 +197,8 @@ def test_every_rule_has_a_case() -> None:
     assert not (left := classes - ABSTRACT - {type(op.rule).__name__ for op in ops}), left
 
 
-ELSEWHERE = {  # lowerings of calls that only an accelerator records
+ELSEWHERE = {  # lowerings of calls that only an accelerator records, or that functionalisation rewrites here
+    "aten.native_batch_norm.default",
     "aten.cudnn_batch_norm.default",
     "aten._fused_rms_norm.default",
     "aten._fused_rms_norm_backward.default",
@@ -214,9 +215,9 @@ def test_every_lowering_has_a_case() -> None:
 def test_a_rule_without_a_case_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two tests above do fail: for a new entry, a new class, a new lowering."""
     few = {n: CASES[n] for n in list(CASES)[:3]}
-    monkeypatch.setattr("test_footprints.CASES", few)
+    monkeypatch.setitem(globals(), "CASES", few)
     for check in (test_every_rule_has_a_case, test_every_lowering_has_a_case):
-        monkeypatch.setattr("test_footprints.USED", set())
+        monkeypatch.setitem(globals(), "USED", set())
         with pytest.raises(AssertionError):
             check()
 

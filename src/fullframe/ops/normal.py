@@ -39,7 +39,7 @@ def dims_of(x: Value, dims: Any) -> tuple[int, ...]:
     return tuple(sorted(d % max(rank, 1) for d in dims)) if rank else ()
 
 
-@lowers("detach", "clone", "alias", "lift_fresh_copy", "lift_fresh")
+@lowers("detach", "clone", "alias", "lift_fresh_copy")
 def identity(b: Builder, x: Value, *_: Any, **__: Any) -> Value:
     return x
 
