@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -162,11 +163,13 @@ def evaluate_command(
     """
     how = running.running()
     net = load_weights(weights, variant)
-    with EventFile(events) as file, progress("evaluating") as say:
+    with ExitStack() as stack:
+        part = None if json_file is None else stack.enter_context(replacing(json_file))  # fails before the work
+        file = stack.enter_context(EventFile(events))
+        say = stack.enter_context(progress("evaluating"))
         check_suits(file, net, how)
         found = evaluate(Tagger(net, how), file, say)
-    if json_file is not None:
-        with replacing(json_file) as part:
+        if part is not None:
             part.write_text(json.dumps(found.as_dict(), indent=2) + "\n")
     network, baseline = found.network.as_dict(), found.baseline.as_dict()
     print(f"{found.events} events{'':<22}network  all charge cosmic")
@@ -197,6 +200,8 @@ def predict_command(
         Network, where the weights do not say it.
     """
     how = running.running()
+    if out.exists() and events.exists() and out.samefile(events):
+        raise DataError(f"{out}: would replace the events; name another file")
     net = load_weights(weights, variant)
     with EventFile(events, labels=False) as file, progress("tagging") as say:
         check_suits(file, net, how)

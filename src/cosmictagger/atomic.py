@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -11,8 +11,12 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it becomes `path` if the block succeeds and vanishes if it does not.
 
-    Missing parent folders are made. Raises OSError if the folder cannot be written.
+    Missing parent folders are made, and go again if the block fails. Raises OSError if the folder cannot be written,
+    or `path` is a folder itself.
     """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; name a file")
+    missing = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
@@ -21,8 +25,12 @@ def replacing(path: Path) -> Iterator[Path]:
         yield part
         part.chmod(0o666 & ~_umask())  # mkstemp keeps others out; an ordinary file does not
         part.replace(path)
-    finally:
+    except BaseException:
         part.unlink(missing_ok=True)
+        with suppress(OSError):  # where something else has come to lie there
+            for folder in missing:
+                folder.rmdir()
+        raise
 
 
 def _umask() -> int:

@@ -44,6 +44,10 @@ VOXELS = np.dtype([("id", "<u8"), ("value", "<f4")])
 EVENT_IDS = np.dtype([("run", "<i8"), ("subrun", "<i8"), ("event", "<i8")])
 
 
+UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, OverflowError, MemoryError)
+"""What h5py raises where a file is damaged."""
+
+
 class DataError(ValueError):
     """A file cannot be used; the message is one line that says which and why."""
 
@@ -119,8 +123,10 @@ class EventFile:
             if self._label is not None:
                 _check_pair(self.path, self._charge, self._label)
             self._numbers = self._event_numbers()
-        except BaseException:
+        except BaseException as error:
             self._file.close()
+            if isinstance(error, UNREADABLE) and not isinstance(error, DataError):
+                raise DataError(f"{self.path}: cannot be read; the file is damaged") from error
             raise
 
     @property
@@ -165,7 +171,7 @@ class EventFile:
 
 
 class _Product:
-    """The tables of one group; voxels are read event by event."""
+    """The tables of one group; voxels are read event by event. Planes come in the order of their projection."""
 
     def __init__(self, path: Path, file: h5py.File, group: str) -> None:
         self.path, self.group = path, group
@@ -178,6 +184,7 @@ class _Product:
         if len(meta) != len(self._planes):
             raise DataError(f"{path}: {group}: {len(meta)} images but {len(self._planes)} extents of voxels")
         self.shape = self._common_shape(meta)
+        self._projections = meta["projection_id"].astype(np.int64)
         self._check_extents()
 
     def __len__(self) -> int:
@@ -196,15 +203,17 @@ class _Product:
             where = f"{self.path}: {self.group}: event {event}"
             if int(extent["N"]) != PLANES:
                 raise DataError(f"{where}: {int(extent['N'])} planes instead of {PLANES}")
-            if int(extent["first"]) + PLANES > len(self._planes):
+            if not 0 <= int(extent["first"]) <= len(self._planes) - PLANES:
                 raise DataError(f"{where}: its planes run past the end of voxel_extents")
             for plane in self._planes_of(event):
-                if int(plane["first"]) + int(plane["N"]) > len(self._voxels):
+                first, count = int(plane["first"]), int(plane["N"])
+                if min(first, count) < 0 or first + count > len(self._voxels):
                     raise DataError(f"{where}: its pixels run past the end of voxels")
 
     def _planes_of(self, event: int) -> NDArray:
         first = int(self._extents[event]["first"])
-        return self._planes[first : first + PLANES]
+        planes, number = (x[first : first + PLANES] for x in (self._planes, self._projections))
+        return planes[np.argsort(number)] if sorted(number) == list(range(PLANES)) else planes
 
     def read(self, event: int) -> tuple[Pixels, ...]:
         rows, columns = self.shape
@@ -214,12 +223,14 @@ class _Product:
             first = int(extent["first"])
             try:
                 voxels = self._voxels[first : first + int(extent["N"])]
-            except OSError as error:
+            except UNREADABLE as error:
                 raise DataError(f"{where}: cannot be read; the file is damaged") from error
             ids = voxels["id"]
-            if ids.size and int(ids.max()) >= rows * columns:
+            if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < rows * columns:
                 raise DataError(f"{where}: a pixel lies outside the image of {rows} x {columns}")
             ids = ids.astype(np.int64)
+            if len(np.unique(ids)) < len(ids):
+                raise DataError(f"{where}: a pixel is stored twice")
             out.append(Pixels(ids % rows, ids // rows, voxels["value"].astype(np.float32)))
         return tuple(out)
 
@@ -247,13 +258,21 @@ def _dataset(path: Path, file: h5py.File, key: str, dtype: np.dtype) -> h5py.Dat
     missing = [name for name in dtype.names or () if name not in (found.dtype.names or ())]
     if missing:
         raise DataError(f"{path}: {key} has no column {missing[0]!r}")
+    if found.ndim != 1:
+        raise DataError(f"{path}: {key} has {found.ndim} axes instead of one")
+    for name in dtype.names or ():
+        have, want = found.dtype[name], dtype[name]
+        if have.shape != want.shape or have.base.kind not in ("uif" if want.base.kind == "f" else "ui"):
+            raise DataError(f"{path}: {key}: column {name!r} is {have}, where {want} is expected")
     return found
 
 
 def _table(path: Path, file: h5py.File, key: str, dtype: np.dtype) -> NDArray:
     try:
         return _dataset(path, file, key, dtype)[:]
-    except OSError as error:
+    except DataError:
+        raise
+    except UNREADABLE as error:
         raise DataError(f"{path}: {key} cannot be read; the file is damaged") from error
 
 

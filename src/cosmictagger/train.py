@@ -110,6 +110,8 @@ def train(
     Nothing is written before the data, the plan and the budget are known to be good. Raises DataError for events or
     a folder that cannot be used, ValueError for a budget too small, and ArithmeticError if the loss is not finite.
     """
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: is not a folder")
     torch.manual_seed(recipe.seed)
     state = _start(recipe, out, running, resume)
     _check_events(recipe, state, events, running)

@@ -79,6 +79,11 @@ WRONG = {
     "bad validation": (["train", "{events}", "{out}", "--variant", "a21", "--validation", "{nan}"], "charge is NaN"),
     "no events": (["simulate", "{out}", "--events", "0"], "--events must be at least 1"),
     "unwritable": (["simulate", "/proc/none/a.h5", "--events", "1"], "/proc/none"),
+    "a folder in its place": (["simulate", "{tmp}/in", "--events", "1"], "is a folder"),
+    "scores into a folder": (["evaluate", "{events}", "{weights}", "--json", "{tmp}/in"], "is a folder"),
+    "tags over their events": (["predict", "{events}", "{weights}", "{events}"], "would replace the events"),
+    "a file for a folder": (["train", "{events}", "{text}", "--variant", "a21"], "not a folder"),
+    "no budget": (["train", "{events}", "{out}", "--variant", "a21", "--budget", "much"], "much"),
     "no command": (["trian"], "trian"),
 }
 

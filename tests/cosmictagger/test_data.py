@@ -100,6 +100,12 @@ def test_failed_writing_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_folders_made_for_a_failed_file_go_again(tmp_path):
+    with pytest.raises(ZeroDivisionError), writing(tmp_path / "new" / "folder" / "a.h5"):
+        _ = 1 / 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_shrinking_averages_charge_and_keeps_the_largest_label():
     image = np.arange(16, dtype=np.float32).reshape(1, 4, 4)
     assert shrink(image, 1).tolist() == [[[2.5, 4.5], [10.5, 12.5]]]
@@ -140,6 +146,18 @@ def truncate(path: Path, share: float) -> None:
 def remove(path: Path, key: str) -> None:
     with h5py.File(path, "r+") as file:
         del file[key]
+
+
+def repeat_voxel(path: Path, group: str) -> None:
+    with h5py.File(path) as file:
+        before = int(file[f"{group}/voxels"][-2]["id"])
+    spoil_voxel(path, group, "id", before)
+
+
+def signed(rows, column: str):
+    rows = rows.astype([("id", "<i8"), ("value", "<f4")])
+    rows[column][-1] = -1
+    return rows
 
 
 BROKEN = {
@@ -184,6 +202,20 @@ BROKEN = {
         ],
         "no events",
     ),
+    "pixel twice": (lambda p: repeat_voxel(p, LABEL), "event 1 plane 2: a pixel is stored twice"),
+    "negative pixel": (
+        lambda p: spoil_table(p, f"{CHARGE}/voxels", lambda r: signed(r, "id")),
+        "event 1 plane 2: a pixel lies outside the image",
+    ),
+    "fractional pixels": (
+        lambda p: spoil_table(p, f"{CHARGE}/voxels", lambda r: r.astype([("id", "<f4"), ("value", "<f4")])),
+        "column 'id' is float32, where uint64 is expected",
+    ),
+    "charge in words": (
+        lambda p: spoil_table(p, f"{CHARGE}/voxels", lambda r: r.astype([("id", "<u8"), ("value", "S4")])),
+        "column 'value' is |S4",
+    ),
+    "two axes": (lambda p: spoil_table(p, f"{CHARGE}/voxels", lambda r: r[:, None]), "voxels has 2 axes"),
     "labels of another event": (
         lambda p: spoil_table(p, f"{LABEL}/extents", set_column("first", 1, 0)),
         "event 1 plane 0: ",
@@ -200,6 +232,33 @@ def test_what_is_wrong_is_said_in_one_line(how, events):
     assert message in str(error.value)
     assert str(events) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_planes_come_in_the_order_of_their_projection(events):
+    before = read_all(events)
+    for group in (CHARGE, LABEL):
+        for table in ("image_meta", "voxel_extents"):
+            spoil_table(events, f"{group}/{table}", lambda r: r[[2, 0, 1, 5, 4, 3]])
+    for old, new in zip(before, read_all(events), strict=True):
+        assert np.array_equal(old.image(), new.image())
+        assert np.array_equal(old.truth(), new.truth())
+
+
+def test_other_products_in_the_file_do_no_harm(events):
+    with h5py.File(events, "r+") as file:
+        file["Data/particle_sbndseg_group/extents"] = np.zeros(2)
+    assert len(read_all(events)) == 2
+
+
+def test_damage_anywhere_is_an_error_or_harmless(events):
+    content, refused = events.read_bytes(), 0
+    for place in range(0, len(content), 397):
+        events.write_bytes(content[:place] + b"\xff\x5a" * 4 + content[place + 8 :])
+        try:
+            read_all(events)
+        except DataError:
+            refused += 1
+    assert refused > 20
 
 
 def test_damage_inside_the_compressed_pixels(events):
