@@ -1,18 +1,29 @@
-"""UResNet at 3 x 320 x 512: the tiled step against plain PyTorch, both against float64.
+"""UResNet at 3 x 320 x 512: the tiled step against plain PyTorch, for loss, gradients and running statistics.
 
     python bench/exactness.py
 
-Scale is the largest gradient in the network; the relative L2 error is over all gradients together. Two inputs:
-a dense image (standard normal), and an event, almost all zeros, on which the untrained network multiplies
-rounding errors by a million. There plain PyTorch's own float64 batch norm, which adds up its statistics
-naively, is what differs: the table also compares with plain PyTorch where batch norm is written with
-`torch.mean`, and plain PyTorch with itself in the two memory layouts.
+Two states of the default network: as initialised, and after STEPS training steps on real events at this size,
+made here, always the same. Three events each. Scale is the largest gradient in the network.
+
+float64: how far the tiled step is from plain PyTorch, and the floors below which agreement means nothing: plain
+PyTorch from itself in its other memory layout, and from itself after one rounding of every weight. PyTorch's
+float64 batch norm adds up its statistics one by one; "careful" is plain PyTorch with batch norm summed in pairs.
+
+float32 and bfloat16 (autocast): errors against careful float64, those of plain PyTorch beside them. A tensor's error
+is the root mean square over its elements, counted from 1e-6 of scale. An error of a few roundings that a network
+has multiplied is a random number, and a ratio of two of them is 2 or more now and then: so each is also given as
+root mean square over the events, and the same ratio for plain PyTorch in its other layout as a control.
+
+What it does badly: on a processor without bfloat16 instructions most of the time goes into bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,109 +32,278 @@ from torch import Tensor, nn
 from uresnet import event, network
 
 import fullframe
+from cosmictagger.model import UResNet
 
-Result = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
-
-
-def step_of(net: nn.Module, criterion: nn.Module, image: Tensor, label: Tensor, *, tiled: bool, half: bool) -> Result:
-    """Loss, gradients and buffers after one step of a copy of the network."""
-    net = copy.deepcopy(net).to(image.dtype)
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        run = fullframe.tile(net, loss=criterion, tile=48) if tiled else lambda x, y: criterion(net(x), y)
-        loss = run(image, label)
-    loss.backward()
-    grads = {k: p.grad.double() for k, p in net.named_parameters() if p.grad is not None}
-    return loss.detach().double(), grads, {k: b.detach().double() for k, b in net.named_buffers()}
+STEPS = 24
+RATE = 1e-3
+EVENTS = 3
+TILE = (120, 200)  # divides neither side
+FLOOR = 1e-6
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
+LAST = torch.channels_last
 
 
-def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    return max(float((a[k] - b[k]).abs().max()) for k in b)
+@dataclass(frozen=True)
+class Case:
+    """A state of the network, and an event."""
+
+    name: str
+    state: dict[str, Tensor]
+    image: Tensor
+    label: Tensor
 
 
-def l2(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    apart = sum(float((a[k] - b[k]).square().sum()) for k in b)
-    return (apart / sum(float(t.square().sum()) for t in b.values())) ** 0.5
+@dataclass(frozen=True)
+class Result:
+    """Loss, gradients and buffers after one step, all float64."""
+
+    loss: float
+    grads: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+    @property
+    def scale(self) -> float:
+        return max(float(g.abs().max()) for g in self.grads.values())
 
 
-def worst_ratio(tiled: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[float, str]:
-    """Largest ratio of a tensor's error to plain PyTorch's, errors counted from 1e-6 of the scale."""
-    floor = 1e-6 * max(float(t.abs().max()) for t in truth.values())
-    ratios = {
-        k: max(float((tiled[k] - t).abs().max()), floor) / max(float((plain[k] - t).abs().max()), floor)
-        for k, t in truth.items()
-    }
-    name = max(ratios, key=ratios.__getitem__)
-    return ratios[name], name
+class CarefulNorm(torch.autograd.Function):
+    """Batch norm in training mode over (batch, rows, columns), all sums in pairs (`torch.mean`)."""
 
-
-def careful_batch_norm(x: Tensor, mean: Tensor, var: Tensor, *rest: object) -> Tensor:
-    """Batch norm in training mode in torch's own words, with statistics summed in pairs."""
-    weight, bias, _, momentum, eps = rest
-    m = x.mean((0, 2, 3), keepdim=True)
-    v = (x - m).square().mean((0, 2, 3), keepdim=True)
-    n = x.numel() / x.shape[1]
-    with torch.no_grad():
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, *how: float) -> Tensor:
+        momentum, eps = how
+        m = x.mean((0, 2, 3), keepdim=True)
+        v = (x - m).square_().mean((0, 2, 3), keepdim=True)
+        n = x.numel() / x.shape[1]
         mean.lerp_(m.flatten(), momentum)
         var.lerp_(v.flatten() * (n / (n - 1)), momentum)
-    return (x - m) * torch.rsqrt(v + eps) * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
+        invstd = torch.rsqrt(v + eps)
+        ctx.save_for_backward(x, m, invstd, weight)
+        return ((x - m) * (invstd * weight.view(1, -1, 1, 1))).add_(bias.view(1, -1, 1, 1))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, m, invstd, weight = ctx.saved_tensors
+        n = x.numel() / x.shape[1]
+        hat = (x - m).mul_(invstd)
+        first = g.sum((0, 2, 3), keepdim=True)
+        second = (g * hat).sum((0, 2, 3), keepdim=True)
+        dx = (g - first / n).sub_(hat.mul_(second / n)).mul_(invstd * weight.view(1, -1, 1, 1))
+        return dx, None, None, second.flatten(), first.flatten(), None, None
 
 
-def apart(name: str, made: Result, truth: Result) -> str:
-    scale = max(float(g.abs().max()) for g in truth[1].values())
-    buffers = max(float((made[2][k] - b).abs().max() / b.abs().max().clamp(min=1e-300)) for k, b in truth[2].items())
-    return (
-        f"- float64, {name}: loss apart by {abs(float(made[0] - truth[0])):.1e}, gradients by "
-        f"{largest(made[1], truth[1]) / scale:.1e} of scale, buffers by {buffers:.1e} of their own"
+def careful_norm(x: Tensor, mean: Tensor, var: Tensor, *rest: Any) -> Tensor:
+    weight, bias, training, momentum, eps = rest
+    assert training
+    return CarefulNorm.apply(x, mean, var, weight, bias, momentum, eps)  # type: ignore[no-any-return]
+
+
+class Lab:
+    """The network in each dtype, tiled and not; recorded and planned once."""
+
+    def __init__(self) -> None:
+        net, self.criterion = network()
+        self.nets: dict[torch.dtype, UResNet] = {torch.float32: net, torch.float64: UResNet(net.config).double()}
+        self.steps = {k: fullframe.tile(n, loss=self.criterion, tile=TILE) for k, n in self.nets.items()}
+
+    def tiled(self, case: Case, kind: str) -> Result:
+        dtype = DTYPES[kind]
+        return _run(case, kind, self.nets[dtype], self.steps[dtype])
+
+    def plain(self, case: Case, kind: str, *, layout: torch.memory_format = torch.contiguous_format,
+              careful: bool = False) -> Result:  # fmt: skip
+        net = self.nets[DTYPES[kind]]
+        if layout is LAST:  # a copy: there is no way back to the same strides
+            net = copy.deepcopy(net).to(memory_format=LAST)
+        usual = F.batch_norm
+        F.batch_norm = careful_norm if careful else usual
+        try:
+            return _run(case, kind, net, lambda x, y: self.criterion(net(x.contiguous(memory_format=layout)), y))
+        finally:
+            F.batch_norm = usual
+
+
+def _run(case: Case, kind: str, net: UResNet, step: Callable[[Tensor, Tensor], Tensor]) -> Result:
+    net.load_state_dict(case.state)
+    net.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bfloat16"):
+        loss = step(case.image.to(DTYPES[kind]), case.label)
+    loss.backward()
+    grads = {k: p.grad.double() for k, p in net.named_parameters() if p.grad is not None}
+    return Result(
+        loss.item(),
+        grads,
+        {k: b.to(torch.float64, copy=True) for k, b in net.named_buffers() if b.is_floating_point()},
     )
 
 
-def double(net: nn.Module, criterion: nn.Module, image: Tensor, label: Tensor) -> tuple[list[str], Result]:
-    """The float64 comparisons, and the truth."""
-    x = image.double()
-    plain = step_of(net, criterion, x, label, tiled=False, half=False)
-    tiled = step_of(net, criterion, x, label, tiled=True, half=False)
-    last = copy.deepcopy(net).to(memory_format=torch.channels_last)
-    other = step_of(last, criterion, x.to(memory_format=torch.channels_last), label, tiled=False, half=False)
-    usual, F.batch_norm = F.batch_norm, careful_batch_norm
-    try:
-        careful = step_of(net, criterion, x, label, tiled=False, half=False)
-    finally:
-        F.batch_norm = usual
-    lines = [
-        apart("tiled against plain", tiled, plain),
-        apart("plain channels_last against plain", other, plain),
-        apart("tiled against plain with careful batch norm", tiled, careful),
+def train(lab: Lab, events: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """The state after STEPS steps of Adam, the events in turn."""
+    net = lab.nets[torch.float32]
+    step = fullframe.tile(net, loss=lab.criterion, budget="3 GB")
+    optimizer = torch.optim.Adam(net.parameters(), RATE)
+    for k in range(STEPS):
+        optimizer.zero_grad()
+        loss = step(*events[k % len(events)])
+        loss.backward()
+        optimizer.step()
+        print(f"training step {k + 1} of {STEPS}: loss {loss.item():.4f}", flush=True)
+    return copied(net)
+
+
+def copied(net: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in net.state_dict().items()}
+
+
+def one_rounding(case: Case) -> Case:
+    """The case with each weight moved by up to one rounding of float64."""
+    draw = torch.Generator().manual_seed(0)
+    state = {
+        k: v.double() * (1 + (torch.rand(v.shape, generator=draw, dtype=torch.float64) - 0.5) * 2**-51)
+        for k, v in case.state.items()
+        if v.is_floating_point()
+    }
+    return Case(case.name, case.state | state, case.image, case.label)
+
+
+def l2(a: Result, b: Result) -> float:
+    apart = sum(float((a.grads[k] - g).square().sum()) for k, g in b.grads.items())
+    return (apart / sum(float(g.square().sum()) for g in b.grads.values())) ** 0.5
+
+
+def apart(made: Result, truth: Result) -> tuple[float, float, float]:
+    """How far: loss relative to it, gradients to scale, buffers each to its largest element."""
+    grads = max(float((made.grads[k] - g).abs().max()) for k, g in truth.grads.items())
+    buffers = max(float((made.buffers[k] - b).abs().max() / b.abs().max()) for k, b in truth.buffers.items())
+    return abs(made.loss / truth.loss - 1), grads / truth.scale, buffers
+
+
+Errors = dict[str, float]
+
+
+def errors(made: Result, truth: Result) -> Errors:
+    """Each tensor's error: root mean square over elements, in parts of scale."""
+    return {k: float((made.grads[k] - g).square().mean().sqrt()) / truth.scale for k, g in truth.grads.items()}
+
+
+def worst_ratio(made: Errors, plain: Errors) -> str:
+    ratios = {k: max(made[k], FLOOR) / max(plain[k], FLOOR) for k in plain}
+    name = max(ratios, key=ratios.__getitem__)
+    return f"{ratios[name]:.2f} ({name.replace('main_module.', '')})"
+
+
+def mean_square(numbers: list[float]) -> float:
+    return (sum(x * x for x in numbers) / len(numbers)) ** 0.5
+
+
+def pooled(found: list[Errors]) -> Errors:
+    return {k: mean_square([e[k] for e in found]) for k in found[0]}
+
+
+def double(lab: Lab, case: Case, *, full: bool) -> tuple[list[str], Result]:
+    """Rows of the float64 table, and the careful result."""
+    careful = lab.plain(case, "float64", careful=True)
+    if not full:
+        return [], careful
+    tiled, plain = lab.tiled(case, "float64"), lab.plain(case, "float64")
+    other = lab.plain(case, "float64", layout=LAST)
+    moved = lab.plain(one_rounding(case), "float64", careful=True)
+    rows = [
+        ("tiled", "plain", tiled, plain),
+        ("plain, channels last", "plain", other, plain),
+        ("tiled", "careful plain", tiled, careful),
+        ("careful plain, weights moved by a rounding", "careful plain", moved, careful),
     ]
-    return lines, careful
+    cells = [(a, b, *(f"{x:.1e}" for x in apart(made, truth))) for a, b, made, truth in rows]
+    return [f"| {case.name} | {' | '.join(row)} |" for row in cells], careful
 
 
-def single(net: nn.Module, criterion: nn.Module, image: Tensor, label: Tensor, truth: Result) -> list[str]:
-    """Errors in float32 and bfloat16 beside plain PyTorch's."""
-    lines = []
-    for kind in ("float32", "bfloat16"):
-        half = kind == "bfloat16"
-        plain = step_of(net, criterion, image, label, tiled=False, half=half)
-        tiled = step_of(net, criterion, image, label, tiled=True, half=half)
-        ratio, name = worst_ratio(tiled[1], plain[1], truth[1])
-        a, b = l2(tiled[1], truth[1]), l2(plain[1], truth[1])
-        lines.append(
-            f"- {kind}: relative L2 error of all gradients {a:.2e}, plain PyTorch {b:.2e}, ratio {a / b:.2f}; "
-            f"worst tensor {ratio:.2f} times plain ({name.replace('main_module.', '')}); "
-            f"loss apart by {float((tiled[0] - truth[0]).abs()):.1e}, plain {float((plain[0] - truth[0]).abs()):.1e}"
+@dataclass
+class Pool:
+    """Errors of one dtype, case by case."""
+
+    tiled: list[Errors]
+    plain: list[Errors]
+    ratios: list[tuple[float, float]]
+
+
+def single(lab: Lab, case: Case, kind: str, truth: Result, pool: Pool, *, control: bool) -> list[str]:
+    """Rows of the table of errors."""
+    rows = []
+    plain = lab.plain(case, kind)
+    made = {"tiled": lab.tiled(case, kind)}
+    if control and kind == "bfloat16":
+        made["plain, channels last"] = lab.plain(case, kind, layout=LAST)
+    before, ours = errors(plain, truth), errors(made["tiled"], truth)
+    for name, result in made.items():
+        a, b = l2(result, truth), l2(plain, truth)
+        rows.append(
+            f"| {kind} | {case.name} | {name} | {a:.2e} | {b:.2e} | {a / b:.2f} | "
+            f"{worst_ratio(errors(result, truth), before)} |"
         )
-    return lines
+    pool.tiled.append(ours)
+    pool.plain.append(before)
+    pool.ratios.append((l2(made["tiled"], truth), l2(plain, truth)))
+    return rows
+
+
+def pooled_row(kind: str, state: str, pool: Pool) -> str:
+    a, b = (mean_square([r[k] for r in pool.ratios]) for k in (0, 1))
+    worst = worst_ratio(pooled(pool.tiled), pooled(pool.plain))
+    return f"| {kind} | {state}, all events | tiled | {a:.2e} | {b:.2e} | **{a / b:.2f}** | **{worst}** |"
+
+
+def measure(lab: Lab, state: str, cases: list[Case]) -> tuple[list[str], list[str]]:
+    """Rows of both tables for one state of the network."""
+    exact: list[str] = []
+    rounded: list[str] = []
+    pools = {kind: Pool([], [], []) for kind in ("float32", "bfloat16")}
+    for k, case in enumerate(cases):
+        found, truth = double(lab, case, full=k == 0)
+        exact += found
+        print(*found, sep="\n", flush=True)
+        for kind, pool in pools.items():
+            made = single(lab, case, kind, truth, pool, control=k == 0)
+            rounded += made
+            print(*made, sep="\n", flush=True)
+    rounded += [pooled_row(kind, state, pool) for kind, pool in pools.items()]
+    return exact, rounded
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    net, criterion = network()
-    image, label, source = event(2)
-    lines = [f"UResNet, 3 x {image.shape[2]} x {image.shape[3]}, tile 48 x 48"]
-    for name, x in (("dense", torch.randn_like(image)), (f"{source} shrunk by 4", image)):
-        found, truth = double(net, criterion, x, label)
-        lines += ["", f"Input: {name}", "", *found, *single(net, criterion, x, label, truth)]
-        print("\n".join(lines), flush=True)
-    write("exactness", "\n".join(lines) + f"\n\nbench/exactness.py, {setting()}")
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    lab = Lab()
+    found = [event(2, k) for k in range(EVENTS)]
+    events, source = [(image, label) for image, label, _ in found], found[0][2]
+    states = {"untrained": copied(lab.nets[torch.float32])}
+    states["trained"] = train(lab, events)
+    exact: list[str] = []
+    rounded: list[str] = []
+    for name, state in states.items():
+        cases = [Case(f"{name}, event {k}", state, *e) for k, e in enumerate(events)]
+        a, b = measure(lab, name, cases)
+        exact, rounded = exact + a, rounded + b
+    rows, columns = events[0][0].shape[2:]
+    text = [
+        f"UResNet, 3 x {rows} x {columns}, loss light, tile {TILE[0]} x {TILE[1]}; input: {source} shrunk by 4; "
+        f"trained: {STEPS} steps of Adam on these events, learning rate {RATE}",
+        "",
+        "float64: apart by (loss relative, gradients in parts of the largest, running statistics relative)",
+        "",
+        "| network, input | | against | loss | gradients | statistics |",
+        "|---|---|---|---|---|---|",
+        *exact,
+        "",
+        "Errors against careful float64: relative L2 over all gradients, and the worst tensor beside plain PyTorch's "
+        "(root mean square over its elements, counted from 1e-6 of scale)",
+        "",
+        "| dtype | network, input | | L2 | plain | ratio | worst tensor, times plain |",
+        "|---|---|---|---|---|---|---|",
+        *rounded,
+        "",
+        f"bench/exactness.py, {setting()}",
+    ]
+    write("exactness", "\n".join(text))
 
 
 if __name__ == "__main__":

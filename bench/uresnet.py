@@ -22,13 +22,13 @@ def network(seed: int = 0) -> tuple[UResNet, nn.Module]:
     return UResNet(NetworkConfig()), PlaneLoss("light")
 
 
-def event(halvings: int = 0) -> tuple[Tensor, Tensor, str]:
+def event(halvings: int = 0, number: int = 0) -> tuple[Tensor, Tensor, str]:
     """Charge (1, 3, rows, columns) float32, truth int64, and where they come from."""
     if EVENTS.is_file():
         with EventFile(EVENTS) as events:
-            found, source = events[0], "a real SBND event"
+            found, source = events[number], "a real SBND event"
     else:
-        found, source = simulate_numbered(0, 0), "a simulated event"
+        found, source = simulate_numbered(0, number), "a simulated event"
     image = torch.from_numpy(np.ascontiguousarray(shrink(found.image(), halvings)))[None]
     label = torch.from_numpy(np.ascontiguousarray(shrink_labels(found.truth(), halvings)))[None]
     return image, label.long(), source
