@@ -87,3 +87,27 @@ def test_interpolation_to_a_size_that_an_axis_has_already(mode, size):
         conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](1, 2, 3, padding=1)
         image = torch.randn(1, 1, *(4, 5, 6)[:rank]).requires_grad_()
         agree(Resized(conv, name, size[:rank]), image, tile=3)
+
+
+class Inception(nn.Module):
+    """Branches over a map much smaller than the image, whose gradients are added up and stored."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(8))
+        self.branches = nn.ModuleList(self._branch(k) for k in (1, 3, 3))
+        self.pool, self.last = nn.MaxPool2d(3, 1, 1), nn.Conv2d(8, 4, 1)
+
+    def _branch(self, k):
+        first = nn.Conv2d(8, 4, 1, bias=False)
+        return nn.Sequential(first, nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, k, padding=k // 2))
+
+    def forward(self, x):
+        x = self.stem(x)
+        return torch.cat([*(b(x) for b in self.branches), self.last(self.pool(x))], 1)
+
+
+@pytest.mark.parametrize("tile", [3, 8])
+def test_a_tile_without_a_pixel_of_a_map_that_others_need_of_it(tile):
+    # Such a tile makes a halo of the map and has nothing of it to store; storing nothing failed.
+    agree(Inception(), torch.randn(2, 1, 17, 19), tile=tile)

@@ -6,6 +6,7 @@ the arithmetic of footprints is not repeated at every step. Of very many tiles o
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -148,11 +149,14 @@ def _slices(region: Region, origin: Region | None = None) -> tuple[slice, ...]:
     return box.slices(region, origin)
 
 
-def _own_store(plan: Plan, value: Value, tile: Tile, made: Region) -> Store:
-    if not tiled(value, plan.labels):
-        return Store(value, False, None, None)
-    own = own_region(value, plan.labels, tile)
-    return Store(value, True, _part(own, value.shape), None if own == made else _slices(own, made))
+def _stores(plan: Plan, values: Iterable[Value], tile: Tile, made: Region) -> Iterator[Store]:
+    """Where each value's own part of the tile goes; an empty part, which may lie outside what is made, nowhere."""
+    for value in values:
+        own = own_region(value, plan.labels, tile)
+        if not tiled(value, plan.labels):
+            yield Store(value, False, None, None)
+        elif not box.is_empty(own):
+            yield Store(value, True, _part(own, value.shape), None if own == made else _slices(own, made))
 
 
 def _sum(plan: Plan, op: Op, region: Region, tile: Tile) -> Sum:
@@ -175,7 +179,7 @@ def _fused(plan: Plan, step: Step, work: Work, tile: Tile) -> Form:
         part = _part(work.region, value.shape) if stored else None
         targets.append(Target(value, part, None if stored else shape, value in unit.makes))
     halo = () if unit.own else unit.saves  # the halo is another tile's to store
-    stores = tuple(_own_store(plan, v, tile, work.region) for v in halo)
+    stores = tuple(_stores(plan, halo, tile, work.region))
     return tuple(targets), stores, tuple(_sum(plan, op, work.region, tile) for op in unit.sums)
 
 
@@ -186,4 +190,4 @@ def _single(plan: Plan, step: Step, work: Work, tile: Tile) -> Form:
     if op in step.section.sums:
         return (), (), (_sum(plan, op, work.region, tile),)
     made = rule.out_region(op, work.region) if rule.kind == "reduce" else work.region
-    return (), tuple(_own_store(plan, v, tile, made) for v in unit.saves), ()
+    return (), tuple(_stores(plan, unit.saves, tile, made)), ()
