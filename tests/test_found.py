@@ -379,3 +379,25 @@ def test_what_only_an_unused_output_depends_on_has_no_gradient():
     for name, p in net.named_parameters():
         assert (p.grad is None) == (expected[name] is None), name
         assert p.grad is None or close(p.grad, expected[name], 1e-5)
+
+
+@pytest.mark.parametrize("act", [torch.tanh, F.gelu])
+@pytest.mark.parametrize("budget", [None, 1])
+def test_a_map_equals_its_maximum_wherever_it_is_read(act, budget):
+    # Made again in another pass the map differed in its last bit, nothing equalled the maximum any
+    # more, and the maximum's gradient was lost or divided by nothing.
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 3, 3, padding=1)
+
+        def forward(self, x):
+            y = act(self.conv(x))
+            return y * y.amax((2, 3), keepdim=True).sigmoid() * y.max()
+
+    net, image = Gate().double(), torch.randn(2, 1, 13, 11).double()
+    if budget is not None:
+        with pytest.raises(fullframe.BudgetError) as refused:
+            fullframe.tile(net, budget=1, tile=4).plan(image)
+        budget = refused.value.smallest
+    agree(net, image, tile=4, budget=budget)

@@ -88,6 +88,7 @@ class Rule(Protocol):
     ``footprint``   for a (grown) region, the region read of each input, clipped to it.
     ``run``         the window of the region from windows cut exactly to the footprint.
     ``cost``        floating point operations to make this many output elements.
+    ``compares``    True where floating inputs are compared for equality, bit by bit.
 
     A reduction has ``driver``: the input whose own regions, a disjoint cover, are summed. Its
     ``grow`` and ``footprint`` take a region of the driver, ``run`` returns a partial result, and
@@ -108,6 +109,8 @@ class Rule(Protocol):
     def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any: ...
 
     def cost(self, op: Op, elements: int) -> int: ...
+
+    def compares(self, op: Op) -> bool: ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -84,7 +84,7 @@ def _cheapest(draft: Draft, lives: Lifetimes, peak: int) -> tuple[Value, int, Ag
         size = draft.sizes.get(value, 0)
         if value in fixed or not size or lives.first.get(value, peak) >= peak or not tiled(value, cuts.labels):
             continue
-        if cuts.maker[value] in cuts.reducing or _waits(draft, lives, value, peak):
+        if cuts.maker[value] in cuts.reducing or value in cuts.exact or _waits(draft, lives, value, peak):
             continue
         again = _make_again(draft, lives, value, at, peak)
         if again is None or again.extended >= size:
@@ -127,7 +127,7 @@ def _make_again(draft: Draft, lives: Lifetimes, value: Value, at: int, peak: int
                 stack.append(cuts.maker[read])
             elif (found := _at_hand(draft, lives, read, at, peak)) is not None:
                 again.loads.add(found)
-            elif cuts.maker[read] in cuts.reducing or not tiled(read, cuts.labels):
+            elif cuts.maker[read] in cuts.reducing or not tiled(read, cuts.labels) or read in cuts.exact:
                 again.loads.add(read)
                 again.extended += draft.sizes.get(read, 0)
             else:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fullframe import region as box
-from fullframe.graph import Graph, Op, Value
+from fullframe.graph import Graph, Op, Value, followers
 from fullframe.region import Region
 
 FAN_IN = 3  # a value recomputed from more stored maps than this is stored itself
+CHAIN = 4  # steps back to the value that an extremum was taken of
 DEPTH = 48  # and so is one recomputed by more ops than this
 Labels = dict[Value, tuple["int | None", ...]]
 
@@ -118,6 +119,7 @@ class Cuts:
     maker: dict[Value, Op]
     reducing: set[Op]
     late: set[Value] = field(default_factory=set)  # what depends on inputs that arrive late
+    exact: set[Value] = field(default_factory=set)  # made once and never again: see `compared`
 
     def slice_of(self, value: Value, stop: set[Value]) -> tuple[set[Op], set[Value]]:
         """Ops to make a value from the values in ``stop`` (inputs included), and those it loads."""
@@ -146,7 +148,8 @@ def choose_cuts(graph: Graph, labels: Labels) -> Cuts:
     """
     maker = {op.output: op for op in graph.ops}
     reducing = {op for op in graph.ops if sums_tiles(op, labels)}
-    stored = {v for v in graph.outputs if v is not None and v in maker}
+    exact = compared(graph, labels)
+    stored = exact | {v for v in graph.outputs if v is not None and v in maker}
     leaves: dict[Value, frozenset[Value]] = {}
     depth: dict[Value, int] = {}
     for op in graph.ops:
@@ -170,7 +173,32 @@ def choose_cuts(graph: Graph, labels: Labels) -> Cuts:
     for op in graph.ops:
         if any(v in late for v in op.inputs):
             late.add(op.output)
-    return Cuts(labels, stored, maker, reducing, late)
+    return Cuts(labels, stored, maker, reducing, late, exact)
+
+
+def compared(graph: Graph, labels: Labels) -> set[Value]:
+    """Tiled values that are compared for equality with what was made from them (a map with its maximum).
+
+    A value made again on another window may differ in its last bit, since libraries work in vectors
+    of several lengths: then nothing equals the maximum any more, and its gradient is lost. So these
+    are made once, and all that read them load what was stored.
+    """
+    maker = {op.output: op for op in graph.ops}
+    found: set[Value] = set()
+    for op in graph.ops:
+        if not op.rule.compares(op):
+            continue
+        for value, other in zip(op.inputs, reversed(op.inputs), strict=True):
+            for _ in range(
+                CHAIN
+            ):  # the maximum may be that of an earlier value, as of the map itself, not its modulus
+                if value not in maker or not tiled(value, labels):
+                    break
+                if other in followers(graph.ops, [value]):
+                    found.add(value)
+                    break
+                value = maker[value].inputs[0] if maker[value].inputs else value
+    return found
 
 
 @dataclass(eq=False)
@@ -281,7 +309,7 @@ def _can_join(state: Grouping, k: int, value: Value, ops: set[Op], loads: set[Va
         if home == k:
             # Made in the same pass: allowed where the pass has it at hand, that is not for sums
             # (complete only at its end) nor for what is dear to make again on a halo.
-            if cuts.maker[read] in cuts.reducing or not tiled(read, cuts.labels):
+            if cuts.maker[read] in cuts.reducing or not tiled(read, cuts.labels) or read in cuts.exact:
                 return False
             if cuts.maker[read].rule.heavy and not _aligned(cuts, value, read, ops):
                 return False

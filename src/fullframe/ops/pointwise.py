@@ -16,11 +16,16 @@ from fullframe.graph import Kind, Link, Op
 from fullframe.ops.rule import BaseRule
 from fullframe.region import Region
 
+EQUAL = ("aten.eq.Tensor", "aten.ne.Tensor")
+
 
 class Pointwise(BaseRule):
     """Elementwise with broadcasting: axes align from the right, extent 1 is stretched."""
 
     kind: Kind = "pointwise"
+
+    def compares(self, op: Op) -> bool:
+        return op.target in EQUAL and all(v.dtype.is_floating_point for v in op.inputs)
 
     def links(self, op: Op) -> Sequence[Link]:
         out = op.output.shape

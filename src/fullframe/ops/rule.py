@@ -36,6 +36,9 @@ class BaseRule:
     def cost(self, op: Op, elements: int) -> int:
         return elements
 
+    def compares(self, op: Op) -> bool:
+        return False
+
 
 class Whole(BaseRule):
     """An op known only by its name: all of the inputs, all of the output, once."""
