@@ -150,7 +150,7 @@ def run_steps(case: Case, state: State, run: Any, noise: float = 0.0, dense: boo
 class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
+        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -204,6 +204,17 @@ def _largest(t: torch.Tensor) -> float:
 
 
 # Plans ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run fused units by ATen: small networks would spend their time compiling."""
+    old = executor.build
+    executor.build = functools.partial(lowering.build, compile=False)
+    try:
+        yield
+    finally:
+        executor.build = old
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from typing import Any
 
 import random_losses as losses
 import torch
+from random_draws import Draws, nd
 from random_norms import activation
-from random_parts import Draws, nd
 from random_shapes import Topologies
 from torch import nn
 from torch.utils import _pytree as pytree

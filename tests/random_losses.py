@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from random_parts import Draws, fit, resize
+from random_draws import Draws, fit, resize
 from torch import nn
 
 IGNORED = 255

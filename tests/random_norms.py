@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from random_parts import Apply, Draws, conv1, last, nd
+from random_draws import Apply, Draws, nd
+from random_parts import conv1, last
 from torch import nn
 
 # Norms ---------------------------------------------------------------------------------------------

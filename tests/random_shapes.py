@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from random_draws import LINEAR, Apply, Draws, fit, nd, resize
 from random_norms import GATES, NORMS, activation, dropout
-from random_parts import DOWN, LAYERS, LINEAR, UP, Apply, Draws, conv, conv1, fit, nd, resize
+from random_parts import DOWN, LAYERS, UP, conv, conv1
 from torch import nn
 
 
