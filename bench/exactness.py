@@ -1,9 +1,9 @@
 """UResNet at 3 x 320 x 512: the tiled step against plain PyTorch, for loss, gradients and running statistics.
 
-    python bench/exactness.py
+    python bench/exactness.py [--events 3] [--steps 24]
 
-Two states of the default network: as initialised, and after STEPS training steps on real events at this size,
-made here, always the same. Three events each. Scale is the largest gradient in the network.
+Two states of the default network: as initialised, and after some training steps on real events at this size,
+made here, always the same. Scale is the largest gradient in the network.
 
 float64: how far the tiled step is from plain PyTorch, and the floors below which agreement means nothing: plain
 PyTorch from itself in its other memory layout, and from itself after one rounding of every weight. PyTorch's
@@ -137,17 +137,17 @@ def _run(case: Case, kind: str, net: UResNet, step: Callable[[Tensor, Tensor], T
     )
 
 
-def train(lab: Lab, events: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """The state after STEPS steps of Adam, the events in turn."""
+def train(lab: Lab, events: list[tuple[Tensor, Tensor]], steps: int) -> dict[str, Tensor]:
+    """The state after some steps of Adam, the events in turn."""
     net = lab.nets[torch.float32]
     step = fullframe.tile(net, loss=lab.criterion, budget="3 GB")
     optimizer = torch.optim.Adam(net.parameters(), RATE)
-    for k in range(STEPS):
+    for k in range(steps):
         optimizer.zero_grad()
         loss = step(*events[k % len(events)])
         loss.backward()
         optimizer.step()
-        print(f"training step {k + 1} of {STEPS}: loss {loss.item():.4f}", flush=True)
+        print(f"training step {k + 1} of {steps}: loss {loss.item():.4f}", flush=True)
     return copied(net)
 
 
@@ -270,40 +270,51 @@ def measure(lab: Lab, state: str, cases: list[Case]) -> tuple[list[str], list[st
     return exact, rounded
 
 
+def page(heading: str, exact: list[str], rounded: list[str]) -> str:
+    return "\n".join(
+        (
+            heading,
+            "",
+            "float64: apart by (loss relative, gradients in parts of the largest, running statistics relative)",
+            "",
+            "| network, input | | against | loss | gradients | statistics |",
+            "|---|---|---|---|---|---|",
+            *exact,
+            "",
+            "Errors against careful float64: relative L2 over all gradients, and the worst tensor beside plain "
+            "PyTorch's (root mean square over its elements, counted from 1e-6 of scale)",
+            "",
+            "| dtype | network, input | | L2 | plain | ratio | worst tensor, times plain |",
+            "|---|---|---|---|---|---|---|",
+            *rounded,
+            "",
+            f"bench/exactness.py, {setting()}",
+        )
+    )
+
+
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--events", type=int, default=EVENTS, choices=range(1, EVENTS + 1))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    given = parser.parse_args()
     lab = Lab()
-    found = [event(2, k) for k in range(EVENTS)]
+    found = [event(2, k) for k in range(given.events)]
     events, source = [(image, label) for image, label, _ in found], found[0][2]
-    states = {"untrained": copied(lab.nets[torch.float32])}
-    states["trained"] = train(lab, events)
+    rows, columns = events[0][0].shape[2:]
+    heading = (
+        f"UResNet, 3 x {rows} x {columns}, loss light, tile {TILE[0]} x {TILE[1]}; input: {source} shrunk by 4; "
+        f"trained: {given.steps} steps of Adam on these events, learning rate {RATE}"
+    )
+    untrained = copied(lab.nets[torch.float32])
+    states = {"trained": train(lab, events, given.steps), "untrained": untrained}
     exact: list[str] = []
     rounded: list[str] = []
     for name, state in states.items():
         cases = [Case(f"{name}, event {k}", state, *e) for k, e in enumerate(events)]
         a, b = measure(lab, name, cases)
         exact, rounded = exact + a, rounded + b
-    rows, columns = events[0][0].shape[2:]
-    text = [
-        f"UResNet, 3 x {rows} x {columns}, loss light, tile {TILE[0]} x {TILE[1]}; input: {source} shrunk by 4; "
-        f"trained: {STEPS} steps of Adam on these events, learning rate {RATE}",
-        "",
-        "float64: apart by (loss relative, gradients in parts of the largest, running statistics relative)",
-        "",
-        "| network, input | | against | loss | gradients | statistics |",
-        "|---|---|---|---|---|---|",
-        *exact,
-        "",
-        "Errors against careful float64: relative L2 over all gradients, and the worst tensor beside plain PyTorch's "
-        "(root mean square over its elements, counted from 1e-6 of scale)",
-        "",
-        "| dtype | network, input | | L2 | plain | ratio | worst tensor, times plain |",
-        "|---|---|---|---|---|---|---|",
-        *rounded,
-        "",
-        f"bench/exactness.py, {setting()}",
-    ]
-    write("exactness", "\n".join(text))
+        write("exactness", page(heading, exact, rounded))
 
 
 if __name__ == "__main__":
