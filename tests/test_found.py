@@ -401,3 +401,16 @@ def test_a_map_equals_its_maximum_wherever_it_is_read(act, budget):
             fullframe.tile(net, budget=1, tile=4).plan(image)
         budget = refused.value.smallest
     agree(net, image, tile=4, budget=budget)
+
+
+@pytest.mark.parametrize("loss", [None, F.mse_loss])
+def test_hooks_of_parameters_that_are_not_used_stay_silent(loss):
+    # The hook was called with None.
+    net = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1))
+    net.spare = nn.Parameter(torch.ones(1))
+    net.forward = net[0].forward
+    net.spare.register_hook(lambda g: g * 3)
+    image = torch.randn(1, 1, 18, 18)
+    tiled = fullframe.tile(net, loss=loss, tile=7)
+    (tiled(image).mean() if loss is None else tiled(image, image)).backward()
+    assert net.spare.grad is None and net[0].weight.grad is not None

@@ -96,7 +96,7 @@ class Tiled(nn.Module):
         call = Call(pair, args, kwargs)
         program = self._program(call)
         arenas = self._fullframe["arenas"]
-        wanted = [call.tensors[k] for k in program.wanted]
+        wanted = [call.tensors[k] for k in program.reached]
         with torch.inference_mode(False):
             made = _Function.apply(arenas, program, call, *wanted) if wanted else _forward(arenas, program, call)[0]
         return program.assemble(made)
@@ -172,7 +172,7 @@ class _Function(torch.autograd.Function):
             grads = ctx.saved_tensors
             if not bool(scale == 1):
                 grads = [None if g is None else g * scale.to(g.dtype) for g in grads]
-            return None, None, None, *grads
+            return None, None, None, *_reached(program, grads)
         if ctx.late is None:
             raise RuntimeError(
                 "the backward of a tiled module can run only once, retain_graph or not: its memory is reused as it "
@@ -189,7 +189,12 @@ class _Function(torch.autograd.Function):
         unused = [v for v, g in zip(late, given, strict=True) if g is None]
         if unused:
             grads = _without(program, grads, set(late) - set(unused), unused)
-        return None, None, None, *grads
+        return None, None, None, *_reached(program, grads)
+
+
+def _reached(program: Program, grads: Sequence[torch.Tensor | None]) -> Grads:
+    outputs = program.graph.outputs[len(program.graph.outputs) - len(grads) :]
+    return [g for g, v in zip(grads, outputs, strict=True) if v is not None]
 
 
 def _or_zeros(given: torch.Tensor | None, value: Value, device: torch.device) -> torch.Tensor:

@@ -58,6 +58,12 @@ class Program:
     differentiable: tuple[bool, ...]
     lasting: bool
 
+    @property
+    def reached(self) -> list[int]:
+        """Those of ``wanted`` that have a gradient; the others take no part in autograd, nor do their hooks."""
+        grads = self.graph.outputs[len(self.graph.outputs) - len(self.wanted) :]
+        return [k for k, v in zip(self.wanted, grads, strict=True) if v is not None]
+
     def assemble(self, outputs: Sequence[torch.Tensor]) -> Any:
         """The call's own output from its tensors."""
         found = iter(outputs)
