@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
 import io
 import json
@@ -75,9 +76,7 @@ def single(entry: Entry, half: bool) -> Row:
 def planning(entry: Entry) -> Row:
     """Capture and planning of the published network at its usual size, then the plan asked for again."""
     net, image, loss = build(entry, full=True), image_of(entry.usual_shape), LOSSES[entry.loss]
-    with torch.device("meta"):
-        shapes = torch.empty(entry.usual_shape)
-    output = _shapes(net, shapes)
+    output = _shapes(copy.deepcopy(net), entry.usual_shape)
     step = fullframe.tile(net, loss=Reported(loss.make()), budget=BUDGET, workers=2)
     target = target_of(loss, output, image.dim())
     target = [t.float() for t in target] if isinstance(target, list) else target
@@ -95,14 +94,14 @@ def planning(entry: Entry) -> Row:
     }  # fmt: skip
 
 
-def _shapes(net: torch.nn.Module, image: torch.Tensor) -> Any:
-    """The network's output at a size, as tensors of zeros, made without running it."""
+def _shapes(net: torch.nn.Module, shape: tuple[int, ...]) -> Any:
+    """The output at an image's shape, as tensors of zeros, made without running it; ``net`` is spoilt."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils import _pytree as pytree
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         state = {k: mode.from_tensor(t) for k, t in (*net.named_parameters(), *net.named_buffers())}
-        made = torch.func.functional_call(net, state, (torch.empty(image.shape),))
+        made = torch.func.functional_call(net, state, (torch.empty(shape),))
     return pytree.tree_map(lambda t: torch.zeros(t.shape) if isinstance(t, torch.Tensor) else t, made)
 
 
@@ -220,7 +219,9 @@ def main() -> None:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
             shown = {k: v for k, v in made.items() if k != "all"}
             print(f"{part} {key(entry)}: {shown} peak {peak:.1f} GB", flush=True)
-    (RESULTS / "zoo.md").write_text(table(load()) + f"\n\nbench/zoo.py, {setting()}\n")
+    (RESULTS / "zoo.md").write_text(
+        table(load()) + f"\n\nbench/zoo.py, {setting()}; rows kept from earlier runs included\n"
+    )
 
 
 if __name__ == "__main__":
