@@ -25,9 +25,10 @@ def classes(*shape: int, ignore: int | None = None) -> Callable[[], torch.Tensor
 
 
 def loss_case(
-    name: str, loss: Callable[..., torch.Tensor], target: Callable[[], Any], shape: tuple[int, ...] = PLANE
-) -> None:
-    case(f"loss {name}", lambda x: x, shape=shape, loss=loss, target=target)
+    name: str, loss: Callable[..., torch.Tensor], target: Callable[[], Any], shape: tuple[int, ...] = PLANE,
+    whole: tuple[str, ...] = (),
+) -> None:  # fmt: skip
+    case(f"loss {name}", lambda x: x, shape=shape, loss=loss, target=target, whole=whole)
 
 
 def weights_of(x: torch.Tensor, rank: int = 0) -> torch.Tensor:

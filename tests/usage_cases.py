@@ -820,7 +820,12 @@ loss_case(
     like(),
 )
 loss_case("wasserstein", lambda x, y: (x.softmax(1).cumsum(1) - y.softmax(1).cumsum(1)).abs().mean(), like())
-loss_case("spectral", lambda x, y: (torch.fft.rfft2(x).abs() - torch.fft.rfft2(y).abs()).abs().mean(), like())
+loss_case(
+    "spectral",
+    lambda x, y: (torch.fft.rfft2(x).abs() - torch.fft.rfft2(y).abs()).abs().mean(),
+    like(),
+    whole=("fft",),
+)
 loss_case("ctc like", lambda x, y: F.smooth_l1_loss(x.mean(2).cumsum(-1), y.mean(2).cumsum(-1)), like())
 
 for _name in set(CASES) - BEFORE:  # one tile each: the cases of the other tables have two
