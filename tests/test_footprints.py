@@ -28,13 +28,13 @@ WEIGHTED = ("tile.conv", "tile.conv_transpose")  # their weights are read in ful
 def loose(op: Op) -> str:
     """Why a rule may read a face that a region does not need, whatever the numbers; empty where it may not."""
     steps = op.target.removeprefix("tile.")
-    if steps in ("conv", "conv_transpose", "conv_weight_grad", "max_pool", "max_pool_indices", "max_pool_grad"):
+    if steps in ("conv", "conv_transpose", "conv_weight_grad", "max_pool", "max_pool_choice", "max_pool_grad"):
         axes = op.rule.axes(op)  # type: ignore[attr-defined]
         if any(a.dilation > 1 or a.stride > a.kernel for a in axes):
             return "pixels between the taps of a dilated kernel, or between strides, lie in its box"
     if steps == "resample_grad" and any(spec.mode in ("linear", "cubic") for spec in op.args[1]):
         return "an output that gives a pixel the weight zero is read"
-    if steps in ("max_pool_grad", "adaptive_max_grad") and _lone(op):
+    if steps in ("max_pool_choice", "adaptive_max_choice") and _lone(op):
         return "the number of a pixel that is alone in its window does not matter"
     if steps.startswith("max_unpool"):
         return "indices of other numbers would be no indices of a pooling"
@@ -44,12 +44,11 @@ def loose(op: Op) -> str:
 def _lone(op: Op) -> bool:
     """Whether some window of a pooling holds one pixel only."""
     rule: Any = op.rule
-    if op.target == "tile.adaptive_max_grad":
+    if op.target == "tile.adaptive_max_choice":
         spans = [[taps.reads(spec, o, o + 1) for o in range(spec.target)] for spec in rule.specs(op)]
     else:
-        extents = zip(
-            rule.axes(op), op.inputs[1].shape[rule.lead(op) :], op.inputs[0].shape[rule.lead(op) :], strict=True
-        )
+        lead = rule.lead(op)
+        extents = zip(rule.axes(op), op.inputs[0].shape[lead:], op.output.shape[lead:], strict=True)
         spans = [[box.clip(box.window_reads((o, o + 1), *a), n) for o in range(m)] for a, n, m in extents]
     return all(any(high - low == 1 for low, high in axis) for axis in spans)
 
@@ -158,18 +157,33 @@ def _idle(op: Op, tensors: list[torch.Tensor], region: Any) -> set[Any]:
         if not idle:
             break
         generator = torch.Generator().manual_seed(k)
-        drawn = [
-            torch.rand(t.shape, generator=generator, dtype=t.dtype) * (1 + k % 3) - k % 2
-            if t.is_floating_point()
-            else t
-            for t in tensors
-        ]
+        drawn = [_drawn(op, t, k, generator, region) for t in tensors]
         if k % 2:  # let a choice fall on the region's own corner, however many others there are
             for t in drawn:
                 if t.shape == op.output.shape and t.is_floating_point():
                     t[tuple(low for low, _ in region)] += 9
         idle &= set(tight(op, drawn, region))
     return idle
+
+
+def _drawn(op: Op, t: torch.Tensor, k: int, generator: torch.Generator, region: Any) -> torch.Tensor:
+    """Other numbers for an input; of whole numbers only choices among the elements of a window."""
+    if t.is_floating_point():
+        return torch.rand(t.shape, generator=generator, dtype=t.dtype) * (1 + k % 3) - k % 2
+    corner = [low if k % 2 else high - 1 for low, high in region]  # every window that can chooses this pixel
+    if op.target == "tile.max_pool_grad":
+        axes, found = op.rule.axes(op), torch.zeros_like(t)  # type: ignore[attr-defined]
+        for n, (axis, at) in enumerate(zip(axes, corner[-len(axes) :], strict=True)):
+            starts = torch.arange(t.shape[n - len(axes)]) * axis.stride - axis.padding
+            wanted = ((at - starts) // axis.dilation).clamp(0, axis.kernel - 1)
+            found = found * axis.kernel + wanted.view(-1, *[1] * (len(axes) - n - 1)).to(t.dtype)
+        return found
+    if op.target == "tile.adaptive_max_grad":
+        flat = 0
+        for at, n in list(zip(corner, op.output.shape, strict=True))[-op.args[-1] :]:
+            flat = flat * n + at
+        return torch.full_like(t, flat)
+    return t
 
 
 DRAWS = 60  # a choice among the elements of a window falls on each of them before long

@@ -414,3 +414,36 @@ def test_hooks_of_parameters_that_are_not_used_stay_silent(loss):
     tiled = fullframe.tile(net, loss=loss, tile=7)
     (tiled(image).mean() if loss is None else tiled(image, image)).backward()
     assert net.spare.grad is None and net[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("pool", [lambda x: F.max_pool2d(x, 2), lambda x: F.adaptive_max_pool2d(x, (3, 4))])
+def test_tiles_that_share_a_window_agree_on_its_maximum(pool):
+    # Each decided again, on numbers equal but for their last bit: the gradient went to no pixel, or to two.
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            y = pool(self.conv(x).log_softmax(1))
+            return y * torch.linspace(0, 1, y[0].numel()).view(y[0].shape)
+
+    # Vectors and their rests make other last bits of a few constants in a hundred.
+    image = torch.randn(300, 3, 1, 1).double().expand(300, 3, 8, 9).contiguous()
+    agree(Pooled().double(), image, tile=(8, 3))
+
+
+def test_a_window_of_minus_infinities_has_its_first_pixel_for_a_maximum():
+    # The padding was as low, and came first: its position was given, before the image's first row.
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1, 1, 9, 11))
+
+        def forward(self, x):
+            y, where = F.max_pool2d((x * self.weight).masked_fill(x > 9, float("-inf")), 3, 2, 1, return_indices=True)
+            return y.clamp(min=-1), where
+
+    image = torch.rand(1, 1, 9, 11).double()
+    image[..., :3, :4] = 10
+    agree(Masked().double(), image, tile=5)

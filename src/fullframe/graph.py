@@ -88,6 +88,8 @@ class Rule(Protocol):
     ``footprint``   for a (grown) region, the region read of each input, clipped to it.
     ``run``         the window of the region from windows cut exactly to the footprint.
     ``cost``        floating point operations to make this many output elements.
+    ``once``        True where all tiles must see the same decision (which of two equal numbers is the maximum):
+                    the output is stored, and never made again.
     ``compares``    True where floating inputs are compared for equality, bit by bit.
 
     A reduction has ``driver``: the input whose own regions, a disjoint cover, are summed. Its
@@ -97,6 +99,7 @@ class Rule(Protocol):
 
     kind: Kind
     heavy: bool
+    once: bool
 
     def links(self, op: Op) -> Sequence[Link]: ...
 

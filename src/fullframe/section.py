@@ -119,7 +119,7 @@ class Cuts:
     maker: dict[Value, Op]
     reducing: set[Op]
     late: set[Value] = field(default_factory=set)  # what depends on inputs that arrive late
-    exact: set[Value] = field(default_factory=set)  # made once and never again: see `compared`
+    exact: set[Value] = field(default_factory=set)  # made once and never again: see `made_once`
 
     def slice_of(self, value: Value, stop: set[Value]) -> tuple[set[Op], set[Value]]:
         """Ops to make a value from the values in ``stop`` (inputs included), and those it loads."""
@@ -148,7 +148,7 @@ def choose_cuts(graph: Graph, labels: Labels) -> Cuts:
     """
     maker = {op.output: op for op in graph.ops}
     reducing = {op for op in graph.ops if sums_tiles(op, labels)}
-    exact = compared(graph, labels)
+    exact = made_once(graph, labels)
     stored = exact | {v for v in graph.outputs if v is not None and v in maker}
     leaves: dict[Value, frozenset[Value]] = {}
     depth: dict[Value, int] = {}
@@ -174,6 +174,12 @@ def choose_cuts(graph: Graph, labels: Labels) -> Cuts:
         if any(v in late for v in op.inputs):
             late.add(op.output)
     return Cuts(labels, stored, maker, reducing, late, exact)
+
+
+def made_once(graph: Graph, labels: Labels) -> set[Value]:
+    """Tiled values that every tile must see alike, to the last bit."""
+    decided = {op.output for op in graph.ops if op.rule.once and tiled(op.output, labels)}
+    return decided | compared(graph, labels)
 
 
 def compared(graph: Graph, labels: Labels) -> set[Value]:

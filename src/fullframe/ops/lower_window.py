@@ -11,6 +11,7 @@ import torch
 from fullframe.graph import Op, Value
 from fullframe.ops.build import Builder
 from fullframe.ops.normal import lowers
+from fullframe.ops.pool import choice_dtype
 from fullframe.ops.taps import Spec
 from fullframe.ops.views import solid
 
@@ -88,7 +89,9 @@ def max_pool(
     b: Builder, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, *_: Any
 ) -> Any:
     args = _pool_args(kernel, stride, padding, dilation)
-    indices = b.emit("tile.max_pool_indices", (x,), b.meta_shape, torch.int64, args=args)
+    choice = b.emit("tile.max_pool_choice", (x,), b.meta_shape, choice_dtype(args[0]), args=args)
+    plane = x.shape[len(x.shape) - len(args[0]) :]
+    indices = b.emit("tile.max_pool_indices", (choice,), b.meta_shape, torch.int64, args=(*args, plane))
     return [b.emit("tile.max_pool", (x,), b.meta_shape, x.dtype, args=args), indices]
 
 
@@ -101,10 +104,10 @@ def _pool_args(kernel: Any, stride: Any, padding: Any, dilation: Any) -> tuple[A
 
 @lowers("max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward")
 def max_pool_backward(
-    b: Builder, g: Value, x: Value, kernel: Any, stride: Any, padding: Any, dilation: Any, *_: Any
+    b: Builder, g: Value, x: Value, kernel: Any, stride: Any, padding: Any, dilation: Any, _: Any, indices: Value
 ) -> Value:
     args = _pool_args(kernel, stride, padding, dilation)
-    return b.emit("tile.max_pool_grad", (g, x), x.shape, x.dtype, args=args)
+    return b.emit("tile.max_pool_grad", (g, b.maker[indices].inputs[0]), x.shape, x.dtype, args=args)
 
 
 def _average_specs(x: Value, out: Sequence[int], kernel: Any, rest: Sequence[Any]) -> tuple[Any, ...]:
@@ -159,14 +162,16 @@ def adaptive_max_pool(b: Builder, x: Value, size: Any) -> list[Value]:
     if all(b.meta_shape[a] == 1 for a in axes):
         best = b.reduce("tile.amax", x, axes, True, x.dtype)
         return [best, _first_of(b, x, best, axes)]
-    return [b.emit("tile.adaptive_max", (x,), b.meta_shape, x.dtype, args=(len(axes),)), b.output(1)]
+    args = (len(axes),)
+    choice = b.emit("tile.adaptive_max_choice", (x,), b.meta_shape, torch.int64, args=args)
+    return [b.emit("tile.adaptive_max", (x,), b.meta_shape, x.dtype, args=args), choice]
 
 
 @lowers("adaptive_max_pool2d_backward", "adaptive_max_pool3d_backward")
-def adaptive_max_pool_backward(b: Builder, g: Value, x: Value, _: Any) -> Value:
+def adaptive_max_pool_backward(b: Builder, g: Value, x: Value, indices: Value) -> Value:
     axes = _plane(b, x)
     if not all(g.shape[a] == 1 for a in axes):
-        return b.emit("tile.adaptive_max_grad", (g, x), x.shape, x.dtype, args=(len(axes),))
+        return b.emit("tile.adaptive_max_grad", (g, indices), x.shape, x.dtype, args=(len(axes),))
     first = _first_of(b, x, b.reduce("tile.amax", x, axes, True, x.dtype), axes)
     here = b.aten(aten.eq.Tensor, _positions(b, x, axes), first)
     return b.aten(aten.where.self, here, g, b.full((), 0, g.dtype))
@@ -191,7 +196,7 @@ def _first_of(b: Builder, x: Value, best: Value, axes: Sequence[int]) -> Value:
 
 
 def _pooling_of(b: Builder, indices: Value) -> Op | None:
-    """The pooling in this step that made these indices, if its windows do not overlap."""
+    """The indices of a pooling in this step, if its windows do not overlap."""
     op = b.maker.get(indices)
     while op is not None and op.target == "tile.reshape":
         op = b.maker.get(op.inputs[0])
@@ -200,13 +205,19 @@ def _pooling_of(b: Builder, indices: Value) -> Op | None:
     return op if all(k <= s and d == 1 for k, s, _, d in zip(*op.args[1:5], strict=True)) else None
 
 
+def _pooled_shape(indices: Op) -> tuple[int, ...]:
+    """The shape of what was pooled."""
+    plane = indices.args[5]
+    return (*indices.output.shape[: -len(plane)], *plane)
+
+
 @lowers("max_unpool2d", "max_unpool3d")
 def max_unpool(b: Builder, x: Value, indices: Value, *_: Any) -> Value:
     """Tiled where the plane is the one that was pooled, axes of extent 1 aside."""
     op = _pooling_of(b, indices)
-    if op is None or solid(op.inputs[0].shape) != solid(b.meta_shape):
+    if op is None or solid(_pooled_shape(op)) != solid(b.meta_shape):
         return b.recorded()[0]  # type: ignore[return-value]
-    pooled, plane = op.output, op.inputs[0].shape
+    pooled, plane = op.output, _pooled_shape(op)
     tensors = (b.reshape(x, pooled.shape), pooled)
     return b.reshape(b.emit("tile.max_unpool", tensors, plane, x.dtype, args=op.args[1:5]), b.meta_shape)
 
@@ -216,7 +227,7 @@ def unpool_gradient(b: Builder, g: Value, indices: Value) -> Value | None:
     op = _pooling_of(b, indices)
     if op is None:
         return None
-    pooled, plane = op.output, op.inputs[0].shape
+    pooled, plane = op.output, _pooled_shape(op)
     if g.shape[-1] != prod(plane[-len(op.args[1]) :]) or prod(g.shape) != prod(plane):
         return None
     tensors = (b.reshape(g, plane), pooled)

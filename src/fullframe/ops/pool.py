@@ -1,6 +1,8 @@
 """Pooling that picks elements: max pooling, its gradient and indices, unpooling, adaptive max.
 
-The argmax is always recomputed from the input, so no index into a whole image needs to be stored.
+Which element of its window a maximum is gets decided once, in the forward pass, and is stored in a byte. Two tiles
+that share a window and each decided again could disagree on two elements that are equal but for the last bit: the
+gradient would go to neither, or to both.
 """
 
 from __future__ import annotations
@@ -67,13 +69,73 @@ class Pool(BaseRule):
         return elements * prod(a.kernel for a in self.axes(op))
 
 
-class PoolIndices(Pool):
-    """``tile.max_pool_indices``: where each maximum is in the whole plane, row by row."""
+class PoolChoice(Pool):
+    """``tile.max_pool_choice``: which position of its window each maximum is at, counted row by row."""
+
+    once = True
 
     def pooled(self, op: Op, region: Region, made: Sequence[torch.Tensor]) -> torch.Tensor:
-        span = self.reads(op, region)
-        extents = op.inputs[0].shape[self.lead(op) :]
-        return moved(made[1], box.shape_of(tuple(span)), [-low for low, _ in span], extents)
+        lead, rest = self.lead(op), made[1].to(torch.int32)
+        found, inner = torch.zeros_like(rest), 1
+        for k in reversed(range(len(region) - lead)):
+            axis, (low, high), (start, stop) = self.axes(op)[k], region[lead + k], self.reads(op, region)[k]
+            corner = along(
+                torch.arange(high - low, dtype=torch.int32, device=rest.device) * axis.stride, lead + k, rest
+            )
+            position = (rest % (stop - start) - corner).div_(axis.dilation, rounding_mode="floor")
+            # Where all of a window is as low as its padding, the first position inside the image is meant.
+            first = [-((o * axis.stride - axis.padding) // axis.dilation) for o in range(low, high)]
+            if start < 0:
+                position = position.maximum(along(rest.new_tensor(first).clamp_(min=0), lead + k, rest))
+            found += position * inner
+            rest, inner = rest // (stop - start), inner * axis.kernel
+        return found.to(op.output.dtype)
+
+
+def along(values: torch.Tensor, axis: int, like: torch.Tensor) -> torch.Tensor:
+    """A list of numbers laid along one axis of a tensor."""
+    return values.view(-1, *[1] * (like.dim() - axis - 1))
+
+
+def choice_dtype(kernel: Sequence[int]) -> torch.dtype:
+    """The smallest in which the positions of a window can be counted."""
+    return torch.uint8 if prod(kernel) <= 256 else torch.int32
+
+
+def positions(
+    choice: torch.Tensor,
+    axes: Sequence[Axis],
+    cells: Sequence[Interval],
+    corner: Sequence[int],
+    extents: Sequence[int],
+) -> torch.Tensor:
+    """Flat positions of the chosen elements in a plane of ``extents`` whose first pixel is at ``corner``."""
+    rest = choice.to(torch.int64)
+    lead = choice.dim() - len(axes)
+    found, inner = torch.zeros_like(rest), 1
+    for k in reversed(range(len(axes))):
+        axis, (low, high) = axes[k], cells[k]
+        start = torch.arange(low, high, device=rest.device) * axis.stride - axis.padding - corner[k]
+        found += (rest % axis.kernel * axis.dilation + along(start, lead + k, rest)) * inner
+        rest, inner = rest // axis.kernel, inner * extents[k]
+    return found
+
+
+class PoolIndices(BaseRule):
+    """``tile.max_pool_indices(choice, kernel, stride, padding, dilation, extents)``: positions in the whole plane."""
+
+    kind: Kind = "pointwise"
+
+    def links(self, op: Op) -> Sequence[Link]:
+        return [Link(0, a, a) for a in range(len(op.output.shape))]
+
+    def footprint(self, op: Op, region: Region) -> Sequence[Region]:
+        return [region]
+
+    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+        extents = op.args[5]
+        cells = region[len(region) - len(extents) :]
+        return positions(windows[0], geometry(op.args[1:5]), cells, [0] * len(extents), extents)
 
 
 def moved(flat: torch.Tensor, extents: Sequence[int], shift: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
@@ -94,7 +156,7 @@ _POOL_GRADS = {
 
 
 class PoolGrad(BaseRule):
-    """``tile.max_pool_grad(g, x, kernel, stride, padding, dilation)``."""
+    """``tile.max_pool_grad(g, choice, kernel, stride, padding, dilation)``."""
 
     kind: Kind = "window"
 
@@ -114,21 +176,19 @@ class PoolGrad(BaseRule):
         return [box.clip(box.window_writes(r, *a), n) for r, a, n in axes]
 
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
-        lead, outs = self.lead(op), self.touched(op, region)
-        axes = zip(outs, self.axes(op), op.inputs[1].shape[lead:], strict=True)
-        spans = [box.clip(box.window_reads(o, *a), n) for o, a, n in axes]
-        return [(*region[:lead], *outs), (*region[:lead], *spans)]
+        return [(*region[: self.lead(op)], *self.touched(op, region))] * 2
 
     def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
         axes, lead, outs = self.axes(op), self.lead(op), self.touched(op, region)
-        g, x = windows
+        g, choice = windows
         if any(high <= low for low, high in outs):
             return g.new_zeros(box.shape_of(region))
         spans = [box.window_reads(o, *a) for o, a in zip(outs, axes, strict=True)]
-        x = pad_window(x, outside(spans, op.inputs[1].shape[lead:]), lowest(x.dtype))
+        extents = box.shape_of(tuple(spans))
+        where = positions(choice, axes, outs, [low for low, _ in spans], extents)
         kernel, stride, dilation = ([a[k] for a in axes] for k in (0, 1, 3))
-        _, indices = _POOLS[len(axes)](x, kernel, stride, 0, dilation, False)
-        made = _POOL_GRADS[len(axes)](g, x, kernel, stride, [0], dilation, False, indices)
+        like = g.new_empty(1).expand(*g.shape[:lead], *extents)  # only its shape is read
+        made = _POOL_GRADS[len(axes)](g, like, kernel, stride, [0], dilation, False, where)
         return pad_window(made, [(r[0] - w[0], w[1] - r[1]) for w, r in zip(region[lead:], spans, strict=True)])
 
     def cost(self, op: Op, elements: int) -> int:
@@ -239,39 +299,42 @@ def adaptive_max(
     return best, position.expand(x.shape).gather(-1, where.unsqueeze(-1)).squeeze(-1)
 
 
-class AdaptiveMaxGrad(AdaptiveMax):
-    """``tile.adaptive_max_grad(g, x)``."""
+class AdaptiveMaxChoice(AdaptiveMax):
+    """``tile.adaptive_max_choice(x)``: the flat position of the first maximum of each cell in the whole plane."""
 
-    def specs(self, op: Op) -> list[Spec]:
-        rank = op.args[-1]
-        return [
-            Spec("adaptive", s, t)
-            for s, t in zip(op.inputs[1].shape[-rank:], op.inputs[0].shape[-rank:], strict=True)
-        ]
-
-    def cells(self, op: Op, region: Region) -> list[Interval]:
-        lead = len(region) - op.args[-1]
-        return [readers(s, *r) for s, r in zip(self.specs(op), region[lead:], strict=True)]
-
-    def footprint(self, op: Op, region: Region) -> Sequence[Region]:
-        lead, cells = len(region) - op.args[-1], self.cells(op, region)
-        spans = [reads(s, *c) for s, c in zip(self.specs(op), cells, strict=True)]
-        return [(*region[:lead], *cells), (*region[:lead], *spans)]
+    once = True
 
     def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
-        lead, cells = len(region) - op.args[-1], self.cells(op, region)
-        if any(high <= low for low, high in cells):
-            return windows[0].new_zeros(box.shape_of(region))
-        _, where = adaptive_max(windows[1], self.specs(op), cells)
-        return scattered(windows[0], where, op.output.shape[lead:], region[lead:])
+        return adaptive_max(windows[0], self.specs(op), region[len(region) - op.args[-1] :])[1]
+
+
+class AdaptiveMaxGrad(BaseRule):
+    """``tile.adaptive_max_grad(g, choice)``."""
+
+    kind: Kind = "window"
+
+    def links(self, op: Op) -> Sequence[Link]:
+        return [Link(i, a, a) for i in (0, 1) for a in range(len(op.output.shape))]
+
+    def footprint(self, op: Op, region: Region) -> Sequence[Region]:
+        rank = op.args[-1]
+        lead = len(region) - rank
+        axes = zip(region[lead:], op.output.shape[lead:], op.inputs[0].shape[lead:], strict=True)
+        return [(*region[:lead], *(readers(Spec("adaptive", s, t), *r) for r, s, t in axes))] * 2
+
+    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+        lead = len(region) - op.args[-1]
+        return scattered(windows[0], windows[1], op.output.shape[lead:], region[lead:])
 
 
 RULES: dict[str, BaseRule] = {
     "tile.max_pool": Pool(),
+    "tile.max_pool_choice": PoolChoice(),
     "tile.max_pool_indices": PoolIndices(),
     "tile.max_pool_grad": PoolGrad(),
     "tile.max_unpool": Unpool(),
     "tile.max_unpool_grad": UnpoolGrad(),
     "tile.adaptive_max": AdaptiveMax(),
+    "tile.adaptive_max_choice": AdaptiveMaxChoice(),
     "tile.adaptive_max_grad": AdaptiveMaxGrad(),
 }

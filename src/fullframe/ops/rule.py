@@ -17,6 +17,7 @@ class BaseRule:
 
     kind: Kind = "whole"
     heavy = False
+    once = False
 
     def links(self, op: Op) -> Sequence[Link]:
         return ()
