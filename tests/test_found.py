@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from fuzzing import uncompiled
 from networks import agree, close
 from torch import nn
 
@@ -447,3 +450,29 @@ def test_a_window_of_minus_infinities_has_its_first_pixel_for_a_maximum():
     image = torch.rand(1, 1, 9, 11).double()
     image[..., :3, :4] = 10
     agree(Masked().double(), image, tile=5)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_norm_makes_exact_zeros_of_a_constant_map(compiled):
+    # Means of tiles were joined as a weighted sum, which rounds: a ReLU after the norm then took zeros for positive.
+    net = nn.Sequential(nn.Conv2d(1, 7, 1), nn.BatchNorm2d(7), nn.ReLU()).double()
+    nn.init.zeros_(net[0].weight)
+    with nullcontext() if compiled else uncompiled():
+        fullframe.tile(net, tile=(5, 3))(torch.randn(3, 1, 13, 11).double()).sum().backward()
+    assert not net[1].bias.grad.any()
+
+
+def test_a_part_of_nothing_in_a_map_that_is_not_cut():
+    # What is empty was never made, and could not be freed.
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 3, 3)
+
+        def forward(self, x):
+            y = F.adaptive_avg_pool2d(self.conv(x), (2, 1)) * torch.ones(1, 3, 2, 1).double()
+            z = torch.ones(1, 3, 2, 1).double()
+            z = torch.cat([z[..., :1], z[..., 1:] * 2], 3)
+            return y * z + torch.cat([y[..., :1], y[..., 1:] * 2], 3)
+
+    agree(Halves().double(), torch.randn(1, 1, 13, 11).double(), tile=5)

@@ -118,7 +118,7 @@ class Run:
     def _step(self, number: int) -> None:
         step = self.plan.steps[number]
         for value in step.section.saves:
-            if value in self.runtime.maps:
+            if value in self.runtime.maps or 0 in value.shape:  # no job makes what is empty
                 self.values[value] = self._allocate(value)
         sums = {op: Summation(op, self.device) for op in step.section.sums}
         task, count = self.runtime.tasks.task, len(step.grid)

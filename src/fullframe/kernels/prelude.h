@@ -267,8 +267,10 @@ template <class T> struct Moments {
         if (!steps) return;
         for (int64_t c = 0; c < period; c++) {
             double all = 0, spread = 0;
-            for (int64_t l = c; l < used; l += period) all += total[l];
-            const double middle = all / count;
+            // About one of the values, so that the mean of equal values is that value.
+            const double centre = raw && total[c] - total[c] == 0 ? total[c] : 0;
+            for (int64_t l = c; l < used; l += period) all += total[l] - centre;
+            const double middle = centre + all / count;
             for (int64_t l = c; l < used; l += period) {
                 spread += raw ? (total[l] - middle) * (total[l] - middle) : squares[l];
                 total[l] = squares[l] = 0;
