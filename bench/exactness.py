@@ -11,8 +11,9 @@ float64 batch norm adds up its statistics one by one; "careful" is plain PyTorch
 
 float32 and bfloat16 (autocast): errors against careful float64, those of plain PyTorch beside them. A tensor's error
 is the root mean square over its elements, counted from 1e-6 of scale. An error of a few roundings that a network
-has multiplied is a random number, and a ratio of two of them is 2 or more now and then: so each is also given as
-root mean square over the events, and the same ratio for plain PyTorch in its other layout as a control.
+has multiplied is a random number, and a ratio of two of them is 2 or more now and then. So every event is taken as
+it is and mirrored (float32), the same ratio is given for plain PyTorch against itself as a control (on one thread;
+in bfloat16 in its other layout), and of all cases together the geometric mean of the ratios.
 
 What it does badly: on a processor without bfloat16 instructions most of the time goes into bfloat16.
 """
@@ -21,7 +22,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +46,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 LAST = torch.channels_last
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A state of the network, and an event."""
 
@@ -186,18 +189,18 @@ def errors(made: Result, truth: Result) -> Errors:
     return {k: float((made.grads[k] - g).square().mean().sqrt()) / truth.scale for k, g in truth.grads.items()}
 
 
-def worst_ratio(made: Errors, plain: Errors) -> str:
-    ratios = {k: max(made[k], FLOOR) / max(plain[k], FLOOR) for k in plain}
-    name = max(ratios, key=ratios.__getitem__)
-    return f"{ratios[name]:.2f} ({name.replace('main_module.', '')})"
+def ratios(made: Errors, plain: Errors) -> Errors:
+    return {k: max(made[k], FLOOR) / max(plain[k], FLOOR) for k in plain}
 
 
-def mean_square(numbers: list[float]) -> float:
-    return (sum(x * x for x in numbers) / len(numbers)) ** 0.5
+def worst(found: Errors) -> str:
+    name = max(found, key=found.__getitem__)
+    return f"{found[name]:.2f} ({name.replace('main_module.', '')})"
 
 
 def pooled(found: list[Errors]) -> Errors:
-    return {k: mean_square([e[k] for e in found]) for k in found[0]}
+    """Geometric means over the cases, by name."""
+    return {k: math.exp(sum(math.log(e[k]) for e in found) / len(found)) for k in found[0]}
 
 
 def double(lab: Lab, case: Case, *, full: bool) -> tuple[list[str], Result]:
@@ -218,55 +221,70 @@ def double(lab: Lab, case: Case, *, full: bool) -> tuple[list[str], Result]:
     return [f"| {case.name} | {' | '.join(row)} |" for row in cells], careful
 
 
-@dataclass
-class Pool:
-    """Errors of one dtype, case by case."""
-
-    tiled: list[Errors]
-    plain: list[Errors]
-    ratios: list[tuple[float, float]]
+Pool = dict[str, list[tuple[float, Errors]]]  # of each way to run: L2 and tensors in parts of plain's, case by case
 
 
-def single(lab: Lab, case: Case, kind: str, truth: Result, pool: Pool, *, control: bool) -> list[str]:
+def single(lab: Lab, case: Case, kind: str, truth: Result, pool: Pool) -> list[str]:
     """Rows of the table of errors."""
-    rows = []
     plain = lab.plain(case, kind)
     made = {"tiled": lab.tiled(case, kind)}
-    if control and kind == "bfloat16":
+    if kind == "bfloat16":
         made["plain, channels last"] = lab.plain(case, kind, layout=LAST)
-    before, ours = errors(plain, truth), errors(made["tiled"], truth)
+    else:
+        with one_thread():
+            made["plain, one thread"] = lab.plain(case, kind)
+    rows = []
     for name, result in made.items():
         a, b = l2(result, truth), l2(plain, truth)
-        rows.append(
-            f"| {kind} | {case.name} | {name} | {a:.2e} | {b:.2e} | {a / b:.2f} | "
-            f"{worst_ratio(errors(result, truth), before)} |"
-        )
-    pool.tiled.append(ours)
-    pool.plain.append(before)
-    pool.ratios.append((l2(made["tiled"], truth), l2(plain, truth)))
+        tensors = ratios(errors(result, truth), errors(plain, truth))
+        pool.setdefault(name, []).append((a / b, tensors))
+        rows.append(f"| {kind} | {case.name} | {name} | {a:.2e} | {b:.2e} | {a / b:.2f} | {worst(tensors)} |")
     return rows
 
 
-def pooled_row(kind: str, state: str, pool: Pool) -> str:
-    a, b = (mean_square([r[k] for r in pool.ratios]) for k in (0, 1))
-    worst = worst_ratio(pooled(pool.tiled), pooled(pool.plain))
-    return f"| {kind} | {state}, all events | tiled | {a:.2e} | {b:.2e} | **{a / b:.2f}** | **{worst}** |"
+@contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def pooled_rows(kind: str, state: str, pool: Pool) -> list[str]:
+    rows = []
+    for name, found in pool.items():
+        mean = pooled([{"L2": ratio} for ratio, _ in found])["L2"]
+        tensors = worst(pooled([e for _, e in found]))
+        rows.append(f"| {kind} | {state}, {len(found)} cases | {name} | | | **{mean:.2f}** | **{tensors}** |")
+    return rows
+
+
+def mirrored(case: Case) -> Iterator[Case]:
+    """The case itself, then with rows, columns and both the other way round."""
+    for how, axes in (("", ()), (" rows", (2,)), (" columns", (3,)), (" both", (2, 3))):
+        mirror = Case(f"{case.name}, mirrored{how}", case.state, case.image.flip(axes), case.label.flip(axes))
+        yield mirror if axes else case
 
 
 def measure(lab: Lab, state: str, cases: list[Case]) -> tuple[list[str], list[str]]:
     """Rows of both tables for one state of the network."""
     exact: list[str] = []
     rounded: list[str] = []
-    pools = {kind: Pool([], [], []) for kind in ("float32", "bfloat16")}
-    for k, case in enumerate(cases):
+    pools: dict[str, Pool] = {"float32": {}, "bfloat16": {}}
+    for k, case in enumerate(c for one in cases for c in mirrored(one)):
         found, truth = double(lab, case, full=k == 0)
         exact += found
         print(*found, sep="\n", flush=True)
         for kind, pool in pools.items():
-            made = single(lab, case, kind, truth, pool, control=k == 0)
+            if kind == "bfloat16" and case not in cases:
+                continue
+            made = single(lab, case, kind, truth, pool)
             rounded += made
             print(*made, sep="\n", flush=True)
-    rounded += [pooled_row(kind, state, pool) for kind, pool in pools.items()]
+    for kind, pool in pools.items():
+        rounded += pooled_rows(kind, state, pool)
     return exact, rounded
 
 
