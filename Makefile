@@ -15,7 +15,7 @@ demo: .venv/app.stamp
 	.venv/bin/python -m cosmictagger demo --out out/demo
 
 test: lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: .venv/test.stamp
 	.venv/bin/ruff check src tests $(wildcard bench examples)
