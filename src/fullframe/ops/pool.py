@@ -8,6 +8,7 @@ gradient would go to neither, or to both.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -149,10 +150,6 @@ def moved(flat: torch.Tensor, extents: Sequence[int], shift: Sequence[int], want
 
 
 _POOLS = {2: torch.ops.aten.max_pool2d_with_indices, 3: torch.ops.aten.max_pool3d_with_indices}
-_POOL_GRADS = {
-    2: torch.ops.aten.max_pool2d_with_indices_backward,
-    3: torch.ops.aten.max_pool3d_with_indices_backward,
-}
 
 
 class PoolGrad(BaseRule):
@@ -184,15 +181,25 @@ class PoolGrad(BaseRule):
         if any(high <= low for low, high in outs):
             return g.new_zeros(box.shape_of(region))
         spans = [box.window_reads(o, *a) for o, a in zip(outs, axes, strict=True)]
-        extents = box.shape_of(tuple(spans))
-        where = positions(choice, axes, outs, [low for low, _ in spans], extents)
-        kernel, stride, dilation = ([a[k] for a in axes] for k in (0, 1, 3))
-        like = g.new_empty(1).expand(*g.shape[:lead], *extents)  # only its shape is read
-        made = _POOL_GRADS[len(axes)](g, like, kernel, stride, [0], dilation, False, where)
+        made = picked(g, choice, axes, box.shape_of(tuple(spans)))
         return pad_window(made, [(r[0] - w[0], w[1] - r[1]) for w, r in zip(region[lead:], spans, strict=True)])
 
     def cost(self, op: Op, elements: int) -> int:
         return elements * prod(a.kernel for a in self.axes(op))
+
+
+def picked(g: torch.Tensor, choice: torch.Tensor, axes: Sequence[Axis], extents: Sequence[int]) -> torch.Tensor:
+    """Each number of ``g`` added where its window chose, one position of the windows after another."""
+    lead = g.dim() - len(axes)
+    wide = torch.float32 if g.dtype.itemsize == 2 else g.dtype
+    made = g.new_zeros((*g.shape[: lead - 1], *extents, g.shape[lead - 1]), dtype=wide).movedim(-1, lead - 1)
+    nothing = g.new_zeros(())
+    for k, taps in enumerate(product(*(range(a.kernel) for a in axes))):
+        starts = [tap * a.dilation for tap, a in zip(taps, axes, strict=True)]
+        ends = [s + (n - 1) * a.stride + 1 for s, n, a in zip(starts, g.shape[lead:], axes, strict=True)]
+        part = tuple(slice(s, e, a.stride) for s, e, a in zip(starts, ends, axes, strict=True))
+        made[(..., *part)].add_(torch.where(choice == k, g, nothing))
+    return made.to(g.dtype)
 
 
 def scattered(
