@@ -204,8 +204,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     chosen = [e for n in options.names for e in ENTRIES if n in key(e)] if options.names else ENTRIES
-    for part in options.parts:
-        for entry in chosen:
+    for entry in chosen:
+        for part in options.parts:
             rows = load()
             row = rows.setdefault(key(entry), {})
             row |= {"input": list(entry.shape), "tiles": list(entry.tiles), "loss": entry.loss}

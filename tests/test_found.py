@@ -476,3 +476,32 @@ def test_a_part_of_nothing_in_a_map_that_is_not_cut():
             return y * z + torch.cat([y[..., :1], y[..., 1:] * 2], 3)
 
     agree(Halves().double(), torch.randn(1, 1, 13, 11).double(), tile=5)
+
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_may_list_its_weights_again(cell):
+    # The list was taken for tensors that the recording leaves behind, and refused without a name.
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.read = nn.Conv2d(1, 4, 3, padding=1), cell(4, 3, batch_first=True)
+
+        def forward(self, x):
+            return self.read(self.conv(x).mean(2).transpose(1, 2))[0]
+
+    agree(Reader(), torch.randn(2, 1, 13, 11), tile=5)
+
+
+def test_a_list_of_results_left_in_an_attribute_is_refused_by_name():
+    class Leaves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.seen = nn.Conv2d(1, 4, 3), []
+
+        def forward(self, x):
+            y = self.conv(x)
+            self.seen = [y]
+            return y
+
+    with pytest.raises(fullframe.CaptureError, match="'seen' of"):
+        fullframe.tile(Leaves())(torch.randn(1, 1, 9, 9))

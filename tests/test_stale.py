@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import random
-import time
 from types import SimpleNamespace
 
 import numpy
@@ -15,7 +14,6 @@ from networks import batch, close, plain_net
 from torch import nn
 
 import fullframe
-from fullframe.call import Call, Pair
 
 GLOBAL = 1.0
 TABLE = {"gain": 1.0}
@@ -340,19 +338,3 @@ def test_the_module_that_made_an_op_is_named():
     paths = {(op.target, op.path) for op in ops}
     assert ("tile.conv", "0 (Conv2d)") in paths and ("tile.conv_weight_grad", "6 (Conv2d)") in paths
     assert ("tile.max_pool_grad", "3 (MaxPool2d)") in paths
-
-
-def test_the_key_of_a_call_is_cheap():
-    block = [nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
-    net = nn.Sequential(*(nn.Sequential(*(type(m)(4, 4, 3) if isinstance(m, nn.Conv2d) else type(m)(4)
-                                          for m in block)) for _ in range(75)))  # fmt: skip
-    pair = Pair(net, F.cross_entropy)
-    image = torch.zeros(1, 4, 8, 8)
-    best = float("inf")
-    for _ in range(20):
-        start = time.perf_counter()
-        hash(Call(pair, (image, image), {}).key())
-        best = min(best, time.perf_counter() - start)
-    assert sum(1 for _ in net.modules()) > 300
-    assert best < 0.02, f"{best * 1e3:.1f} ms"  # 3 ms on an idle core; room for a busy one
-    print(f"{best * 1e3:.2f} ms")

@@ -172,10 +172,13 @@ def _undisturbed(recorder: _Recorder, survey: Survey) -> Iterator[None]:
         originals = {id(t): old for t, old in zip(recorder.stand_ins.values(), recorder.call.tensors, strict=False)}
         for space in {id(s): s for s, _, _ in saved}.values():
             for key, value in list(_items(space)):
-                if not isinstance(value, (FunctionalTensor, FakeTensor)):
-                    continue
                 old = before.get((id(space), key))
-                updated = id(value) in originals and originals[id(value)] is old
+                left = _left(value, old)
+                if not left:
+                    continue
+                updated = all(id(t) in originals for t in left)  # a container made anew, of the same weights
+                if value is left[0]:
+                    updated = updated and originals[id(value)] is old
                 if not updated and (id(space), key) not in derived:
                     lost = lost or f"{str(key)!r} of {owners.get(id(space), 'an object it can reach')}"
                 if old is None and isinstance(space, dict) and (id(space), key) not in before:
@@ -187,6 +190,12 @@ def _undisturbed(recorder: _Recorder, survey: Survey) -> Iterator[None]:
             f"the forward stores a tensor under {lost}, which a recorded step would not bring up to date; "
             "return it as an output, or register it as a buffer of fixed shape and copy into it"
         )
+
+
+def _left(value: Any, old: Any) -> list[torch.Tensor]:
+    """The tensors of the recording that an attribute holds: itself, or those in a container that is new."""
+    inside = [v for _, v in _items(value)] if isinstance(value, (dict, list)) and value is not old else []
+    return [t for t in (value, *inside) if isinstance(t, (FunctionalTensor, FakeTensor))]
 
 
 def _fields(holder: Any) -> dict[str, Any]:
