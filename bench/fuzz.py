@@ -2,7 +2,8 @@
 
     python bench/fuzz.py --first 100000 --count 2000 --checkpoint out/fuzz.jsonl
 
-A run that was stopped goes on where its checkpoint ends; ``--report`` only writes what the checkpoint holds.
+A run that was stopped goes on where its checkpoint ends; ``--report`` only writes what checkpoints hold, as of
+several runs side by side. ``--again`` first judges once more what was found wrong or refused, after it was mended.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from record import setting, write
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from fuzzing import Tally, read, search
+from fuzzing import Tally, again, read, search
 
 
 def report(tally: Tally) -> str:
@@ -29,10 +30,13 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=100_000)
     parser.add_argument("--count", type=int, default=2_000)
     parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--report", type=Path, nargs="+")
     options = parser.parse_args()
+    for path in (options.report or [options.checkpoint]) if options.again else []:
+        again(path)
     if options.report:
-        tally = Tally(read(options.checkpoint))
+        tally = Tally([r for path in options.report for r in read(path)])
     else:
         tally = search(options.first, options.count, checkpoint=options.checkpoint)
     write("fuzz", report(tally))

@@ -341,7 +341,7 @@ class Tally:
         seeds = [r.seed for r in self.records]
         spent = sum(r.seconds for r in self.records)
         counts = {k: len(self.of(k)) for k in OUTCOMES}
-        lines = [f"seeds {min(seeds)} to {max(seeds)}, {spent:.0f} s of CPU time: {self.networks} networks, "
+        lines = [f"seeds {stretches(seeds)}, {spent:.0f} s of CPU time: {self.networks} networks, "
                  + ", ".join(f"{n} {k}" for k, n in counts.items())]  # fmt: skip
         lines += [f"  refused {n}: {why}" for why, n in Counter(r.detail for r in self.of("refused")).most_common()]
         lines += [f"  run whole {n}: {op}" for op, n in self.whole().most_common()]
@@ -360,6 +360,28 @@ class Tally:
         return "\n".join(
             [*rows, "", "| op | networks |", "|---|---|", *(f"| {k} | {n} |" for k, n in sorted(ops.items()))]
         )
+
+
+def stretches(numbers: list[int]) -> str:
+    """Whole numbers in words, runs of neighbours together."""
+    ends: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if ends and ends[-1][1] == n - 1:
+            ends[-1][1] = n
+        else:
+            ends.append([n, n])
+    return ", ".join(f"{low} to {high}" if high > low else str(low) for low, high in ends)
+
+
+def again(checkpoint: Path) -> None:
+    """Judge once more what was found wrong or refused, and keep the new records."""
+    records = read(checkpoint)
+    for k, old in enumerate(records):
+        case = draw(old.seed) if old.outcome in ("wrong", "refused") else None
+        if case is not None:
+            records[k] = judged(case, old.seed)
+            records[k].seconds = old.seconds
+    checkpoint.write_text("".join(json.dumps(asdict(r)) + "\n" for r in records))
 
 
 def read(checkpoint: Path) -> list[Record]:
