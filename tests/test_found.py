@@ -406,6 +406,31 @@ def test_a_map_equals_its_maximum_wherever_it_is_read(act, budget):
     agree(net, image, tile=4, budget=budget)
 
 
+def top(y):
+    return y.amax((2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("chosen", [
+    lambda y: y >= top(y), lambda y: ~(y < top(y)), lambda y: (y - top(y)).eq(0), lambda y: (y - top(y)).exp() >= 1,
+    lambda y: y >= F.max_pool2d(y, 3, 1, 1), lambda y: (F.max_pool2d(y, 3, 1, 1) - y) <= 0,
+    lambda y: F.interpolate(F.max_pool2d(y, 2), scale_factor=2) == y, lambda y: (y / top(y)).floor(),
+])  # fmt: skip
+def test_peaks_are_the_same_pixels_in_every_tile(chosen):
+    # Only equality of a map and its maximum was known; compared in other ways, peaks made again were lost.
+    class Peaks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 3, 3, padding=1)
+
+        def forward(self, x):
+            y = F.gelu(self.conv(x))
+            return y * chosen(y)
+
+    for seed in range(4):
+        torch.manual_seed(seed)
+        agree(Peaks(), torch.randn(2, 1, 14, 22), tile=5)
+
+
 @pytest.mark.parametrize("loss", [None, F.mse_loss])
 def test_hooks_of_parameters_that_are_not_used_stay_silent(loss):
     # The hook was called with None.

@@ -90,7 +90,8 @@ class Rule(Protocol):
     ``cost``        floating point operations to make this many output elements.
     ``once``        True where all tiles must see the same decision (which of two equal numbers is the maximum):
                     the output is stored, and never made again.
-    ``compares``    True where floating inputs are compared for equality, bit by bit.
+    ``selects``     True where the output's elements are elements of its input (a maximum), to the last bit.
+    ``decides``     True where the last bit of an input can change the output by much: comparisons, bends, steps.
 
     A reduction has ``driver``: the input whose own regions, a disjoint cover, are summed. Its
     ``grow`` and ``footprint`` take a region of the driver, ``run`` returns a partial result, and
@@ -113,7 +114,9 @@ class Rule(Protocol):
 
     def cost(self, op: Op, elements: int) -> int: ...
 
-    def compares(self, op: Op) -> bool: ...
+    def selects(self, op: Op) -> bool: ...
+
+    def decides(self, op: Op) -> bool: ...
 
 
 @dataclass(frozen=True, eq=False)

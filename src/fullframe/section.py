@@ -6,16 +6,15 @@ that a rule links carry the same label. A value with no labelled axis is *untile
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fullframe import region as box
-from fullframe.graph import Graph, Op, Value, followers
+from fullframe.graph import Graph, Op, Value
 from fullframe.region import Region
 
 FAN_IN = 3  # a value recomputed from more stored maps than this is stored itself
-CHAIN = 4  # steps back to the value that an extremum was taken of
 DEPTH = 48  # and so is one recomputed by more ops than this
 Labels = dict[Value, tuple["int | None", ...]]
 
@@ -177,33 +176,57 @@ def choose_cuts(graph: Graph, labels: Labels) -> Cuts:
 
 
 def made_once(graph: Graph, labels: Labels) -> set[Value]:
-    """Tiled values that every tile must see alike, to the last bit."""
-    decided = {op.output for op in graph.ops if op.rule.once and tiled(op.output, labels)}
-    return decided | compared(graph, labels)
+    """Tiled values that all tiles must see alike, to the last bit: decisions, and what is compared with its extremum.
 
-
-def compared(graph: Graph, labels: Labels) -> set[Value]:
-    """Tiled values that are compared for equality with what was made from them (a map with its maximum).
-
-    A value made again on another window may differ in its last bit, since libraries work in vectors
-    of several lengths: then nothing equals the maximum any more, and its gradient is lost. So these
-    are made once, and all that read them load what was stored.
+    A value made again on another window may differ in its last bit, since libraries work in vectors of several
+    lengths: then nothing reaches its maximum any more, and the maximum's gradient is lost. So a value is stored, and
+    loaded by all that read it, where something decides (a comparison, the bend of an activation) between it and what
+    was selected from it (a maximum, a pooled map). Both may have gone through pointwise ops and views before.
     """
+    found = {op.output for op in graph.ops if op.rule.once}
     maker = {op.output: op for op in graph.ops}
-    found: set[Value] = set()
+    selected: dict[Value, frozenset[Value]] = {}  # by value: selections it is made from, pointwise
+    nothing: frozenset[Value] = frozenset()
     for op in graph.ops:
-        if not op.rule.compares(op):
+        if op.rule.selects(op):
+            selected[op.output] = frozenset([op.output])
+        elif op.rule.kind in KEEPING:
+            under = nothing.union(*(selected.get(v, nothing) for v in op.inputs))
+            selected[op.output] = under
+            if under and op.rule.decides(op):
+                found |= _shared(op, under, maker)
+    return {v for v in found if v in maker and tiled(v, labels)}
+
+
+KEEPING = ("pointwise", "layout")  # ops that make an element of one element of each input
+
+
+def _shared(op: Op, selections: Iterable[Value], maker: dict[Value, Op]) -> set[Value]:
+    """The values nearest to what selections were made of that the op reads past the selections too."""
+    here = _above(op.inputs, maker, lambda above: above.rule.kind in KEEPING)
+    found: set[Value] = set()
+    for selection in selections:
+        origin = maker[selection].inputs[:1]
+        past = _above(origin, maker, lambda above: above.output not in here and _passes(above))
+        found |= past & here
+    return found
+
+
+def _passes(op: Op) -> bool:
+    return op.rule.kind in KEEPING or op.rule.selects(op)
+
+
+def _above(values: Iterable[Value], maker: dict[Value, Op], beyond: Callable[[Op], bool]) -> set[Value]:
+    """The values and what they are made from, going on past an op's output where ``beyond`` says so."""
+    found: set[Value] = set()
+    stack = list(values)
+    while stack:
+        value = stack.pop()
+        if value in found:
             continue
-        for value, other in zip(op.inputs, reversed(op.inputs), strict=True):
-            for _ in range(
-                CHAIN
-            ):  # the maximum may be that of an earlier value, as of the map itself, not its modulus
-                if value not in maker or not tiled(value, labels):
-                    break
-                if other in followers(graph.ops, [value]):
-                    found.add(value)
-                    break
-                value = maker[value].inputs[0] if maker[value].inputs else value
+        found.add(value)
+        if value in maker and beyond(maker[value]):
+            stack += maker[value].inputs
     return found
 
 

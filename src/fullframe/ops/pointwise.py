@@ -16,7 +16,14 @@ from fullframe.graph import Kind, Link, Op
 from fullframe.ops.rule import BaseRule
 from fullframe.region import Region
 
-EQUAL = ("aten.eq.Tensor", "aten.ne.Tensor")
+DECIDING = frozenset(
+    """
+eq ne ge gt le lt sgn sign signbit heaviside ceil floor round trunc frac floor_divide fmod remainder logical_and
+logical_not logical_or logical_xor threshold hardshrink threshold_backward leaky_relu_backward hardtanh_backward
+elu_backward hardshrink_backward softshrink_backward hardsigmoid_backward hardswish_backward _prelu_kernel_backward
+""".split()  # noqa: SIM905
+)
+"""Pointwise ops whose output jumps somewhere: names without overload."""
 
 
 class Pointwise(BaseRule):
@@ -24,8 +31,11 @@ class Pointwise(BaseRule):
 
     kind: Kind = "pointwise"
 
-    def compares(self, op: Op) -> bool:
-        return op.target in EQUAL and all(v.dtype.is_floating_point for v in op.inputs)
+    def decides(self, op: Op) -> bool:
+        if not any(v.dtype.is_floating_point for v in op.inputs):
+            return False
+        name = op.target.split(".")[1]
+        return name in DECIDING or (name == "_to_copy" and not op.output.dtype.is_floating_point)
 
     def links(self, op: Op) -> Sequence[Link]:
         out = op.output.shape

@@ -37,6 +37,9 @@ class Pool(BaseRule):
 
     kind: Kind = "window"
 
+    def selects(self, op: Op) -> bool:
+        return not self.once
+
     def axes(self, op: Op) -> list[Axis]:
         return geometry(op.args[1:5])
 
@@ -266,6 +269,9 @@ class AdaptiveMax(BaseRule):
     """``tile.adaptive_max(x)``: output i of an axis is the maximum of inputs floor(i*n/t) to ceil((i+1)*n/t)."""
 
     kind: Kind = "window"
+
+    def selects(self, op: Op) -> bool:
+        return not self.once
 
     def specs(self, op: Op) -> list[Spec]:
         rank = op.args[-1]

@@ -47,6 +47,9 @@ class Extreme(Reduction):
     links = Sum.links
     footprint = Sum.footprint
 
+    def selects(self, op: Op) -> bool:
+        return True
+
     def accumulator(self, op: Op) -> torch.dtype:
         return op.output.dtype
 

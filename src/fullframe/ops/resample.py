@@ -59,6 +59,9 @@ class Resample(BaseRule):
 
     kind: Kind = "resample"
 
+    def selects(self, op: Op) -> bool:
+        return all(spec.mode.startswith("nearest") for spec in op.args[1])
+
     def lead(self, op: Op) -> int:
         return len(op.output.shape) - len(op.args[1])
 
@@ -105,6 +108,9 @@ class Resample(BaseRule):
 
 class ResampleGrad(Resample):
     """``tile.resample_grad(g, specs)``: the transposed map."""
+
+    def selects(self, op: Op) -> bool:
+        return False
 
     def interval(self, spec: Spec, low: int, high: int) -> Interval:
         return users(spec, low, high)

@@ -37,7 +37,10 @@ class BaseRule:
     def cost(self, op: Op, elements: int) -> int:
         return elements
 
-    def compares(self, op: Op) -> bool:
+    def selects(self, op: Op) -> bool:
+        return False
+
+    def decides(self, op: Op) -> bool:
         return False
 
 
