@@ -21,8 +21,8 @@ from fuzzing import Tally, again, read, search
 
 def report(tally: Tally) -> str:
     """The outcome as Markdown."""
-    head = "# Random networks against plain PyTorch in float64"
-    return f"{head}\n\n{setting()}\n\n```\n{tally}\n```\n\n{tally.table()}"
+    head = f"# Random networks against plain PyTorch in float64\n\n{setting()}; checkpoints may be of earlier commits"
+    return f"{head}\n\n```\n{tally}\n```\n\n{tally.table()}"
 
 
 def main() -> None:

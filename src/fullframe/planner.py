@@ -153,13 +153,20 @@ def window_bytes(section: Section, units: Sequence[Unit], labels: Labels, tile: 
             alive[value] = 0 if stored or value not in regions else box.size(regions[value]) * value.itemsize
         copies = 0
         if any(op.rule.heavy for op in (*unit.ops, *unit.sums)):
-            # What a convolution reads may be copied, for padding, for its layout or to float32.
-            copies = sum(box.size(r) * max(4, v.itemsize) for v, r in zip(unit.reads, work.reads, strict=True))
+            # What a convolution reads may be copied, for padding and its layout, and then to float32; so is what
+            # it makes of a narrow type.
+            copies = sum(box.size(r) * _copied(v) for v, r in zip(unit.reads, work.reads, strict=True))
+            copies += box.size(work.region) * max((_copied(v) for v in unit.makes if v.itemsize < 4), default=0)
         most = max(most, sum(alive.values()) + copies)
         for value in unit.reads:
             if last[value] == k:
                 alive.pop(value, None)
     return most
+
+
+def _copied(value: Value) -> int:
+    """Bytes an element of a copy takes; of one in a narrow type there may be two, the other in float32."""
+    return value.itemsize if value.itemsize >= 4 else value.itemsize + 4
 
 
 def choose_grid(section: Section, labels: Labels, request: Request) -> Grid:
