@@ -195,7 +195,7 @@ def _first_of(b: Builder, x: Value, best: Value, axes: Sequence[int]) -> Value:
     )
 
 
-def _pooling_of(b: Builder, indices: Value) -> Op | None:
+def _indices_of(b: Builder, indices: Value) -> Op | None:
     """The indices of a pooling in this step, if its windows do not overlap."""
     op = b.maker.get(indices)
     while op is not None and op.target == "tile.reshape":
@@ -214,7 +214,7 @@ def _pooled_shape(indices: Op) -> tuple[int, ...]:
 @lowers("max_unpool2d", "max_unpool3d")
 def max_unpool(b: Builder, x: Value, indices: Value, *_: Any) -> Value:
     """Tiled where the plane is the one that was pooled, axes of extent 1 aside."""
-    op = _pooling_of(b, indices)
+    op = _indices_of(b, indices)
     if op is None or solid(_pooled_shape(op)) != solid(b.meta_shape):
         return b.recorded()[0]  # type: ignore[return-value]
     pooled, plane = op.output, _pooled_shape(op)
@@ -224,7 +224,7 @@ def max_unpool(b: Builder, x: Value, indices: Value, *_: Any) -> Value:
 
 def unpool_gradient(b: Builder, g: Value, indices: Value) -> Value | None:
     """``gather`` from flat planes by indices of a pooling: the gradient of unpooling."""
-    op = _pooling_of(b, indices)
+    op = _indices_of(b, indices)
     if op is None:
         return None
     pooled, plane = op.output, _pooled_shape(op)

@@ -106,25 +106,6 @@ def choice_dtype(kernel: Sequence[int]) -> torch.dtype:
     return torch.uint8 if prod(kernel) <= 256 else torch.int32
 
 
-def positions(
-    choice: torch.Tensor,
-    axes: Sequence[Axis],
-    cells: Sequence[Interval],
-    corner: Sequence[int],
-    extents: Sequence[int],
-) -> torch.Tensor:
-    """Flat positions of the chosen elements in a plane of ``extents`` whose first pixel is at ``corner``."""
-    rest = choice.to(torch.int64)
-    lead = choice.dim() - len(axes)
-    found, inner = torch.zeros_like(rest), 1
-    for k in reversed(range(len(axes))):
-        axis, (low, high) = axes[k], cells[k]
-        start = torch.arange(low, high, device=rest.device) * axis.stride - axis.padding - corner[k]
-        found += (rest % axis.kernel * axis.dilation + along(start, lead + k, rest)) * inner
-        rest, inner = rest // axis.kernel, inner * extents[k]
-    return found
-
-
 class PoolIndices(BaseRule):
     """``tile.max_pool_indices(choice, kernel, stride, padding, dilation, extents)``: positions in the whole plane."""
 
@@ -137,9 +118,14 @@ class PoolIndices(BaseRule):
         return [region]
 
     def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
-        extents = op.args[5]
-        cells = region[len(region) - len(extents) :]
-        return positions(windows[0], geometry(op.args[1:5]), cells, [0] * len(extents), extents)
+        extents, rest = op.args[5], windows[0].to(torch.int64)
+        lead = len(region) - len(extents)
+        found, inner = torch.zeros_like(rest), 1
+        for k, axis in reversed(list(enumerate(geometry(op.args[1:5])))):
+            start = torch.arange(*region[lead + k], device=rest.device) * axis.stride - axis.padding
+            found += (rest % axis.kernel * axis.dilation + along(start, lead + k, rest)) * inner
+            rest, inner = rest // axis.kernel, inner * extents[k]
+        return found
 
 
 def moved(flat: torch.Tensor, extents: Sequence[int], shift: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
