@@ -92,6 +92,7 @@ def _best(call: Callable[[], object], seconds: float) -> float:
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
+    torch.get_num_threads()  # a thread takes over the process's number once, when it first asks: now, not later
 
 
 def seconds_of(form: Form, half: bool, cores: int, pool: ThreadPoolExecutor) -> tuple[float, float]:

@@ -160,6 +160,7 @@ for _text, _args in {
     layer(f"avg pool {_text}", lambda a=_args: nn.AvgPool2d(**a))
     layer(f"avg pool {_text} uncounted", lambda a=_args: nn.AvgPool2d(**a, count_include_pad=False))
 layer("max pool dilated", lambda: nn.MaxPool2d(3, 2, 1, dilation=2))
+layer("max pool 7/2 pad", lambda: nn.MaxPool2d(7, 2, 3))
 layer("avg pool divisor", lambda: nn.AvgPool2d(3, 2, 1, divisor_override=5))
 layer("avg pool 2x3", lambda: nn.AvgPool2d((2, 3), (2, 1), (1, 0)))
 layer("pool1d", lambda: nn.MaxPool1d(3, 2, 1), lambda: nn.AvgPool1d(2, 1, 1), shape=LINE)

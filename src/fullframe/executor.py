@@ -75,6 +75,7 @@ def pool(workers: int) -> ThreadPoolExecutor:
 def _start_worker() -> None:
     # Intra-op threads, grad mode and autocast are thread-local: each worker sets its own.
     torch.set_num_threads(1)
+    torch.get_num_threads()  # a thread takes over the process's number when it first asks: now, not later
     torch.set_grad_enabled(False)
 
 

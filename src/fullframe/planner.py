@@ -180,6 +180,7 @@ def choose_grid(section: Section, labels: Labels, request: Request) -> Grid:
     count = max(1, -(-root.nbytes // WINDOW))
     if root.nbytes >= LEAST and request.workers > 1:
         count = max(count, 2 * request.workers)
+        count += -count % request.workers  # or some would wait for one that has a last tile
     if count == 1:
         return Grid()
     ratio = _alignment(section, labels, dict(axes))

@@ -152,6 +152,17 @@ def rrelu_backward(
     return b.aten(aten.leaky_relu_backward.default, g, x, (low + high) / 2, result)
 
 
+@lowers("_prelu_kernel_backward")
+def prelu_backward(b: Builder, g: Value, x: Value, weight: Value) -> list[Value]:
+    """Gradients of ``x > 0 ? x : weight * x``: of x, and of the weight element by element."""
+    positive = b.aten(aten.gt.Scalar, x, 0)
+    sloped, slope = b.aten(aten.mul.Tensor, weight, g), b.aten(aten.mul.Tensor, x, g)
+    return [
+        b.aten(aten.where.self, positive, g, sloped),
+        b.aten(aten.where.self, positive, b.full((), 0, x.dtype), slope),
+    ]
+
+
 @lowers("glu")
 def glu(b: Builder, x: Value, dim: int = -1) -> Value:
     first, gate = _halves(b, x, dim % len(x.shape))

@@ -20,7 +20,7 @@ DECIDING = frozenset(
     """
 eq ne ge gt le lt sgn sign signbit heaviside ceil floor round trunc frac floor_divide fmod remainder logical_and
 logical_not logical_or logical_xor threshold hardshrink threshold_backward leaky_relu_backward hardtanh_backward
-elu_backward hardshrink_backward softshrink_backward hardsigmoid_backward hardswish_backward _prelu_kernel_backward
+elu_backward hardshrink_backward softshrink_backward hardsigmoid_backward hardswish_backward
 """.split()  # noqa: SIM905
 )
 """Pointwise ops whose output jumps somewhere: names without overload."""
@@ -151,7 +151,7 @@ sinh softplus softplus_backward softshrink softshrink_backward special_entr spec
 special_log_ndtr sqrt square sub.Tensor sub.Scalar tan tanh tanh_backward threshold
 threshold_backward trunc where.self where.ScalarSelf where.ScalarOther where.Scalar xlogy.Tensor
 xlogy.Scalar_Other xlogy.Scalar_Self special_xlog1py _to_copy sinc rad2deg
-_prelu_kernel _prelu_kernel_backward
+_prelu_kernel
 """.split()  # noqa: SIM905  (a table of names reads best as words)
 
 RULES: dict[str, BaseRule] = {

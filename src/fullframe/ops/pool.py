@@ -79,21 +79,35 @@ class PoolChoice(Pool):
     once = True
 
     def pooled(self, op: Op, region: Region, made: Sequence[torch.Tensor]) -> torch.Tensor:
-        lead, rest = self.lead(op), made[1].to(torch.int32)
-        found, inner = torch.zeros_like(rest), 1
-        for k in reversed(range(len(region) - lead)):
-            axis, (low, high), (start, stop) = self.axes(op)[k], region[lead + k], self.reads(op, region)[k]
-            corner = along(
-                torch.arange(high - low, dtype=torch.int32, device=rest.device) * axis.stride, lead + k, rest
-            )
-            position = (rest % (stop - start) - corner).div_(axis.dilation, rounding_mode="floor")
+        lead, axes, spans = self.lead(op), self.axes(op), self.reads(op, region)
+        inner = [prod(stop - start for start, stop in spans[k + 1 :]) for k in range(len(axes))]
+        beyond = made[1].to(torch.int32)
+        first = beyond.new_zeros(())
+        for k, (axis, (low, high)) in enumerate(zip(axes, region[lead:], strict=True)):
+            corners = torch.arange(high - low, dtype=torch.int32, device=beyond.device) * (axis.stride * inner[k])
+            beyond -= along(corners, lead + k, beyond)
             # Where all of a window is as low as its padding, the first position inside the image is meant.
-            first = [-((o * axis.stride - axis.padding) // axis.dilation) for o in range(low, high)]
-            if start < 0:
-                position = position.maximum(along(rest.new_tensor(first).clamp_(min=0), lead + k, rest))
-            found += position * inner
-            rest, inner = rest // (stop - start), inner * axis.kernel
-        return found.to(op.output.dtype)
+            within = [max(0, -((o * axis.stride - axis.padding) // axis.dilation)) for o in range(low, high)]
+            if any(within):
+                weight = prod(a.kernel for a in axes[k + 1 :])
+                first = first + along(beyond.new_tensor(within), lead + k, beyond) * weight
+        taps = product(*(range(a.kernel) for a in axes))
+        steps = [sum(t * a.dilation * n for t, a, n in zip(tap, axes, inner, strict=True)) for tap in taps]
+        found = passed(beyond, steps[1:], op.output.dtype)
+        return found.maximum(first.to(found.dtype)) if first.dim() else found
+
+
+FEW = 24  # numbers that are better compared one by one
+
+
+def passed(values: torch.Tensor, steps: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """How many of the ascending ``steps`` each value has reached; no division, which is slow for integers."""
+    if len(steps) > FEW:
+        return torch.bucketize(values, values.new_tensor(steps), right=True).to(dtype)
+    found = torch.zeros_like(values, dtype=dtype)
+    for step in steps:
+        found += values >= step
+    return found
 
 
 def along(values: torch.Tensor, axis: int, like: torch.Tensor) -> torch.Tensor:

@@ -50,12 +50,42 @@ def _has_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+_DOT = ([1, 1], [0, 0], [1, 1], False, [0, 0])  # the geometry of one pixel
+BATCH = 16  # images, from which on torch gives convolutions of one pixel to its fast library
+
+
+@cache
+def _pieces(pixels: int) -> int:
+    """The least number of equal pieces that makes a batch; 0 where there is none."""
+    return next((k for k in range(BATCH, min(pixels, BATCH * BATCH) + 1) if pixels % k == 0), 0)
+
+
+def in_pieces(*maps: torch.Tensor) -> list[torch.Tensor] | None:
+    """Maps of the same pixels, channels innermost, as batches of `BATCH` images or more; None where not needed.
+
+    A convolution of one pixel does not care where its pixels lie. In one thread torch runs it by a general
+    matrix product, at half the speed, unless the batch is large; so it is made to look large.
+    """
+    flat = [x.movedim(1, -1) for x in maps]
+    pixels = maps[0].numel() // max(maps[0].shape[1], 1)
+    slow = maps[0].dtype == torch.float32 and maps[0].device.type == "cpu" and torch.get_num_threads() == 1
+    if not slow or maps[0].shape[0] >= BATCH or not _pieces(pixels) or not all(x.is_contiguous() for x in flat):
+        return None
+    return [x.view(_pieces(pixels), 1, -1, x.shape[-1]).movedim(-1, 1) for x in flat]
+
+
 def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *geometry: Any) -> torch.Tensor:
-    """`torch.convolution`, but for bfloat16 on a processor without such arithmetic.
+    """`torch.convolution`, but for windows of one pixel (`in_pieces`), and for bfloat16 on a processor without
+    such arithmetic.
 
     Then it adds up in float32 and rounds once, as processors that have it do; the library's way there takes
     ten to thirty times as long.
     """
+    stride, padding, _, transposed, _, groups = geometry
+    plain = not transposed and all(n == 1 for n in (*weight.shape[2:], *stride)) and not any(padding)
+    if plain and (pieces := in_pieces(x)) is not None:
+        made = torch.convolution(pieces[0], weight.view(*weight.shape[:2], 1, 1), bias, *_DOT, groups)
+        return made.movedim(1, -1).reshape(x.shape[0], *x.shape[2:], -1).movedim(-1, 1)
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or _has_bfloat16():
         return torch.convolution(x, weight, bias, *geometry)
     wide = torch.convolution(x.float(), weight.float(), None if bias is None else bias.float(), *geometry)
@@ -208,12 +238,14 @@ class ConvWeightGrad(Reduction):
             padding = [before for before, _ in pads]
         else:
             x, padding = pad_window(x, pads), [0]
-        weight = g.new_empty(1).expand(op.output.shape)
-        mask = [False, True, False]
-        grads = torch.ops.aten.convolution_backward(
-            g, x, weight, None, stride, padding, dilation, False, [0], groups, mask
-        )
-        return grads[1]
+        shape, geometry = op.output.shape, (stride, padding, dilation, False, [0])
+        if all(a.kernel == a.stride == 1 for a in axes) and not any(padding):
+            pieces = in_pieces(g, x)
+            if pieces is not None:
+                (g, x), shape, geometry = pieces, (*shape[:2], 1, 1), _DOT
+        weight = g.new_empty(1).expand(shape)
+        grads = torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, groups, [False, True, False])
+        return grads[1].view(op.output.shape)
 
     def cost(self, op: Op, elements: int) -> int:
         return 2 * elements * prod(op.output.shape[1:])
