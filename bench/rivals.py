@@ -20,7 +20,6 @@ from cosmictagger.objective import PlaneLoss
 
 Case = tuple[nn.Module, Callable[..., Tensor], Tensor, Tensor]
 NETWORKS = ("uresnet", "a21", "resnet50", "unet")
-VARIANTS_PLAIN = ("eager", "eager-hugepages", "checkpoint", "compile")
 
 
 class Bottleneck(nn.Module):
@@ -82,8 +81,10 @@ def checkpointed(net: nn.Module) -> nn.Module:
 def serve(name: str, variant: str, halvings: int, size: int, budget: str, half: bool) -> None:
     """Take a step for every line of standard input; answer with seconds, bytes added (first step) and loss."""
     net, criterion, image, label = case(name, halvings, size)
-    if variant == "tiled":
-        step = fullframe.tile(net, loss=criterion, budget=budget)
+    if variant == "tiled-one-core":
+        torch.set_num_threads(1)
+    if variant.startswith("tiled"):
+        step = fullframe.tile(net, loss=criterion, budget=budget, workers=torch.get_num_threads())
     else:
         net, image = net.to(memory_format=torch.channels_last), image.to(memory_format=torch.channels_last)
         model = checkpointed(net) if variant == "checkpoint" else net

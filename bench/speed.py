@@ -5,16 +5,18 @@
 UResNet and a21 at 3 x 640 x 1024 (--halvings 1), a ResNet-50 classifier and MONAI's U-Net at 1024 x 1024
 (--size), batch 1. Every variant has a process of its own, which steps only when it is its turn. Plain PyTorch
 runs in channels_last: as it comes, with huge pages for malloc, with every residual block checkpointed, and, on
-request (`compile` among the variants; minutes), compiled. `limit` is the time of the convolutions alone (see
-limit.py). Memory is the growth of the resident set at its highest in the first step, recording and planning
-included; times are medians of the later steps. One network a run writes one table, so a run can be repeated
-for each. On a processor without bfloat16 arithmetic its convolutions are emulated, and slow in every variant.
+request (`compile` among the variants; minutes), compiled; `tiled-one-core` is our step on one core. `limit` is the
+time of the convolutions alone (see limit.py). Memory is the growth of the resident set at its highest in the first
+step, recording and planning included; times are medians of the later steps. One network a run writes one table, so
+a run can be repeated for each. On a processor without bfloat16 arithmetic its convolutions are emulated, and slow
+in every variant.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import statistics
 import subprocess
@@ -85,19 +87,21 @@ def table(given: argparse.Namespace, variants: list[str]) -> str:
     times, memory = measure(given, [v for v in variants if v != "limit"])
     middle = {v: statistics.median(t) for v, t in times.items()}
     ours = middle.get("tiled")
-    lines = ["| | step | times tiled | memory added | of eager's |", "|---|---|---|---|---|"]
+    pixels = math.prod(case(given.network, given.halvings, given.size)[2].shape[2:]) / 1e6
+    lines = ["| | step | per Mpixel | times tiled | memory added | of eager's |", "|---|---|---|---|---|---|"]
     for v in variants:
         if v in middle:
             ratio = f"{middle[v] / ours:.2f}" if ours else "-"
             part = f"{memory[v] / memory['eager']:.2f}" if memory.get("eager") else "-"
-            lines.append(f"| {v} | {middle[v]:.2f} s | {ratio} | {memory[v] / 1e9:.2f} GB | {part} |")
+            seconds = f"{middle[v]:.2f} s | {middle[v] / pixels:.2f} s"
+            lines.append(f"| {v} | {seconds} | {ratio} | {memory[v] / 1e9:.2f} GB | {part} |")
         elif v != "limit":
-            lines.append(f"| {v} | ended | - | - | - |")
+            lines.append(f"| {v} | ended | - | - | - | - |")
     if "limit" in variants:
         pair = limit(case(given.network, given.halvings, given.size), given.bfloat16)
         for name, seconds in zip(("the library's convolutions alone", "with our weight gradient"), pair, strict=True):
             ratio = f"{seconds / ours:.2f}" if ours else "-"
-            lines.append(f"| {name} | {seconds:.2f} s | {ratio} | - | - |")
+            lines.append(f"| {name} | {seconds:.2f} s | {seconds / pixels:.2f} s | {ratio} | - | - |")
     return "\n".join(lines)
 
 

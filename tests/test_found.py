@@ -530,3 +530,50 @@ def test_a_list_of_results_left_in_an_attribute_is_refused_by_name():
 
     with pytest.raises(fullframe.CaptureError, match="'seen' of"):
         fullframe.tile(Leaves())(torch.randn(1, 1, 9, 9))
+
+
+@pytest.mark.parametrize("depth", [3, 4, 5, 23, 24, 25])
+@pytest.mark.parametrize("peak", [lambda h: h.clamp(min=0.5), lambda h: torch.maximum(h, h.roll((1, 1), (2, 3)))])
+def test_a_map_compared_with_what_hands_its_numbers_on(peak, depth):
+    # One was stored because it was deep, the other made again beside it, with other last bits.
+    class Compared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 3, 3, padding=1)
+
+        def forward(self, x):
+            h = self.conv(x)
+            for k in range(depth):
+                h = h.sin() * 1.3 if k % 2 else h.exp() * 0.7
+            return h * (h == peak(h))
+
+    agree(Compared().double(), torch.randn(2, 2, 19, 11).double(), tile=7)
+
+
+def test_of_several_nan_adaptive_pooling_takes_the_last():
+    x = torch.randn(1, 1, 8, 8).double()
+    x[0, 0, 1, 1] = x[0, 0, 2, 2] = float("nan")
+    net = nn.AdaptiveMaxPool2d(2, return_indices=True)
+    assert torch.equal(net(x)[1], fullframe.tile(net, tile=4)(x)[1])
+
+
+@pytest.mark.parametrize("layer", [
+    lambda: nn.Conv2d(2, 4, 1, padding=3), lambda: nn.Conv2d(2, 4, 2, padding=4),
+    lambda: nn.Conv2d(2, 4, 3, padding=6, stride=2),
+    lambda: nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ConvTranspose2d(4, 4, 1, padding=2)),
+])  # fmt: skip
+def test_tiles_that_lie_in_the_padding(layer):
+    agree(layer().double(), torch.randn(1, 2, 17, 11).double(), tile=5)
+
+
+def test_a_complex_number_in_the_backward():
+    class Wave(nn.Module):
+        def forward(self, x):
+            return torch.exp(1j * x).real
+
+    agree(Wave(), torch.randn(1, 1, 8, 8).double().requires_grad_(), tile=4)
+
+
+def test_gradients_of_prelu_are_those_of_torch():
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.PReLU(3), nn.Conv2d(3, 2, 3), nn.PReLU(init=-0.5))
+    agree(net.double(), torch.randn(2, 2, 15, 13).double(), tile=5)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.overrides
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -28,12 +29,19 @@ class Pair(nn.Module):
         return self.criterion(self.module(args[0]), args[1])
 
 
+def _everywhere() -> list[Any]:
+    """Hooks of all modules, and modes that see every call: other than none, seldom."""
+    kinds = (n for n in vars(nn.modules.module) if n.startswith("_global_") and n.endswith("_hooks"))
+    hooks = [list(vars(nn.modules.module)[n].values()) for n in kinds if vars(nn.modules.module)[n]]
+    return [*hooks, *torch.overrides._get_current_function_mode_stack()]
+
+
 class Call:
     """A call of a tiled module.
 
     ``tensors`` holds everything with numbers: parameters, buffers, ``others`` (tensors met in
-    attributes, closures and the like), inputs. The first three are read where they live at each
-    call; buffers and others may be changed by the step.
+    attributes, closures and the like), inputs. They are read where they live at each call, and what the
+    step changes in place is changed there.
     """
 
     def __init__(self, pair: Pair, args: Any, kwargs: Any):
@@ -49,7 +57,7 @@ class Call:
                 raise ValueError(f"input {k} has shape {tuple(x.shape)}, without elements; leave that batch out")
         self.parameters = dict(pair.named_parameters())
         self.buffers = {k: v for k, v in pair.named_buffers() if v is not None}
-        self.survey = Survey([pair, args, kwargs])
+        self.survey = Survey([pair, args, kwargs, _everywhere()])
         known = {id(t) for t in (*self.parameters.values(), *self.buffers.values(), *self.inputs)}
         self.others: Tensors = [t for t in self.survey.tensors if id(t) not in known]
         self.grad = torch.is_grad_enabled()
@@ -85,11 +93,6 @@ class Call:
         """Where the images are."""
         found = self.inputs or self.tensors
         return max(found, key=lambda t: t.dim()).device if found else torch.device("cpu")
-
-    @property
-    def mutable(self) -> Tensors:
-        """Tensors that the step may change in place: buffers, and others that take no gradient."""
-        return [*self.buffers.values(), *(t for t in self.others if not t.requires_grad)]
 
     def key(self) -> Any:
         """Everything the recording reads."""

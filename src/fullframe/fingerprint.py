@@ -5,18 +5,27 @@ attributes, hooks and structure of modules; plain objects, containers, functions
 closures, defaults and the globals they name; class attributes. Tensors go in by shape, dtype,
 device, strides and requires_grad, and are listed, so that their numbers are read afresh each step.
 
+Iterators and memory shared with other processes cannot be looked at without changing them or in
+time: with one of them in reach every call is recorded anew. Generators of random numbers are listed,
+so that a recording that drew from one can be refused.
+
 Not seen: files, the environment, the clock, the insides of compiled extensions, globals that
 installed packages read, and what lies more than DEPTH objects away from a module.
 """
 
 from __future__ import annotations
 
+import array
 import functools
+import random
 import sys
 import sysconfig
+import threading
 import types
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any
@@ -41,7 +50,10 @@ OFTEN_EMPTY = frozenset(
 )  # fmt: skip
 INSTALLED = tuple({sysconfig.get_paths()[k] for k in ("purelib", "platlib", "stdlib", "platstdlib")})
 INSTALLED += (str(Path(__file__).parent),)
-OPAQUE = frozenset(("logging", "threading", "weakref", "_weakref", "_thread", "io", "_io"))
+OPAQUE = frozenset(("logging", "threading", "_thread", "io", "_io"))
+SHARED = ("multiprocessing", "ctypes", "_ctypes", "mmap")  # packages whose objects others may change
+SILENT = frozenset(("__init_subclass__", "__repr__", "__str__", "__reduce__", "__reduce_ex__", "__getstate__",
+                    "__setstate__", "__del__", "__class_getitem__", "__subclasshook__"))  # fmt: skip
 
 
 class Same:
@@ -71,6 +83,10 @@ class Survey:
         self.tensors: list[torch.Tensor] = []
         self.seen: dict[int, int] = {}
         self.holders: list[Any] = []  # objects with attributes of their own, in the order met
+        self.containers: list[Any] = []  # dicts and lists
+        self.generators: list[Any] = []  # of random numbers
+        self.caches: list[Any] = []  # functions that keep what they returned
+        self.lasting = True  # False where something cannot be looked at
         for root in roots:
             self.visit(root, 0)
         self.key = tuple(self.parts)
@@ -105,6 +121,8 @@ def _tensor(survey: Survey, tensor: torch.Tensor, depth: int) -> None:
         tensor.requires_grad,
     )  # fmt: skip
     survey.tensors.append(tensor)
+    if tensor.__dict__ and type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer):
+        _mapping(survey, tensor.__dict__, depth)
 
 
 def _module(survey: Survey, module: nn.Module, depth: int) -> None:
@@ -141,23 +159,88 @@ def _slots(cls: type) -> tuple[str, ...]:
     return tuple(s for s in slots if s not in ("__dict__", "__weakref__"))
 
 
-def _mapping(survey: Survey, mapping: dict[Any, Any], depth: int) -> None:
+def _mapping(survey: Survey, mapping: Any, depth: int) -> None:
     survey.parts.append(len(mapping))
+    survey.containers += [mapping] if isinstance(mapping, dict) else []
     for key, value in mapping.items():
         survey.visit(key, depth + 1)
         survey.visit(value, depth + 1)
+    _derived(survey, mapping, depth)
 
 
 def _sequence(survey: Survey, sequence: Any, depth: int) -> None:
     survey.parts.append(len(sequence))
+    survey.containers += [sequence] if isinstance(sequence, list) else []
     for value in sequence:
         survey.visit(value, depth + 1)
+    _derived(survey, sequence, depth)
 
 
 def _set(survey: Survey, things: Any, depth: int) -> None:
     survey.parts.append(len(things))
     for value in sorted(things, key=repr):
         survey.visit(value, depth + 1)
+    _derived(survey, things, depth)
+
+
+def _derived(survey: Survey, thing: Any, depth: int) -> None:
+    """What a kind of container or number has beyond the built-in one."""
+    kind = type(thing)
+    if getattr(thing, "__dict__", None):
+        survey.visit(thing.__dict__, depth)
+    if kind.__module__ not in ("builtins", "collections"):
+        _class(survey, kind, depth)
+
+
+def _number(survey: Survey, number: Any, depth: int) -> None:
+    plain: Any = next(kind for kind in (float, int, complex, bytes, str) if isinstance(number, kind))
+    survey.parts.append(plain.__repr__(number))
+    _derived(survey, number, depth)
+
+
+def _bytes(survey: Survey, thing: Any, depth: int) -> None:
+    survey.parts.append(bytes(thing))
+
+
+def _volatile(survey: Survey, thing: Any, depth: int) -> None:
+    survey.parts.append(Same(thing))
+    survey.lasting = False
+
+
+def _generator(survey: Survey, thing: Any, depth: int) -> None:
+    survey.parts.append(Same(thing))
+    survey.generators.append(thing)
+
+
+def _cached(survey: Survey, function: Any, depth: int) -> None:
+    survey.caches.append(function)
+    survey.visit(function.__wrapped__, depth)
+
+
+def _reference(survey: Survey, reference: Any, depth: int) -> None:
+    survey.visit(reference(), depth + 1)
+
+
+def _proxy(survey: Survey, proxy: Any, depth: int) -> None:
+    survey.visit(proxy.__repr__.__self__, depth + 1)
+
+
+def _thread_local(survey: Survey, thing: threading.local, depth: int) -> None:
+    survey.visit(dict(vars(thing)), depth + 1)
+
+
+def _variable(survey: Survey, variable: ContextVar[Any], depth: int) -> None:
+    survey.visit(variable.get(None), depth + 1)
+
+
+def _python_module(survey: Survey, module: types.ModuleType, depth: int) -> None:
+    """The values in a module of the user's, such as a configuration; its classes and functions by identity."""
+    survey.parts.append(Same(module))
+    if not _foreign(module):
+        for name, value in list(vars(module).items()):
+            if not name.startswith("__") and not isinstance(value, types.ModuleType):
+                survey.parts.append(name)
+                survey.visit(value, depth + 1)
 
 
 def _slice(survey: Survey, thing: slice, depth: int) -> None:
@@ -207,20 +290,24 @@ def _function(survey: Survey, function: types.FunctionType, depth: int) -> None:
     if not _installed(code.co_filename):
         space = function.__globals__
         names = global_names(code)
+        met: set[int] = set()
         for name in names:
             if name in space:
-                _global(survey, name, space[name], names, depth)
+                _global(survey, name, space[name], names, met, depth)
+            elif name in sys.modules:  # imported inside the function
+                _global(survey, name, sys.modules[name], names, met, depth)
 
 
-def _global(survey: Survey, name: str, value: Any, names: Iterable[str], depth: int) -> None:
+def _global(survey: Survey, name: str, value: Any, names: Iterable[str], met: set[int], depth: int) -> None:
+    """A global; of a module, what in it has one of the names."""
     survey.parts.append(name)
-    if isinstance(value, types.ModuleType):
-        if not _installed(getattr(value, "__file__", None) or ""):
-            for inner in names:
-                if inner in vars(value) and not isinstance(vars(value)[inner], types.ModuleType):
-                    _global(survey, inner, vars(value)[inner], (), depth + 1)
-    else:
+    if not isinstance(value, types.ModuleType):
         survey.visit(value, depth + 1)
+    elif id(value) not in met and not _foreign(value):
+        met.add(id(value))
+        for inner in names:
+            if inner in vars(value):
+                _global(survey, inner, vars(value)[inner], names, met, depth + 1)
 
 
 def _class(survey: Survey, cls: type, depth: int) -> None:
@@ -228,6 +315,8 @@ def _class(survey: Survey, cls: type, depth: int) -> None:
     if id(cls) in survey.seen:
         return
     survey.seen[id(cls)] = len(survey.seen)
+    if type(cls) is not type:
+        _class(survey, type(cls), depth)
     for base in cls.__mro__:
         if base is object or (base is not cls and id(base) in survey.seen):
             continue
@@ -235,7 +324,7 @@ def _class(survey: Survey, cls: type, depth: int) -> None:
         if base.__module__.partition(".")[0] in ("torch", "builtins", *OPAQUE):
             survey.parts += (base, Same(vars(base).get("forward")))  # a replaced forward still shows
             continue
-        if _installed(getattr(sys.modules.get(base.__module__), "__file__", None) or ""):
+        if _foreign(sys.modules.get(base.__module__)):
             # An installed class: what it holds, but not the insides of its methods.
             survey.parts += [v if isinstance(v, types.FunctionType) else k for k, v in vars(base).items()]
             values: Iterable[tuple[str, Any]] = (
@@ -244,9 +333,13 @@ def _class(survey: Survey, cls: type, depth: int) -> None:
         else:
             values = vars(base).items()
         for name, value in values:
-            if not name.startswith("__") and name not in ("_abc_impl", "_is_protocol"):
+            hidden = name in SILENT if isinstance(value, DEFINITIONS) else name.startswith("__")
+            if not hidden and name not in ("_abc_impl", "_is_protocol"):
                 survey.parts.append(name)
                 survey.visit(value, depth + 1)
+
+
+DEFINITIONS = (types.FunctionType, property, staticmethod, classmethod, functools.cached_property)
 
 
 def _type(survey: Survey, cls: type, depth: int) -> None:
@@ -254,6 +347,18 @@ def _type(survey: Survey, cls: type, depth: int) -> None:
     survey.seen.pop(id(cls), None)
     if cls.__module__ not in ("builtins", "typing"):
         _class(survey, cls, depth)
+
+
+def _foreign(module: types.ModuleType | None) -> bool:
+    """Whether a module belongs to Python or an installed package; what no file tells of is the user's."""
+    if module is None:
+        return False
+    file = getattr(module, "__file__", None)
+    if file is None:
+        where = next(iter(getattr(module, "__path__", ())), "")
+        name = getattr(module, "__name__", "").partition(".")[0]
+        return _installed(where) if where else name in sys.stdlib_module_names and name != "__main__"
+    return _installed(file)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -264,12 +369,24 @@ def _installed(filename: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def global_names(code: types.CodeType) -> tuple[str, ...]:
-    """Names that code, with the functions defined in it, may read as globals."""
+    """Names that code, with the functions defined in it, may read as globals or get as attributes by a string."""
     names = dict.fromkeys(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             names.update(dict.fromkeys(global_names(constant)))
+        elif isinstance(constant, str) and constant.isidentifier():
+            names[constant] = None
     return tuple(names)
+
+
+def state_of(generator: Any) -> Any:
+    """What numbers a generator of Python's or NumPy's will give next."""
+    if isinstance(generator, random.SystemRandom):
+        return None
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    inner = getattr(generator, "bit_generator", None)
+    return repr(generator.get_state(legacy=False) if inner is None else inner.state)
 
 
 Look = Callable[[Survey, Any, int], None]
@@ -278,12 +395,19 @@ LOOKS: dict[type, Look] = {}
 
 def _look_for(kind: type) -> Look:
     """How things of a kind are looked at."""
+    if kind.__module__.startswith("numpy"):
+        if hasattr(kind, "tobytes") and hasattr(kind, "shape"):
+            return _array
+        if hasattr(kind, "standard_normal"):
+            return _generator
     families: list[tuple[Any, Look]] = [
         (torch.Tensor, _tensor),
         (nn.Module, _module),
         (Enum, _atom),
         (PurePath, _atom),
-        (dict, _mapping),
+        ((int, float, complex, str, bytes), _number),
+        ((bytearray, array.array), _bytes),
+        ((dict, types.MappingProxyType), _mapping),
         ((list, tuple, deque), _sequence),
         ((set, frozenset), _set),
         (types.FunctionType, _function),
@@ -291,7 +415,13 @@ def _look_for(kind: type) -> Look:
         (functools.partial, _partial),
         ((property, staticmethod, classmethod, functools.cached_property), _descriptor),
         (slice, _slice),
-        (types.ModuleType, _identity),
+        (types.ModuleType, _python_module),
+        (random.Random, _generator),
+        (functools._lru_cache_wrapper, _cached),
+        (threading.local, _thread_local),
+        (weakref.ref, _reference),
+        (weakref.ProxyTypes, _proxy),
+        (ContextVar, _variable),
         (type, _type),
     ]
     for classes, look in families:
@@ -300,5 +430,6 @@ def _look_for(kind: type) -> Look:
     if kind.__module__.startswith(("torch._", "torch.fx")):
         return _identity
     if kind.__module__ == "numpy":
-        return _array if hasattr(kind, "tobytes") and hasattr(kind, "shape") else _identity
-    return _object
+        return _identity
+    passing = issubclass(kind, Iterator) and kind.__module__ in ("builtins", "itertools")
+    return _volatile if passing or kind.__module__.startswith(SHARED) else _object

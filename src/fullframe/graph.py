@@ -91,6 +91,7 @@ class Rule(Protocol):
     ``once``        True where all tiles must see the same decision (which of two equal numbers is the maximum):
                     the output is stored, and never made again.
     ``selects``     True where the output's elements are elements of its input (a maximum), to the last bit.
+    ``passes``      True where elements of the output may be elements of an input, to the last bit.
     ``decides``     True where the last bit of an input can change the output by much: comparisons, bends, steps.
 
     A reduction has ``driver``: the input whose own regions, a disjoint cover, are summed. Its
@@ -117,6 +118,8 @@ class Rule(Protocol):
     def selects(self, op: Op) -> bool: ...
 
     def decides(self, op: Op) -> bool: ...
+
+    def passes(self, op: Op) -> bool: ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -123,7 +123,11 @@ def _empty() -> dict[str, Any]:
     return {"programs": {}, "arenas": Arenas()}
 
 
-def _forward(arenas: Arenas, program: Program, call: Call) -> tuple[Tensors, Run, Arena]:
+Guard = list[tuple[str, torch.Tensor, int]]
+SMALL = 1 << 20  # bytes: cheaper to copy than to refuse a change of
+
+
+def _forward(arenas: Arenas, program: Program, call: Call) -> tuple[Tensors, Run, Arena, Guard]:
     graph, plan, device = program.graph, program.plan, call.device
     tensors = call.tensors
     arena = arenas.take(plan.bytes.arena, device)
@@ -132,15 +136,48 @@ def _forward(arenas: Arenas, program: Program, call: Call) -> tuple[Tensors, Run
     if graph.seed is not None:
         run.feed([graph.seed], [torch.randint(2**62, (), dtype=torch.int64).to(call.device)])
     run.advance(plan.early if graph.late else len(plan.steps))
-    outputs = [run.result(v) for v in graph.outputs[: program.outputs]]
+    outputs = _handed_out(program, run)
+    guard = _guard(program, call, run, outputs) if graph.late else []
     with torch.no_grad():
-        new = graph.outputs[program.outputs : program.outputs + program.mutable]
-        for tensor, value in zip(call.mutable, new, strict=True):
-            if value is not None and value not in graph.inputs:
-                tensor.copy_(run.values[value])
+        for k, value in program.changed.items():
+            tensors[k].copy_(run.values[value])
     if not graph.late:
         arenas.give(arena)
-    return [t for t in outputs if t is not None], run, arena
+    return outputs, run, arena, guard
+
+
+def _handed_out(program: Program, run: Run) -> Tensors:
+    """The outputs; one that is there twice, as ``loss`` and ``loss.detach()`` are, in memory of its own each time."""
+    values = program.graph.outputs[: program.outputs]
+    found = [(v, run.result(v)) for v in values]
+    return [t.clone() if v in values[:k] else t for k, (v, t) in enumerate(found) if t is not None]
+
+
+def _guard(program: Program, call: Call, run: Run, outputs: Tensors) -> Guard:
+    """What the backward of a module will read again and anyone may change: name, tensor and its version.
+
+    What the call itself changes, and anything small that is no parameter, is copied instead. Values that look into
+    the memory of an input (a buffer seen as a row) count as it does.
+    """
+    given = {_memory(t): k for k, t in enumerate(call.tensors)}
+    made = {_memory(t): k for k, t in enumerate(outputs)}
+    guard: Guard = []
+    for value in program.read_late & run.values.keys():
+        tensor = run.values[value]
+        place = _memory(tensor)
+        if place in given:
+            k = given[place]
+            if k in program.changed or (k >= len(call.parameters) and tensor.nbytes <= SMALL):
+                run.values[value] = tensor.clone()
+            elif not call.tensors[k].is_inference():
+                guard.append((call.names[k], call.tensors[k], call.tensors[k]._version))
+        elif place in made:
+            guard.append((f"output {made[place]}", outputs[made[place]], outputs[made[place]]._version))
+    return guard
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided and tensor.numel() else -1
 
 
 class _Function(torch.autograd.Function):
@@ -153,10 +190,10 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, arenas: Arenas, program: Program, call: Call, *wanted: torch.Tensor) -> Any:
-        outputs, run, arena = _forward(arenas, program, call)
+        outputs, run, arena, guard = _forward(arenas, program, call)
         ctx.set_materialize_grads(False)
         ctx.program = program
-        ctx.late = (run, arena, arenas) if program.graph.late else None
+        ctx.late = (run, arena, arenas, guard) if program.graph.late else None
         if not program.graph.late:
             ctx.save_for_backward(*_gradients(program, run))
         quiet = [t for t, yes in zip(outputs, program.differentiable, strict=True) if not yes]
@@ -164,8 +201,12 @@ class _Function(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *upstream: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True asks for gradients of gradients, which a tiled module or step does not have; use "
+                "the plain module for that term, or compute it inside the forward, where it is recorded"
+            )
         program: Program = ctx.program
         if not program.graph.late:
             scale = upstream[0]
@@ -178,8 +219,9 @@ class _Function(torch.autograd.Function):
                 "the backward of a tiled module can run only once, retain_graph or not: its memory is reused as it "
                 "goes. Call the module again, or add the losses and call backward once"
             )
-        run, arena, arenas = ctx.late
+        run, arena, arenas, guard = ctx.late
         ctx.late = None
+        _unchanged(guard)
         given = [g for g, yes in zip(upstream, program.differentiable, strict=True) if yes]
         late = [v for v in program.graph.inputs if v in program.graph.late]
         run.feed(late, [_or_zeros(g, v, device=run.device) for g, v in zip(given, late, strict=True)])
@@ -190,6 +232,15 @@ class _Function(torch.autograd.Function):
         if unused:
             grads = _without(program, grads, set(late) - set(unused), unused)
         return None, None, None, *_reached(program, grads)
+
+
+def _unchanged(guard: Guard) -> None:
+    for name, tensor, version in guard:
+        if tensor._version != version:
+            raise RuntimeError(
+                f"{name} was changed in place between the forward and the backward of a tiled module, which reads it "
+                "again in its backward; change it afterwards, or change a clone"
+            )
 
 
 def _reached(program: Program, grads: Sequence[torch.Tensor | None]) -> Grads:

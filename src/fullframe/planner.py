@@ -123,7 +123,8 @@ def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, S
     usage = lives.usage(len(steps), small)
     untiled = max((u + s.scratch for u, s in zip(usage, steps, strict=True)), default=0)
     scratch = max((s.scratch for s in steps), default=0)
-    outputs = sum(v.nbytes for v in set(draft.kept) - request.free if v not in graph.inputs)
+    given = set(graph.inputs) | request.free
+    outputs = sum(v.nbytes for v in draft.kept if v not in given)
     whole = tuple(f"{op.target} ({op.path or 'in the step'})" for s in steps for op in s.section.ops
                   if op.rule.kind == "whole" and tiled(op.output, labels))  # fmt: skip
     slots = {v: Slot(offsets[v], maps[v]) for v in offsets}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from threading import RLock
 from typing import Any
 
 import torch
@@ -17,12 +20,12 @@ from torch.utils import _pytree as pytree
 from fullframe.budget import free_bytes
 from fullframe.call import Call, Tensors
 from fullframe.cumulative import recordable
-from fullframe.fingerprint import Survey
+from fullframe.fingerprint import Survey, state_of
 from fullframe.graph import CaptureError, Graph, Value
 from fullframe.lowering import fusable
 from fullframe.plan import Plan
 from fullframe.planner import Request, plan
-from fullframe.tracer import Recording, capture
+from fullframe.tracer import FROZEN, Recording, capture
 from fullframe.watch import Watch
 
 TENSOR = object()  # stands for a tensor among the leaves of a program's outputs
@@ -42,10 +45,10 @@ class Options:
 class Program:
     """A captured and planned call.
 
-    The graph's outputs are ``outputs`` tensors to hand out, then the new contents of what the call
-    may change (`Call.mutable`), then the gradients of `Call.tensors` at ``wanted``. ``spec`` rebuilds the call's
-    own output from ``fixed``, where `TENSOR` stands for the next tensor. ``lasting`` is False where
-    the forward changes what it reads (a counter), so that the next call must be recorded anew.
+    The graph's outputs are ``outputs`` tensors to hand out, then the new contents of each of `Call.tensors`, then
+    the gradients of those at ``wanted``. ``spec`` rebuilds the call's own output from ``fixed``, where `TENSOR`
+    stands for the next tensor. ``lasting`` is False where the forward changes what it reads (a counter) or reads
+    what nobody can look at (an iterator), so that the next call must be recorded anew.
     """
 
     graph: Graph
@@ -53,7 +56,6 @@ class Program:
     spec: Any
     fixed: tuple[Any, ...]
     outputs: int
-    mutable: int
     wanted: tuple[int, ...]
     differentiable: tuple[bool, ...]
     lasting: bool
@@ -64,10 +66,27 @@ class Program:
         grads = self.graph.outputs[len(self.graph.outputs) - len(self.wanted) :]
         return [k for k, v in zip(self.wanted, grads, strict=True) if v is not None]
 
+    @cached_property
+    def changed(self) -> dict[int, Value]:
+        """Of each tensor that the step changes in place, by its number, the new contents."""
+        return changes(self.graph, self.outputs, len(self.graph.outputs) - len(self.wanted))
+
+    @cached_property
+    def read_late(self) -> frozenset[Value]:
+        """What the steps read that run once the gradients of the outputs are there."""
+        late = self.plan.steps[self.plan.early :] if self.graph.late else ()
+        return frozenset(v for step in late for op in step.section.ops for v in op.inputs)
+
     def assemble(self, outputs: Sequence[torch.Tensor]) -> Any:
         """The call's own output from its tensors."""
         found = iter(outputs)
         return pytree.tree_unflatten([next(found) if x is TENSOR else x for x in self.fixed], self.spec)
+
+
+def changes(graph: Graph, start: int, end: int) -> dict[int, Value]:
+    """New contents, by the number of the input, where the output for it is not that input itself."""
+    new = enumerate(graph.outputs[start:end])
+    return {k: v for k, v in new if v is not None and v is not graph.inputs[k]}
 
 
 class _Recorder:
@@ -85,13 +104,13 @@ class _Recorder:
     def __call__(self, *tensors: torch.Tensor) -> tuple[list[Any], Tensors]:
         """What is handed out, kept and differentiated; and stand-ins for gradients that come later."""
         call = self.call
-        mutable = {id(t) for t in call.mutable}
         # As in PyTorch, backward runs outside autocast, in the dtypes the forward chose.
         with torch.set_grad_enabled(call.grad):
-            made = [
-                t.clone() if id(old) in mutable else t.detach().requires_grad_(old.requires_grad)
-                for t, old in zip(tensors, call.tensors, strict=True)
-            ]
+            pairs = zip(tensors, call.tensors, strict=True)
+            made = [t.detach().requires_grad_(True) if old.requires_grad else t.clone() for t, old in pairs]
+            for t, old in zip(made, call.tensors, strict=True):
+                for key, value in old.__dict__.items():  # attributes that users gave it
+                    t.__dict__.setdefault(key, value)
             self.stand_ins = {id(old): t for t, old in zip(made, call.tensors, strict=True)}
             state = {k: self.stand_ins[id(t)] for k, t in (*call.parameters.items(), *call.buffers.items())}
             arguments = call.rebuild(made[len(made) - len(call.inputs) :])
@@ -100,13 +119,13 @@ class _Recorder:
                 outputs = self._take(returned)
                 self.wanted = tuple(self._wanted()) if call.grad else ()
                 grads, seeds = self._gradients(outputs, [made[k] for k in self.wanted])
-        kept = [*(state[k] for k, t in call.buffers.items() if id(t) in mutable)]
-        kept += [self.stand_ins[id(t)] for t in call.others if id(t) in mutable]
-        for new, old in zip(kept, call.mutable, strict=True):
+        kept = list(made)
+        first = len(call.parameters)
+        kept[first : first + len(call.buffers)] = [state[k] for k in call.buffers]  # they may be assigned anew
+        for name, new, old in zip(call.names, kept, call.tensors, strict=True):
             if new.shape != old.shape:
-                place = next(k for k, t in enumerate(call.tensors) if t is old)
                 raise CaptureError(
-                    f"{call.names[place]} changes its shape from {tuple(old.shape)} to {tuple(new.shape)} in the "
+                    f"{name} changes its shape from {tuple(old.shape)} to {tuple(new.shape)} in the "
                     "step; register it with its final shape"
                 )
         return [*(t.detach() for t in outputs), *(t.detach() for t in kept), *grads], seeds
@@ -161,16 +180,16 @@ def _undisturbed(recorder: _Recorder, survey: Survey) -> Iterator[None]:
     never be brought up to date by the recorded step.
     """
     derived = _derived_weights(survey)
-    saved = [(space, key, value) for space in _spaces(survey) for key, value in _items(space)]
+    spaces = {id(s): s for s in _spaces(survey)}
+    before = {(name, key): value for name, space in spaces.items() for key, value in _items(space)}
     owners = {id(vars(h)): recorder.watch.names.get(id(h)) or type(h).__name__ for h in survey.holders if _fields(h)}
     owners |= {id(v): owners[id(s)] for s in map(_fields, survey.holders) for v in s.values() if id(s) in owners}
     lost = ""
     try:
         yield
     finally:
-        before = {(id(space), key): value for space, key, value in saved}
         originals = {id(t): old for t, old in zip(recorder.stand_ins.values(), recorder.call.tensors, strict=False)}
-        for space in {id(s): s for s, _, _ in saved}.values():
+        for space in spaces.values():
             for key, value in list(_items(space)):
                 old = before.get((id(space), key))
                 left = _left(value, old)
@@ -195,6 +214,7 @@ def _undisturbed(recorder: _Recorder, survey: Survey) -> Iterator[None]:
 def _left(value: Any, old: Any) -> list[torch.Tensor]:
     """The tensors of the recording that an attribute holds: itself, or those in a container that is new."""
     inside = [v for _, v in _items(value)] if isinstance(value, (dict, list)) and value is not old else []
+    inside = [v() if isinstance(v, weakref.ref) else v for v in inside]
     return [t for t in (value, *inside) if isinstance(t, (FunctionalTensor, FakeTensor))]
 
 
@@ -213,8 +233,8 @@ def _derived_weights(survey: Survey) -> set[tuple[int, str]]:
 
 
 def _spaces(survey: Survey) -> list[Any]:
-    """Dictionaries and lists where a forward may leave tensors: attributes, one level of containers."""
-    spaces: list[Any] = []
+    """Dictionaries and lists where a forward may leave tensors."""
+    spaces: list[Any] = [*survey.containers]
     for holder in survey.holders:
         space = getattr(holder, "__dict__", None)
         if space is not None:
@@ -229,24 +249,81 @@ def _items(space: Any) -> Iterator[tuple[Any, Any]]:
 
 def compile_call(call: Call, options: Options) -> Program:
     """Record and plan a call; raises `CaptureError`, `BudgetError` or `UnsupportedOpError`."""
+    with _ONE_AT_A_TIME:
+        return _compile(call, options)
+
+
+_ONE_AT_A_TIME = RLock()  # a recording patches torch for the whole process
+
+
+def _compile(call: Call, options: Options) -> Program:
     watch = Watch(call.pair)
     recorder = _Recorder(call, watch)
     before = Survey([call.pair]).key
+    numbers = [state_of(g) for g in call.survey.generators]
     # Recorded draws advance torch's generators, and plans would then change what is drawn afterwards.
     unmoved = torch.random.fork_rng([call.device] if call.device.type == "cuda" else [])
-    with torch.inference_mode(False), unmoved, _undisturbed(recorder, call.survey), recordable(call.pair):
+    with (
+        torch.inference_mode(False), unmoved, _undisturbed(recorder, call.survey), recordable(call.pair),
+        _forgetful(call.survey.caches),
+    ):  # fmt: skip
         graph = capture(Recording(recorder, call.tensors, call.names, watch))
+    if [state_of(g) for g in call.survey.generators] != numbers:
+        raise CaptureError(f"the module or the loss drew from a generator of its own; {FROZEN}")
     after = Survey([call.pair])
     if any(isinstance(t, (FunctionalTensor, FakeTensor)) for t in after.tensors):
         raise CaptureError("the forward stores a tensor in an object that it can reach; return it as an output")
-    outputs, mutable = len(recorder.differentiable), len(call.mutable)
+    outputs = len(recorder.differentiable)
+    first_grad = outputs + len(call.tensors)
+    _judge(graph, call, outputs, first_grad)
     if graph.late:
-        graph.early = outputs + mutable
-    request = _request(graph, call, options, outputs + mutable)
+        graph.early = first_grad
+    request = _request(graph, call, options, first_grad)
     return Program(
-        graph, plan(graph, request), recorder.spec, tuple(recorder.fixed), outputs, mutable,
-        recorder.wanted, tuple(recorder.differentiable), after.key == before,
+        graph, plan(graph, request), recorder.spec, tuple(recorder.fixed), outputs,
+        recorder.wanted, tuple(recorder.differentiable), after.key == before and call.survey.lasting,
     )  # fmt: skip
+
+
+@contextmanager
+def _forgetful(caches: Sequence[Any]) -> Iterator[None]:
+    """Caches of functions must not hand numbers into a recording, nor tensors of the recording out of it."""
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        yield
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+def _judge(graph: Graph, call: Call, outputs: int, first_grad: int) -> None:
+    """Refuse what the recording would get wrong."""
+    for k in changes(graph, outputs, first_grad):
+        for j, other in enumerate(call.tensors):
+            if j != k and _overlap(call.tensors[k], other):
+                raise CaptureError(
+                    f"the step changes {call.names[k]} in place, and {call.names[j]} shares its memory; a recorded "
+                    "step keeps them apart. Give one of them memory of its own (clone)"
+                )
+    narrow = any(op.output.dtype == torch.float16 for op in graph.ops)
+    if narrow and call.pair.criterion is not None and any(v is not None for v in graph.outputs[first_grad:]):
+        raise CaptureError(
+            "the step computes in float16, whose small gradients a loss scale must lift before they are made; a "
+            "tiled step makes them before it sees the scale. Use bfloat16, or fullframe.tile(net) without loss="
+        )
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors may have an element in common: the ranges they span in one memory."""
+    if torch.strided not in (a.layout, b.layout) or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    spans = []
+    for t in (a, b):
+        start = t.storage_offset() * t.itemsize
+        reach = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) + 1
+        spans.append((start, start + reach * t.itemsize))
+    return min(end for _, end in spans) > max(start for start, _ in spans)
 
 
 def _request(graph: Graph, call: Call, options: Options, first_grad: int) -> Request:

@@ -6,7 +6,7 @@ that a rule links carry the same label. A value with no labelled axis is *untile
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,7 +172,41 @@ def choose_cuts(graph: Graph, labels: Labels) -> Cuts:
     for op in graph.ops:
         if any(v in late for v in op.inputs):
             late.add(op.output)
-    return Cuts(labels, stored, maker, reducing, late, exact)
+    cuts = Cuts(labels, stored, maker, reducing, late, exact)
+    for op in graph.ops:
+        if tiled(op.output, labels) and op.rule.decides(op):
+            _settle(cuts, op)
+    return cuts
+
+
+def _settle(cuts: Cuts, op: Op) -> None:
+    """Where a decision reads a stored value, and beside it what that has numbers of as they are, store this too.
+
+    ``h == h.clamp(min=0)`` with the clamped map stored and ``h`` made again would compare two makings of ``h``.
+    """
+    while True:
+        ops, loads = cuts.slice_of(op.output, cuts.stored)
+        beside = {o.output for o in ops} | loads
+        found = {v for s in loads for v in _handed_on(s, beside, cuts.maker) if tiled(v, cuts.labels)}
+        if found <= cuts.exact:
+            return
+        cuts.exact |= found
+        cuts.stored |= found
+
+
+def _handed_on(value: Value, beside: set[Value], maker: dict[Value, Op]) -> Iterator[Value]:
+    """The nearest values among ``beside`` whose numbers a value may have as they are."""
+    stack, seen = [value], {value}
+    while stack:
+        op = maker.get(stack.pop())
+        if op is None or not op.rule.passes(op):
+            continue
+        for read in op.inputs:
+            if read in beside and read in maker:
+                yield read
+            elif read not in seen:
+                seen.add(read)
+                stack.append(read)
 
 
 def made_once(graph: Graph, labels: Labels) -> set[Value]:

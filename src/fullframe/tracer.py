@@ -28,6 +28,9 @@ from fullframe.watch import Watch
 
 Function = Callable[..., "tuple[Sequence[torch.Tensor | None], Sequence[torch.Tensor]]"]
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
+FROZEN = (
+    "they would be frozen into the captured step. Draw them outside and pass them in, or use torch's random functions"
+)
 BLAME = "get value out of a tracing tensor"  # how make_fx reports a read of a tensor's numbers
 
 
@@ -72,10 +75,7 @@ def _record(recording: Recording) -> Any:
     finally:
         torch.clear_autocast_cache()
     if random.getstate() != random_before or _numpy_state() != numpy_before:
-        raise CaptureError(
-            "the module or the loss drew from Python's or NumPy's random numbers, which would be frozen "
-            "into the captured step; draw them outside and pass them in, or use torch's random functions"
-        )
+        raise CaptureError(f"the module or the loss drew from Python's or NumPy's random numbers; {FROZEN}")
     return module
 
 

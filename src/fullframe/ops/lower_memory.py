@@ -142,7 +142,9 @@ def view_as_real(b: Builder, x: Value) -> Value:
 
 
 @lowers("_conj", "_conj_physical")
-def conjugate(b: Builder, x: Value) -> Value:
+def conjugate(b: Builder, x: Any) -> Any:
+    if not isinstance(x, Value):
+        return x.conjugate()  # a number
     return b.point(conjugated, (x,), x.shape, x.dtype) if x.dtype.is_complex else x
 
 

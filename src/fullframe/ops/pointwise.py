@@ -26,10 +26,22 @@ elu_backward hardshrink_backward softshrink_backward hardsigmoid_backward hardsw
 """Pointwise ops whose output jumps somewhere: names without overload."""
 
 
+PASSING = frozenset(
+    """
+maximum minimum fmax fmin clamp clamp_min clamp_max where masked_fill relu abs neg threshold hardtanh hardshrink
+leaky_relu _prelu_kernel elu celu hardswish nan_to_num copysign
+""".split()  # noqa: SIM905
+)
+"""Pointwise ops that may hand an input's number on as it is."""
+
+
 class Pointwise(BaseRule):
     """Elementwise with broadcasting: axes align from the right, extent 1 is stretched."""
 
     kind: Kind = "pointwise"
+
+    def passes(self, op: Op) -> bool:
+        return op.target.split(".")[1] in PASSING
 
     def decides(self, op: Op) -> bool:
         if not any(v.dtype.is_floating_point for v in op.inputs):

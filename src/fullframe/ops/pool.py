@@ -309,6 +309,9 @@ def adaptive_max(
     x = x.permute(*range(lead), *(lead + a for a in order)).flatten(lead + rank)
     position = position.permute(order).flatten(rank)
     best, where = x.max(-1)
+    if x.is_floating_point():  # of several NaN, ATen takes the last
+        last = x.shape[-1] - 1 - x.isnan().flip(-1).to(torch.uint8).argmax(-1)
+        where = torch.where(best.isnan(), last, where)
     return best, position.expand(x.shape).gather(-1, where.unsqueeze(-1)).squeeze(-1)
 
 

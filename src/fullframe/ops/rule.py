@@ -43,6 +43,9 @@ class BaseRule:
     def decides(self, op: Op) -> bool:
         return False
 
+    def passes(self, op: Op) -> bool:
+        return self.kind == "layout" or self.selects(op)
+
 
 class Whole(BaseRule):
     """An op known only by its name: all of the inputs, all of the output, once."""

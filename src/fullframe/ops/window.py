@@ -41,8 +41,9 @@ def pad_window(x: torch.Tensor, pads: Sequence[Interval], value: float = 0.0) ->
 
 
 def outside(region: Sequence[Interval], extents: Sequence[int]) -> list[Interval]:
-    """How far each (unclipped) interval reaches over the two ends of its axis."""
-    return [(max(0, -low), max(0, high - n)) for (low, high), n in zip(region, extents, strict=True)]
+    """How much of each (unclipped) interval lies before and after its axis."""
+    pairs = zip(region, extents, strict=True)
+    return [(min(high, 0) - min(low, 0), max(high, n) - max(low, n)) for (low, high), n in pairs]
 
 
 @cache

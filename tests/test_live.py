@@ -1,0 +1,337 @@
+"""What the caller holds and may change: memory shared with a recording, numbers read late, things kept outside."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+import types
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import agree, close
+from torch import nn
+
+import fullframe
+
+TILE = 7
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def image(*shape):
+    return torch.randn(shape or (2, 2, 19, 23), dtype=torch.float64)
+
+
+def conv(a=2, b=3):
+    return nn.Conv2d(a, b, 3, padding=1)
+
+
+def twins(net, **options):
+    net = net.double()
+    twin = copy.deepcopy(net)
+    return net, twin, fullframe.tile(twin, tile=TILE, **options)
+
+
+def grads(net):
+    return [p.grad for p in net.parameters()]
+
+
+class Calling(nn.Module):
+    """A convolution, then any function of (module, its output)."""
+
+    def __init__(self, function, **buffers):
+        super().__init__()
+        self.conv, self.function = conv(), function
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, x):
+        return self.function(self, self.conv(x))
+
+
+# Outputs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("again", [lambda x: x.detach(), lambda x: x, lambda x: x.clone().detach()])
+def test_a_loss_handed_out_twice_keeps_its_gradient(again):
+    def loss(output, target):
+        value = F.mse_loss(output, target)
+        return value, {"mse": again(value)}
+
+    net, twin, step = twins(conv(), loss=loss)
+    x, y = image(), image(2, 3, 19, 23)
+    plain, made = loss(net(x), y)[0], step(x, y)
+    assert made[0].requires_grad and not made[1]["mse"].requires_grad
+    plain.backward(), made[0].backward()
+    assert close(grads(net), grads(twin))
+
+
+def test_a_feature_and_its_detached_self():
+    agree(Calling(lambda m, y: {"out": y.relu(), "feature": y.relu().detach()}), image(), tile=TILE)
+
+
+def test_an_output_changed_in_place_that_backward_reads_is_refused():
+    _, _, tiled = twins(Calling(lambda m, y: (y, F.max_pool2d(y.sin(), 2))))
+    y, z = tiled(image())
+    y.mul_(-1)
+    with pytest.raises(RuntimeError, match="output 0 was changed in place"):
+        (y.mean() + z.square().mean()).backward()
+
+
+def test_an_output_changed_in_place_that_backward_does_not_read():
+    net, twin, tiled = twins(nn.Sequential(conv(), nn.ReLU(), conv(3, 2)))
+    x = image()
+    for m in (net, tiled):
+        m(x).mul_(2).square().mean().backward()
+    assert close(grads(net), grads(twin))
+
+
+@pytest.mark.parametrize("loss", [None, lambda y, t: y.square().mean()])
+def test_gradients_of_gradients_are_refused(loss):
+    _, _, tiled = twins(Calling(lambda m, y: y.square()), loss=loss)
+    x = image().requires_grad_()
+    value = tiled(x).sum() if loss is None else tiled(x, x.detach())
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(value, x, create_graph=True)
+
+
+# What is read again in the backward -----------------------------------------------------------------
+
+
+def decayed(m, y):
+    z = y.sin() * m.ema.clone()
+    with torch.no_grad():
+        m.ema.mul_(0.9).add_(0.1 * y.detach().abs().mean((0, 2, 3), True))
+    return z
+
+
+def test_a_buffer_that_the_forward_reads_and_then_changes():
+    agree(Calling(decayed, ema=torch.ones(1, 3, 1, 1)), image(), tile=TILE)
+
+
+def test_statistics_changed_by_another_call_before_the_backward():
+    net, twin, tiled = twins(nn.Sequential(conv(), nn.BatchNorm2d(3), nn.ReLU(), conv(3, 2)))
+    x = image()
+    net.eval()(x).square().mean().backward()
+    value = tiled.eval()(x).square().mean()
+    tiled.train()(2 * x)
+    value.backward()
+    assert close(grads(net), grads(twin))
+
+
+def test_a_buffer_filled_anew_before_the_backward():
+    net, twin, tiled = twins(Calling(lambda m, y: (y - m.mean).sin(), mean=torch.ones(1, 3, 1, 1)))
+    x = image()
+    for m, n in ((net, net), (tiled, twin)):
+        value = m(x).square().mean()
+        n.mean.fill_(5)
+        value.backward()
+    assert close(grads(net), grads(twin))
+
+
+@pytest.mark.parametrize("what", ["input0", "2.weight"])
+def test_an_input_or_a_weight_changed_before_the_backward_is_refused(what):
+    _, twin, tiled = twins(nn.Sequential(conv(), nn.ReLU(), conv(3, 2)))
+    x = image(2, 2, 300, 300)  # not small
+    value = tiled(x).square().mean()
+    with torch.no_grad():
+        (x if what == "input0" else twin[2].weight).mul_(3)
+    with pytest.raises(RuntimeError, match=f"{what} was changed in place"):
+        value.backward()
+    assert all(g is None for g in grads(twin))
+
+
+# What the step changes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [None, F.mse_loss])
+def test_an_input_changed_in_place_is_changed(loss):
+    net, twin, tiled = twins(nn.Sequential(nn.ReLU(inplace=True), conv()), loss=loss)
+    x, y = image(), image(2, 3, 19, 23)
+    a, b = x.clone(), x.clone()
+    plain = net(a).square().mean() if loss is None else loss(net(a), y)
+    made = tiled(b).square().mean() if loss is None else tiled(b, y)
+    assert torch.equal(a, b) and not torch.equal(a, x)
+    plain.backward(), made.backward()
+    assert close(grads(net), grads(twin))
+
+
+def test_a_target_changed_in_place_is_changed():
+    def loss(output, target):
+        target[target > 1] = 0
+        return F.cross_entropy(output, target)
+
+    _, _, step = twins(conv(), loss=loss)
+    target = torch.randint(0, 3, (2, 19, 23))
+    step(image(), target)
+    assert int(target.max()) == 1
+
+
+def clipped(m, y):
+    with torch.no_grad():
+        m.conv.weight.clamp_(-0.1, 0.1)
+    return y
+
+
+@pytest.mark.parametrize("how", [clipped, lambda m, y: (m.conv.weight.data.clamp_(-0.1, 0.1), y)[1]])
+def test_a_weight_clipped_in_the_forward_is_clipped(how):
+    net, twin, tiled = twins(Calling(how))
+    x = image()
+    with torch.no_grad():
+        assert close([net(x), net.conv.weight], [tiled(x), twin.conv.weight])
+
+
+def test_memory_shared_with_what_is_changed_is_refused():
+    def forward(m, y):
+        m.row.add_(y.detach().mean((0, 2, 3)))
+        return y * m.all.sum(0).view(1, 3, 1, 1)
+
+    _, twin, tiled = twins(Calling(forward, all=torch.zeros(4, 3)))
+    twin.row = twin.all[1]
+    before = twin.all.clone()
+    with pytest.raises(fullframe.CaptureError, match="shares its memory"):
+        tiled(image())
+    assert torch.equal(twin.all, before)
+
+
+def test_float16_steps_are_refused():
+    step = fullframe.tile(conv(), loss=F.mse_loss, tile=TILE)
+    with torch.autocast("cpu", torch.float16), pytest.raises(fullframe.CaptureError, match="float16"):
+        step(image().float(), image(2, 3, 19, 23).float())
+
+
+# What a forward reads elsewhere ---------------------------------------------------------------------
+
+GAIN = 1.0
+KEPT: dict[int, torch.Tensor] = {}
+
+
+class Caller:
+    """Reads a global in a method with a name of Python's own."""
+
+    def __call__(self, m, y):
+        return y * GAIN
+
+
+class Holder:
+    gain = 1.0
+
+
+def changes_take_effect(function, change):
+    net, _, tiled = twins(Calling(function))
+    x = image()
+    for k in (1.0, 2.0, 3.0):
+        change(k)
+        with torch.no_grad():
+            assert close([net(x)], [tiled(x)]), k
+
+
+def set_gain(k):
+    global GAIN
+    GAIN = k
+
+
+def test_globals_read_by_methods_with_names_of_python():
+    changes_take_effect(Caller(), set_gain)
+
+
+def test_globals_by_string():
+    changes_take_effect(lambda m, y: y * globals()["GAIN"], set_gain)
+
+
+def test_a_module_for_a_configuration():
+    config = types.ModuleType("config")
+    changes_take_effect(lambda m, y: y * config.gain, lambda k: setattr(config, "gain", k))
+
+
+def test_classes_of_a_notebook():
+    notebook = types.ModuleType("__main__")  # without a file
+    exec("class Scale:\n def __call__(self, m, y): return y * GAIN", notebook.__dict__)
+    changes_take_effect(notebook.__dict__["Scale"](), lambda k: setattr(notebook, "GAIN", k))
+
+
+def test_objects_behind_weak_references():
+    holder = Holder()
+    proxy = weakref.proxy(holder)
+    for held in (weakref.ref(holder), lambda: proxy):
+        changes_take_effect(lambda m, y, h=held: y * h().gain, lambda k: setattr(holder, "gain", k))
+
+
+def test_attributes_of_tensors_and_numbers_with_attributes():
+    class Number(float):
+        pass
+
+    number = Number(2)
+    changes_take_effect(lambda m, y: y * number.gain, lambda k: setattr(number, "gain", k))
+    net, twin, tiled = twins(Calling(lambda m, y: y * getattr(m.conv.weight, "gain", 1.0)))
+    x = image()
+    for k in (1.0, 2.0):
+        net.conv.weight.gain = twin.conv.weight.gain = k
+        assert close([net(x)], [tiled(x)])
+
+
+def test_an_iterator_is_followed():
+    def forward(numbers):
+        return Calling(lambda m, y: y * next(numbers)).double()
+
+    net, other = forward(iter([1.0, 2.0, 3.0])), forward(iter([1.0, 2.0, 3.0]))
+    other.load_state_dict(net.state_dict())
+    tiled, x = fullframe.tile(other, tile=TILE), image()
+    for _ in range(3):
+        assert close([net(x)], [tiled(x)])
+
+
+def test_a_private_generator_is_refused():
+    numbers = random.Random(0)
+    with pytest.raises(fullframe.CaptureError, match="generator of its own"):
+        twins(Calling(lambda m, y: y * numbers.random()))[2](image())
+
+
+def test_hooks_on_all_modules():
+    hooks = []
+
+    def change(k):
+        if k > 1:
+            hook = nn.modules.module.register_module_forward_hook(
+                lambda m, i, o: o * 2 if isinstance(m, nn.Conv2d) else None
+            )
+            hooks.append(hook)
+
+    try:
+        changes_take_effect(lambda m, y: y, change)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@functools.lru_cache
+def blur(size, dtype):
+    return torch.ones(3, 1, size, size, dtype=dtype) / size**2
+
+
+def test_a_function_that_keeps_its_result():
+    blur.cache_clear()
+    net, _, tiled = twins(Calling(lambda m, y: F.conv2d(y, blur(3, y.dtype), groups=3)))
+    x = image()
+    assert close([tiled(x)], [net(x)]) and close([tiled(x)], [net(x)])
+
+
+def test_a_recorded_tensor_left_in_a_global_is_refused_and_removed():
+    def window(y):
+        if 3 not in KEPT:
+            KEPT[3] = torch.ones(3, 1, 3, 3, dtype=y.dtype) / 9
+        return KEPT[3]
+
+    net, _, tiled = twins(Calling(lambda m, y: F.conv2d(y, window(y), groups=3)))
+    with pytest.raises(fullframe.CaptureError, match="stores a tensor under '3'"):
+        tiled(image())
+    assert not KEPT
+    x = image()
+    assert close([net(x)], [tiled(x)])  # its own plain run has filled it
