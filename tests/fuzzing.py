@@ -238,7 +238,7 @@ def planned(case: Case) -> tuple[Tiled, Any, Program]:
     call = Call(step._fullframe["pair"], (argument,) if case.loss is None else (argument, case.target), {})
     program = step._program(call)
     options = step._fullframe["options"]
-    request = _request(program.graph, call, options, program.outputs + program.mutable)
+    request = _request(program.graph, call, options, program.outputs + len(call.tensors))
     try:
         smallest = planner.plan(program.graph, replace(request, budget=1)).projected_bytes
     except fullframe.BudgetError as error:

@@ -201,10 +201,14 @@ def test_memory_shared_with_what_is_changed_is_refused():
     assert torch.equal(twin.all, before)
 
 
-def test_float16_steps_are_refused():
-    step = fullframe.tile(conv(), loss=F.mse_loss, tile=TILE)
-    with torch.autocast("cpu", torch.float16), pytest.raises(fullframe.CaptureError, match="float16"):
-        step(image().float(), image(2, 3, 19, 23).float())
+def test_a_loss_scale_for_float16_gradients_is_refused():
+    net = conv()
+    step = fullframe.tile(net, loss=F.mse_loss, tile=TILE)
+    with torch.autocast("cpu", torch.float16):
+        loss = step(image().float(), image(2, 3, 19, 23).float())
+    with pytest.raises(RuntimeError, match="loss scale"):
+        (loss * 1024).backward()
+    assert net.weight.grad is None
 
 
 # What a forward reads elsewhere ---------------------------------------------------------------------

@@ -212,6 +212,11 @@ class _Function(torch.autograd.Function):
             scale = upstream[0]
             grads = ctx.saved_tensors
             if not bool(scale == 1):
+                if program.narrow:
+                    raise RuntimeError(
+                        "a loss scale must reach float16 gradients before they are made, and those of a tiled step "
+                        "were made with the loss. Use bfloat16 without a scale, or fullframe.tile(net) without loss="
+                    )
                 grads = [None if g is None else g * scale.to(g.dtype) for g in grads]
             return None, None, None, *_reached(program, grads)
         if ctx.late is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,6 +77,11 @@ class Program:
         late = self.plan.steps[self.plan.early :] if self.graph.late else ()
         return frozenset(v for step in late for op in step.section.ops for v in op.inputs)
 
+    @cached_property
+    def narrow(self) -> bool:
+        """Whether anything is computed in float16, whose gradients may need a loss scale."""
+        return any(op.output.dtype == torch.float16 for op in self.graph.ops)
+
     def assemble(self, outputs: Sequence[torch.Tensor]) -> Any:
         """The call's own output from its tensors."""
         found = iter(outputs)
@@ -110,7 +115,7 @@ class _Recorder:
             made = [t.detach().requires_grad_(True) if old.requires_grad else t.clone() for t, old in pairs]
             for t, old in zip(made, call.tensors, strict=True):
                 for key, value in old.__dict__.items():  # attributes that users gave it
-                    t.__dict__.setdefault(key, value)
+                    vars(t).setdefault(key, value)
             self.stand_ins = {id(old): t for t, old in zip(made, call.tensors, strict=True)}
             state = {k: self.stand_ins[id(t)] for k, t in (*call.parameters.items(), *call.buffers.items())}
             arguments = call.rebuild(made[len(made) - len(call.inputs) :])
@@ -275,7 +280,7 @@ def _compile(call: Call, options: Options) -> Program:
         raise CaptureError("the forward stores a tensor in an object that it can reach; return it as an output")
     outputs = len(recorder.differentiable)
     first_grad = outputs + len(call.tensors)
-    _judge(graph, call, outputs, first_grad)
+    _refuse_shared(changes(graph, outputs, first_grad), call)
     if graph.late:
         graph.early = first_grad
     request = _request(graph, call, options, first_grad)
@@ -297,21 +302,15 @@ def _forgetful(caches: Sequence[Any]) -> Iterator[None]:
             cache.cache_clear()
 
 
-def _judge(graph: Graph, call: Call, outputs: int, first_grad: int) -> None:
-    """Refuse what the recording would get wrong."""
-    for k in changes(graph, outputs, first_grad):
+def _refuse_shared(changed: Iterable[int], call: Call) -> None:
+    """Refuse changes in place of memory that two of the call's tensors share."""
+    for k in changed:
         for j, other in enumerate(call.tensors):
             if j != k and _overlap(call.tensors[k], other):
                 raise CaptureError(
                     f"the step changes {call.names[k]} in place, and {call.names[j]} shares its memory; a recorded "
                     "step keeps them apart. Give one of them memory of its own (clone)"
                 )
-    narrow = any(op.output.dtype == torch.float16 for op in graph.ops)
-    if narrow and call.pair.criterion is not None and any(v is not None for v in graph.outputs[first_grad:]):
-        raise CaptureError(
-            "the step computes in float16, whose small gradients a loss scale must lift before they are made; a "
-            "tiled step makes them before it sees the scale. Use bfloat16, or fullframe.tile(net) without loss="
-        )
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
