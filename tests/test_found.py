@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from fuzzing import uncompiled
 from networks import agree, close
 from torch import nn
 
@@ -384,53 +381,6 @@ def test_what_only_an_unused_output_depends_on_has_no_gradient():
         assert p.grad is None or close(p.grad, expected[name], 1e-5)
 
 
-@pytest.mark.parametrize("act", [torch.tanh, F.gelu])
-@pytest.mark.parametrize("budget", [None, 1])
-def test_a_map_equals_its_maximum_wherever_it_is_read(act, budget):
-    # Made again in another pass the map differed in its last bit, nothing equalled the maximum any
-    # more, and the maximum's gradient was lost or divided by nothing.
-    class Gate(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(1, 3, 3, padding=1)
-
-        def forward(self, x):
-            y = act(self.conv(x))
-            return y * y.amax((2, 3), keepdim=True).sigmoid() * y.max()
-
-    net, image = Gate().double(), torch.randn(2, 1, 13, 11).double()
-    if budget is not None:
-        with pytest.raises(fullframe.BudgetError) as refused:
-            fullframe.tile(net, budget=1, tile=4).plan(image)
-        budget = refused.value.smallest
-    agree(net, image, tile=4, budget=budget)
-
-
-def top(y):
-    return y.amax((2, 3), keepdim=True)
-
-
-@pytest.mark.parametrize("chosen", [
-    lambda y: y >= top(y), lambda y: ~(y < top(y)), lambda y: (y - top(y)).eq(0), lambda y: (y - top(y)).exp() >= 1,
-    lambda y: y >= F.max_pool2d(y, 3, 1, 1), lambda y: (F.max_pool2d(y, 3, 1, 1) - y) <= 0,
-    lambda y: F.interpolate(F.max_pool2d(y, 2), scale_factor=2) == y, lambda y: (y / top(y)).floor(),
-])  # fmt: skip
-def test_peaks_are_the_same_pixels_in_every_tile(chosen):
-    # Only equality of a map and its maximum was known; compared in other ways, peaks made again were lost.
-    class Peaks(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(1, 3, 3, padding=1)
-
-        def forward(self, x):
-            y = F.gelu(self.conv(x))
-            return y * chosen(y)
-
-    for seed in range(4):
-        torch.manual_seed(seed)
-        agree(Peaks(), torch.randn(2, 1, 14, 22), tile=5)
-
-
 @pytest.mark.parametrize("loss", [None, F.mse_loss])
 def test_hooks_of_parameters_that_are_not_used_stay_silent(loss):
     # The hook was called with None.
@@ -442,49 +392,6 @@ def test_hooks_of_parameters_that_are_not_used_stay_silent(loss):
     tiled = fullframe.tile(net, loss=loss, tile=7)
     (tiled(image).mean() if loss is None else tiled(image, image)).backward()
     assert net.spare.grad is None and net[0].weight.grad is not None
-
-
-@pytest.mark.parametrize("pool", [lambda x: F.max_pool2d(x, 2), lambda x: F.adaptive_max_pool2d(x, (3, 4))])
-def test_tiles_that_share_a_window_agree_on_its_maximum(pool):
-    # Each decided again, on numbers equal but for their last bit: the gradient went to no pixel, or to two.
-    class Pooled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 3, 1)
-
-        def forward(self, x):
-            y = pool(self.conv(x).log_softmax(1))
-            return y * torch.linspace(0, 1, y[0].numel()).view(y[0].shape)
-
-    # Vectors and their rests make other last bits of a few constants in a hundred.
-    image = torch.randn(300, 3, 1, 1).double().expand(300, 3, 8, 9).contiguous()
-    agree(Pooled().double(), image, tile=(8, 3))
-
-
-def test_a_window_of_minus_infinities_has_its_first_pixel_for_a_maximum():
-    # The padding was as low, and came first: its position was given, before the image's first row.
-    class Masked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(1, 1, 9, 11))
-
-        def forward(self, x):
-            y, where = F.max_pool2d((x * self.weight).masked_fill(x > 9, float("-inf")), 3, 2, 1, return_indices=True)
-            return y.clamp(min=-1), where
-
-    image = torch.rand(1, 1, 9, 11).double()
-    image[..., :3, :4] = 10
-    agree(Masked().double(), image, tile=5)
-
-
-@pytest.mark.parametrize("compiled", [True, False])
-def test_a_norm_makes_exact_zeros_of_a_constant_map(compiled):
-    # Means of tiles were joined as a weighted sum, which rounds: a ReLU after the norm then took zeros for positive.
-    net = nn.Sequential(nn.Conv2d(1, 7, 1), nn.BatchNorm2d(7), nn.ReLU()).double()
-    nn.init.zeros_(net[0].weight)
-    with nullcontext() if compiled else uncompiled():
-        fullframe.tile(net, tile=(5, 3))(torch.randn(3, 1, 13, 11).double()).sum().backward()
-    assert not net[1].bias.grad.any()
 
 
 def test_a_part_of_nothing_in_a_map_that_is_not_cut():
@@ -530,31 +437,6 @@ def test_a_list_of_results_left_in_an_attribute_is_refused_by_name():
 
     with pytest.raises(fullframe.CaptureError, match="'seen' of"):
         fullframe.tile(Leaves())(torch.randn(1, 1, 9, 9))
-
-
-@pytest.mark.parametrize("depth", [3, 4, 5, 23, 24, 25])
-@pytest.mark.parametrize("peak", [lambda h: h.clamp(min=0.5), lambda h: torch.maximum(h, h.roll((1, 1), (2, 3)))])
-def test_a_map_compared_with_what_hands_its_numbers_on(peak, depth):
-    # One was stored because it was deep, the other made again beside it, with other last bits.
-    class Compared(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(2, 3, 3, padding=1)
-
-        def forward(self, x):
-            h = self.conv(x)
-            for k in range(depth):
-                h = h.sin() * 1.3 if k % 2 else h.exp() * 0.7
-            return h * (h == peak(h))
-
-    agree(Compared().double(), torch.randn(2, 2, 19, 11).double(), tile=7)
-
-
-def test_of_several_nan_adaptive_pooling_takes_the_last():
-    x = torch.randn(1, 1, 8, 8).double()
-    x[0, 0, 1, 1] = x[0, 0, 2, 2] = float("nan")
-    net = nn.AdaptiveMaxPool2d(2, return_indices=True)
-    assert torch.equal(net(x)[1], fullframe.tile(net, tile=4)(x)[1])
 
 
 @pytest.mark.parametrize("layer", [
