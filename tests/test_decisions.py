@@ -133,3 +133,26 @@ def test_of_several_nan_adaptive_pooling_takes_the_last():
     x[0, 0, 1, 1] = x[0, 0, 2, 2] = float("nan")
     net = nn.AdaptiveMaxPool2d(2, return_indices=True)
     assert torch.equal(net(x)[1], fullframe.tile(net, tile=4)(x)[1])
+
+
+@pytest.mark.parametrize("copy", [
+    lambda h: F.conv2d(h, F.pad(torch.ones(3, 1, 1, 1).double(), (1, 1, 1, 1)), padding=1, groups=3),
+    lambda h: F.linear(h.movedim(1, -1), torch.eye(3).double()).movedim(-1, 1),
+    lambda h: F.fold(F.unfold(h, 2, stride=2), h.shape[2:], 2, stride=2),
+])  # fmt: skip
+def test_a_map_compared_with_what_copies_it(copy):
+    # A convolution was taken for new numbers; the map beside its stored copy was made again.
+    class Copied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 3, 3, padding=1)
+
+        def forward(self, x):
+            h = F.gelu(self.conv(x)).tanh()
+            return h * (h >= copy(h))
+
+    net, image = Copied().double(), torch.randn(2, 2, 18, 22).double()
+    with pytest.raises(fullframe.BudgetError) as refused:
+        fullframe.tile(net, budget=1, tile=4).plan(image)
+    for budget in (None, refused.value.smallest):
+        agree(net, image, tile=4, budget=budget)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import random
 import types
 import weakref
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from networks import agree, close
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fullframe
 
@@ -339,3 +341,167 @@ def test_a_recorded_tensor_left_in_a_global_is_refused_and_removed():
     assert not KEPT
     x = image()
     assert close([net(x)], [tiled(x)])  # its own plain run has filled it
+
+
+# What a second look found ---------------------------------------------------------------------------
+
+
+class Gained(torch.Tensor):
+    gain = 1.0
+
+
+def test_attributes_of_tensors_of_another_class():
+    class Weight(nn.Parameter):
+        pass
+
+    net, twin, tiled = twins(conv())
+    for m in (net, twin):
+        m.weight = Weight(m.weight.detach())
+        m.forward = types.MethodType(lambda m, x: nn.Conv2d.forward(m, x) * m.weight.gain, m)
+    x = image()
+    for k in (1.0, 2.0):
+        net.weight.gain = twin.weight.gain = k
+        assert close([net(x)], [tiled(x)])
+
+
+def test_numbers_given_to_data():
+    def forward(m, y):
+        m.conv.weight.data = torch.renorm(m.conv.weight.data, 2, 0, 0.2)
+        return m.conv(y[:, :2])
+
+    net, twin, tiled = twins(Calling(forward))
+    x = image()
+    for _ in range(2):
+        assert close([net(x), net.conv.weight], [tiled(x), twin.conv.weight])
+
+
+def test_a_buffer_that_changes_its_dtype_is_refused():
+    def forward(m, y):
+        m.count = m.count + 0.5
+        return y * m.count
+
+    _, _, tiled = twins(Calling(forward, count=torch.zeros((), dtype=torch.int64)))
+    with pytest.raises(fullframe.CaptureError, match="count changes from"):
+        tiled(image())
+
+
+def test_private_slots():
+    class Slotted:
+        __slots__ = ("__gain",)
+
+        def set(self, k):
+            self.__gain = k
+
+        def get(self):
+            return self.__gain
+
+    holder = Slotted()
+    changes_take_effect(lambda m, y: y * holder.get(), holder.set)
+
+
+def test_parameters_that_share_one_memory_are_guarded_each():
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.Sigmoid(), nn.Conv2d(3, 1, 1, bias=False)).double()
+    flat = torch.randn(57).double()
+    net[0].weight.data, net[2].weight.data = flat[:54].view(3, 2, 3, 3), flat[54:].view(1, 3, 1, 1)
+    value = fullframe.tile(net, tile=TILE)(image().requires_grad_()).sum()
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"0\.weight was changed in place"):
+        value.backward()
+
+
+def test_an_alias_of_a_buffer_that_nobody_reads():
+    net = nn.Sequential(conv(), nn.BatchNorm2d(3))
+    net.best = net.state_dict()
+    net.laplace = torch.eye(3).to_sparse()
+    agree(net, image(), tile=TILE)
+
+
+def test_inference_tensors_changed_in_place():
+    net, _, tiled = twins(nn.Sequential(nn.ReLU(inplace=True), conv()))
+    with torch.inference_mode():
+        a = image()
+        b = a.clone()
+        assert close([net(a)], [tiled(b)]) and torch.equal(a, b)
+
+
+def recordings(tiled, calls):
+    seen = set()
+    for call in calls:
+        call()
+        seen |= {id(p) for p in tiled._fullframe["programs"].values()}
+    return len(seen)
+
+
+def test_what_a_bar_or_a_counter_in_a_loop_does_not_change_is_recorded_once():
+    bar = pytest.importorskip("tqdm").tqdm(range(3), disable=True)
+
+    def loss(output, target):
+        value = F.mse_loss(output, target)
+        return value, {"GAIN": value * 1}
+
+    net = conv().double()
+    net.bar = bar
+    tiled = fullframe.tile(net, loss=loss, tile=TILE)
+    x, y = image(), image(2, 3, 19, 23)
+    assert recordings(tiled, [lambda k=k: (set_gain(k), tiled(x, y)) for k in (1.0, 2.0, 3.0)]) == 1
+    set_gain(1.0)
+
+
+def test_plans_are_forgotten():
+    tiled = fullframe.tile(conv().double(), tile=TILE)
+    plan = weakref.ref(tiled.plan(image()))
+    tiled(image())
+    del tiled
+    gc.collect()
+    assert plan() is None
+
+
+def test_outputs_are_forgotten_without_a_collection():
+    tiled = fullframe.tile(nn.Sequential(conv(), nn.Sigmoid()).double(), tile=TILE)
+    gc.collect()
+    gc.disable()
+    try:
+        output = weakref.ref(tiled(image()))
+        assert output() is None
+    finally:
+        gc.enable()
+
+
+class Counting(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, count):
+        ctx.count = count
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.count.add_(g.abs().sum())
+        return g, None
+
+
+def test_a_buffer_changed_by_the_backward():
+    net = Calling(lambda m, y: Counting.apply(y, m.count), count=torch.zeros(1))
+    agree(net, image(), image(2, 3, 19, 23), F.mse_loss, tile=TILE)
+    with pytest.raises(fullframe.CaptureError, match="the backward changes count"):
+        twins(net)[2](image())
+
+
+def test_a_checkpoint_around_a_batch_norm():
+    net = nn.Sequential(conv(), nn.BatchNorm2d(3), nn.ReLU(), conv(3, 2))
+    net.forward = types.MethodType(lambda m, x: checkpoint(nn.Sequential.forward, m, x, use_reentrant=False), net)
+    twin = copy.deepcopy(net.double())
+    twin.forward = types.MethodType(net.forward.__func__, twin)
+    tiled = fullframe.tile(twin, loss=F.mse_loss, tile=TILE)
+    x, y = image(), image()
+    F.mse_loss(net(x), y).backward()
+    tiled(x, y).backward()
+    assert close(grads(net), grads(twin)) and close(list(net.buffers()), list(twin.buffers()))
+
+
+def test_inputs_of_another_class_of_tensors():
+    net, twin, tiled = twins(nn.Sequential(conv(), nn.BatchNorm2d(3), conv(3, 1)))
+    x = image()
+    net(x).square().mean().backward()
+    tiled(x.as_subclass(Gained)).square().mean().backward()
+    assert close(grads(net), grads(twin))

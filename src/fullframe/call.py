@@ -23,10 +23,12 @@ class Pair(nn.Module):
         self.module = module
         self.criterion = criterion
 
-    def forward(self, args: Any, kwargs: Any) -> Any:
-        if self.criterion is None:
-            return self.module(*args, **kwargs)
-        return self.criterion(self.module(args[0]), args[1])
+    def forward(self, args: Any, kwargs: Any, then: Callable[[Any], Any] | None = None) -> Any:
+        """The call's result, or what ``then`` makes of it while the parameters are still replaced."""
+        made = (
+            self.module(*args, **kwargs) if self.criterion is None else self.criterion(self.module(args[0]), args[1])
+        )
+        return made if then is None else then(made)
 
 
 def _everywhere() -> list[Any]:

@@ -33,7 +33,7 @@ class Runtime:
 
     def __init__(self, plan: Plan, device: torch.device):
         self.kernels: Kernels = build(plan, device)
-        self.tasks = Tasks(plan)
+        self.tasks = Tasks(plan.steps)
         # A caller's own memory: what is handed out, and what is not cut into tiles.
         outputs = {v for v in plan.graph.outputs if v is not None}
         self.maps = {v for s in plan.steps for v in s.section.outputs if tiled(v, plan.labels)}
@@ -89,7 +89,7 @@ class Run:
         self.position = 0
 
     def feed(self, values: Sequence[Value], tensors: Sequence[torch.Tensor]) -> None:
-        self.values.update(zip(values, (t.detach() for t in tensors), strict=True))
+        self.values.update(zip(values, (_plain(t) for t in tensors), strict=True))
 
     def result(self, value: Value | None) -> torch.Tensor | None:
         """An output, in memory of its own."""
@@ -122,17 +122,20 @@ class Run:
             if value in self.runtime.maps or 0 in value.shape:  # no job makes what is empty
                 self.values[value] = self._allocate(value)
         sums = {op: Summation(op, self.device) for op in step.section.sums}
-        task, count = self.runtime.tasks.task, len(step.grid)
+        count = len(step.grid)
         if step.parallel and self.plan.workers > 1 and self.device.type == "cpu":
             in_order = InOrder(lambda partials: _add(sums, partials))
-            _share(self.plan.workers, count, lambda k: in_order.put(k, self._tile(task(number, k))))
+            _share(self.plan.workers, count, lambda k: in_order.put(k, self._tile(self._task(number, k))))
         else:
             for k in range(count):
-                _add(sums, self._tile(task(number, k)))
+                _add(sums, self._tile(self._task(number, k)))
         for op, total in sums.items():
             self.values[op.output] = self._keep(op.output, total.finish())
         for value in step.frees:
             del self.values[value]
+
+    def _task(self, number: int, k: int) -> Task:
+        return self.runtime.tasks.task(self.plan, number, k)
 
     def _allocate(self, value: Value) -> torch.Tensor:
         slot = self.runtime.slots.get(value)
@@ -210,6 +213,12 @@ class Run:
         for place, partial in zip(job.sums, sums, strict=True):
             if place.counted:
                 partials.append((place, partial.view(place.shape)))
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers of a tensor of any kind."""
+    tensor = tensor.detach()
+    return tensor if type(tensor) is torch.Tensor else tensor.as_subclass(torch.Tensor)
 
 
 Partials = list[tuple[Sum, torch.Tensor]]

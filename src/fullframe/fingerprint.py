@@ -51,7 +51,8 @@ OFTEN_EMPTY = frozenset(
 INSTALLED = tuple({sysconfig.get_paths()[k] for k in ("purelib", "platlib", "stdlib", "platstdlib")})
 INSTALLED += (str(Path(__file__).parent),)
 OPAQUE = frozenset(("logging", "threading", "_thread", "io", "_io"))
-SHARED = ("multiprocessing", "ctypes", "_ctypes", "mmap")  # packages whose objects others may change
+SHARED = ("multiprocessing.sharedctypes", "multiprocessing.managers", "ctypes", "_ctypes", "mmap")  # others change it
+BY_STRING = frozenset(("getattr", "hasattr", "globals", "vars", "eval", "exec", "attrgetter", "__dict__"))
 SILENT = frozenset(("__init_subclass__", "__repr__", "__str__", "__reduce__", "__reduce_ex__", "__getstate__",
                     "__setstate__", "__del__", "__class_getitem__", "__subclasshook__"))  # fmt: skip
 
@@ -121,8 +122,8 @@ def _tensor(survey: Survey, tensor: torch.Tensor, depth: int) -> None:
         tensor.requires_grad,
     )  # fmt: skip
     survey.tensors.append(tensor)
-    if tensor.__dict__ and type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer):
-        _mapping(survey, tensor.__dict__, depth)
+    if vars(tensor) and not type(tensor).__module__.startswith("torch._"):
+        _mapping(survey, vars(tensor), depth)
 
 
 def _module(survey: Survey, module: nn.Module, depth: int) -> None:
@@ -140,23 +141,38 @@ def _module(survey: Survey, module: nn.Module, depth: int) -> None:
 
 
 def _object(survey: Survey, thing: Any, depth: int) -> None:
-    fields = getattr(thing, "__dict__", None)
-    slots = [s for c in type(thing).__mro__ for s in _slots(c) if hasattr(thing, s)]
-    if (fields is None and not slots) or type(thing).__module__.partition(".")[0] in OPAQUE:
+    fields = _fields(thing)
+    if fields is None or type(thing).__module__.partition(".")[0] in OPAQUE:
         survey.parts.append(Same(thing))
         return
     survey.holders.append(thing)
-    for name, value in [*(fields or {}).items(), *((s, getattr(thing, s)) for s in slots)]:
+    for name, value in fields.items():
         survey.parts.append(name)
         survey.visit(value, depth + 1)
     survey.parts.append("end")
     _class(survey, type(thing), depth)
 
 
+def _fields(thing: Any) -> dict[str, Any] | None:
+    """What an object holds in its dictionary and its slots; None where it has neither."""
+    found: dict[str, Any] = {}
+    plain = True
+    for name in ("__dict__", *(s for c in type(thing).__mro__ for s in _slots(c))):
+        try:
+            value = object.__getattribute__(thing, name)
+        except AttributeError:
+            continue
+        plain = False
+        found |= value if name == "__dict__" else {name: value}
+    return None if plain else found
+
+
 def _slots(cls: type) -> tuple[str, ...]:
     slots = vars(cls).get("__slots__", ())
     slots = (slots,) if isinstance(slots, str) else tuple(slots)
-    return tuple(s for s in slots if s not in ("__dict__", "__weakref__"))
+    private = f"_{cls.__name__.lstrip('_')}"
+    named = (private + s if s.startswith("__") and not s.endswith("__") else s for s in slots)
+    return tuple(s for s in named if s not in ("__dict__", "__weakref__"))
 
 
 def _mapping(survey: Survey, mapping: Any, depth: int) -> None:
@@ -186,8 +202,9 @@ def _set(survey: Survey, things: Any, depth: int) -> None:
 def _derived(survey: Survey, thing: Any, depth: int) -> None:
     """What a kind of container or number has beyond the built-in one."""
     kind = type(thing)
-    if getattr(thing, "__dict__", None):
-        survey.visit(thing.__dict__, depth)
+    for name, value in (_fields(thing) or {}).items():
+        survey.parts.append(name)
+        survey.visit(value, depth + 1)
     if kind.__module__ not in ("builtins", "collections"):
         _class(survey, kind, depth)
 
@@ -200,6 +217,7 @@ def _number(survey: Survey, number: Any, depth: int) -> None:
 
 def _bytes(survey: Survey, thing: Any, depth: int) -> None:
     survey.parts.append(bytes(thing))
+    _derived(survey, thing, depth)
 
 
 def _volatile(survey: Survey, thing: Any, depth: int) -> None:
@@ -210,6 +228,8 @@ def _volatile(survey: Survey, thing: Any, depth: int) -> None:
 def _generator(survey: Survey, thing: Any, depth: int) -> None:
     survey.parts.append(Same(thing))
     survey.generators.append(thing)
+    if type(thing).__module__ != "random":
+        _derived(survey, thing, depth)
 
 
 def _cached(survey: Survey, function: Any, depth: int) -> None:
@@ -253,12 +273,20 @@ def _method(survey: Survey, method: types.MethodType, depth: int) -> None:
 
 
 def _partial(survey: Survey, call: functools.partial[Any], depth: int) -> None:
-    for part in (call.func, call.args, call.keywords):
+    for part in (call.func, call.args, call.keywords, vars(call)):
         survey.visit(part, depth + 1)
 
 
 def _array(survey: Survey, array: Any, depth: int) -> None:
     survey.parts += (array.shape, str(array.dtype), array.tobytes() if array.dtype != object else Same(array))
+
+
+def _member(survey: Survey, member: Enum, depth: int) -> None:
+    survey.parts.append(member)
+    for name, value in vars(member).items():
+        if not name.startswith("_"):
+            survey.parts.append(name)
+            survey.visit(value, depth + 1)
 
 
 def _atom(survey: Survey, thing: Any, depth: int) -> None:
@@ -374,7 +402,7 @@ def global_names(code: types.CodeType) -> tuple[str, ...]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             names.update(dict.fromkeys(global_names(constant)))
-        elif isinstance(constant, str) and constant.isidentifier():
+        elif isinstance(constant, str) and constant.isidentifier() and not BY_STRING.isdisjoint(code.co_names):
             names[constant] = None
     return tuple(names)
 
@@ -403,7 +431,7 @@ def _look_for(kind: type) -> Look:
     families: list[tuple[Any, Look]] = [
         (torch.Tensor, _tensor),
         (nn.Module, _module),
-        (Enum, _atom),
+        (Enum, _member),
         (PurePath, _atom),
         ((int, float, complex, str, bytes), _number),
         ((bytearray, array.array), _bytes),

@@ -93,6 +93,7 @@ class Rule(Protocol):
     ``selects``     True where the output's elements are elements of its input (a maximum), to the last bit.
     ``passes``      True where elements of the output may be elements of an input, to the last bit.
     ``decides``     True where the last bit of an input can change the output by much: comparisons, bends, steps.
+    ``compares``    True where it compares the elements of two inputs.
 
     A reduction has ``driver``: the input whose own regions, a disjoint cover, are summed. Its
     ``grow`` and ``footprint`` take a region of the driver, ``run`` returns a partial result, and
@@ -120,6 +121,8 @@ class Rule(Protocol):
     def decides(self, op: Op) -> bool: ...
 
     def passes(self, op: Op) -> bool: ...
+
+    def compares(self, op: Op) -> bool: ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -138,8 +138,8 @@ def _forward(arenas: Arenas, program: Program, call: Call) -> tuple[Tensors, Run
     run.advance(plan.early if graph.late else len(plan.steps))
     outputs = _handed_out(program, run)
     guard = _guard(program, call, run, outputs) if graph.late else []
-    with torch.no_grad():
-        for k, value in program.changed.items():
+    for k, value in program.changed.items():
+        with torch.inference_mode(tensors[k].is_inference()), torch.no_grad():
             tensors[k].copy_(run.values[value])
     if not graph.late:
         arenas.give(arena)
@@ -150,6 +150,9 @@ def _handed_out(program: Program, run: Run) -> Tensors:
     """The outputs; one that is there twice, as ``loss`` and ``loss.detach()`` are, in memory of its own each time."""
     values = program.graph.outputs[: program.outputs]
     found = [(v, run.result(v)) for v in values]
+    for v, t in found:
+        if v is not None and t is not None and run.values[v] is t:
+            run.values[v] = t.detach()  # what autograd will hang on the output must not lead back to the run
     return [t.clone() if v in values[:k] else t for k, (v, t) in enumerate(found) if t is not None]
 
 
@@ -159,20 +162,27 @@ def _guard(program: Program, call: Call, run: Run, outputs: Tensors) -> Guard:
     What the call itself changes, and anything small that is no parameter, is copied instead. Values that look into
     the memory of an input (a buffer seen as a row) count as it does.
     """
-    given = {_memory(t): k for k, t in enumerate(call.tensors)}
+    given: dict[int, list[int]] = {}
+    for k, t in enumerate(call.tensors):
+        given.setdefault(_memory(t), []).append(k)
     made = {_memory(t): k for k, t in enumerate(outputs)}
     guard: Guard = []
+
+    def watch(name: str, tensor: torch.Tensor) -> None:
+        if not tensor.is_inference():
+            guard.append((name, tensor.detach(), tensor._version))  # an alias with the same version: no cycle
+
     for value in program.read_late & run.values.keys():
         tensor = run.values[value]
         place = _memory(tensor)
-        if place in given:
-            k = given[place]
-            if k in program.changed or (k >= len(call.parameters) and tensor.nbytes <= SMALL):
-                run.values[value] = tensor.clone()
-            elif not call.tensors[k].is_inference():
-                guard.append((call.names[k], call.tensors[k], call.tensors[k]._version))
+        owners = given.get(place, [])
+        small = tensor.nbytes <= SMALL and all(k >= len(call.parameters) for k in owners)
+        if owners and (small or any(k in program.changed for k in owners)):
+            run.values[value] = tensor.clone()
         elif place in made:
-            guard.append((f"output {made[place]}", outputs[made[place]], outputs[made[place]]._version))
+            watch(f"output {made[place]}", outputs[made[place]])
+        for k in owners if run.values[value] is tensor else ():
+            watch(call.names[k], call.tensors[k])
     return guard
 
 

@@ -21,7 +21,7 @@ from fullframe.budget import free_bytes
 from fullframe.call import Call, Tensors
 from fullframe.cumulative import recordable
 from fullframe.fingerprint import Survey, state_of
-from fullframe.graph import CaptureError, Graph, Value
+from fullframe.graph import CaptureError, Graph, Value, followers
 from fullframe.lowering import fusable
 from fullframe.plan import Plan
 from fullframe.planner import Request, plan
@@ -119,19 +119,24 @@ class _Recorder:
             self.stand_ins = {id(old): t for t, old in zip(made, call.tensors, strict=True)}
             state = {k: self.stand_ins[id(t)] for k, t in (*call.parameters.items(), *call.buffers.items())}
             arguments = call.rebuild(made[len(made) - len(call.inputs) :])
-            with self.watch.replacing(self.stand_ins):
-                returned = torch.func.functional_call(call.pair, state, arguments, tie_weights=True, strict=True)
+
+            def rest(returned: Any) -> Any:
                 outputs = self._take(returned)
                 self.wanted = tuple(self._wanted()) if call.grad else ()
-                grads, seeds = self._gradients(outputs, [made[k] for k in self.wanted])
+                return outputs, *self._gradients(outputs, [made[k] for k in self.wanted])
+
+            with self.watch.replacing(self.stand_ins):  # in the backward too, which may run modules again
+                outputs, grads, seeds = torch.func.functional_call(
+                    call.pair, state, (*arguments, rest), tie_weights=True, strict=True
+                )
         kept = list(made)
         first = len(call.parameters)
         kept[first : first + len(call.buffers)] = [state[k] for k in call.buffers]  # they may be assigned anew
         for name, new, old in zip(call.names, kept, call.tensors, strict=True):
-            if new.shape != old.shape:
+            if new.shape != old.shape or new.dtype != old.dtype:
                 raise CaptureError(
-                    f"{name} changes its shape from {tuple(old.shape)} to {tuple(new.shape)} in the "
-                    "step; register it with its final shape"
+                    f"{name} changes from {tuple(old.shape)} {old.dtype} to {tuple(new.shape)} {new.dtype} in the "
+                    "step; register it with its final shape and dtype"
                 )
         return [*(t.detach() for t in outputs), *(t.detach() for t in kept), *grads], seeds
 
@@ -224,14 +229,17 @@ def _left(value: Any, old: Any) -> list[torch.Tensor]:
 
 
 def _fields(holder: Any) -> dict[str, Any]:
-    return getattr(holder, "__dict__", None) or {}
+    try:
+        return object.__getattribute__(holder, "__dict__")
+    except AttributeError:
+        return {}
 
 
 def _derived_weights(survey: Survey) -> set[tuple[int, str]]:
     """Weights that the hooks of the older weight and spectral norm make anew before every forward."""
     found = set()
     for holder in survey.holders:
-        for hook in getattr(holder, "_forward_pre_hooks", {}).values():
+        for hook in (_fields(holder).get("_forward_pre_hooks") or {}).values():
             if isinstance(hook, (WeightNorm, SpectralNorm)):
                 found.add((id(holder.__dict__), hook.name))
     return found
@@ -280,7 +288,15 @@ def _compile(call: Call, options: Options) -> Program:
         raise CaptureError("the forward stores a tensor in an object that it can reach; return it as an output")
     outputs = len(recorder.differentiable)
     first_grad = outputs + len(call.tensors)
-    _refuse_shared(changes(graph, outputs, first_grad), call)
+    changed = changes(graph, outputs, first_grad)
+    _refuse_shared(changed, call, watch.used)
+    late = followers(graph.ops, graph.late)
+    for k, value in changed.items():
+        if value in late:
+            raise CaptureError(
+                f"the backward changes {call.names[k]}, which a tiled module hands on before it; use "
+                "fullframe.tile(net, loss=criterion), or change it outside"
+            )
     if graph.late:
         graph.early = first_grad
     request = _request(graph, call, options, first_grad)
@@ -302,11 +318,12 @@ def _forgetful(caches: Sequence[Any]) -> Iterator[None]:
             cache.cache_clear()
 
 
-def _refuse_shared(changed: Iterable[int], call: Call) -> None:
-    """Refuse changes in place of memory that two of the call's tensors share."""
+def _refuse_shared(changed: Iterable[int], call: Call, used: set[int]) -> None:
+    """Refuse changes in place of memory that two of the call's tensors share, if both are used."""
+    unused = {id(t) for t in call.others} - used
     for k in changed:
         for j, other in enumerate(call.tensors):
-            if j != k and _overlap(call.tensors[k], other):
+            if j != k and id(other) not in unused and _overlap(call.tensors[k], other):
                 raise CaptureError(
                     f"the step changes {call.names[k]} in place, and {call.names[j]} shares its memory; a recorded "
                     "step keeps them apart. Give one of them memory of its own (clone)"
@@ -315,7 +332,7 @@ def _refuse_shared(changed: Iterable[int], call: Call) -> None:
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors may have an element in common: the ranges they span in one memory."""
-    if torch.strided not in (a.layout, b.layout) or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+    if {a.layout, b.layout} != {torch.strided} or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
         return False
     spans = []
     for t in (a, b):

@@ -182,24 +182,26 @@ def choose_cuts(graph: Graph, labels: Labels) -> Cuts:
 def _settle(cuts: Cuts, op: Op) -> None:
     """Where a decision reads a stored value, and beside it what that has numbers of as they are, store this too.
 
-    ``h == h.clamp(min=0)`` with the clamped map stored and ``h`` made again would compare two makings of ``h``.
+    ``h == h.clamp(min=0)`` with the clamped map stored and ``h`` made again would compare two makings of ``h``. A
+    comparison of two maps is taken at its word whatever lies between: a convolution may be a shift.
     """
+    anyhow = op.rule.compares(op)
     while True:
         ops, loads = cuts.slice_of(op.output, cuts.stored)
         beside = {o.output for o in ops} | loads
-        found = {v for s in loads for v in _handed_on(s, beside, cuts.maker) if tiled(v, cuts.labels)}
+        found = {v for s in loads for v in _handed_on(s, beside, cuts.maker, anyhow) if tiled(v, cuts.labels)}
         if found <= cuts.exact:
             return
         cuts.exact |= found
         cuts.stored |= found
 
 
-def _handed_on(value: Value, beside: set[Value], maker: dict[Value, Op]) -> Iterator[Value]:
-    """The nearest values among ``beside`` whose numbers a value may have as they are."""
+def _handed_on(value: Value, beside: set[Value], maker: dict[Value, Op], anyhow: bool) -> Iterator[Value]:
+    """The nearest values among ``beside`` whose numbers a value may have as they are, or any it is made from."""
     stack, seen = [value], {value}
     while stack:
         op = maker.get(stack.pop())
-        if op is None or not op.rule.passes(op):
+        if op is None or not (anyhow or op.rule.passes(op)):
             continue
         for read in op.inputs:
             if read in beside and read in maker:

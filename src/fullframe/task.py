@@ -6,7 +6,7 @@ the arithmetic of footprints is not repeated at every step. Of very many tiles o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -79,25 +79,27 @@ Task = tuple[Job, ...]
 
 
 class Tasks:
-    """The tasks of a plan, made when they are first asked for. Threads may ask at the same time."""
+    """The tasks of a plan, made when they are first asked for. Threads may ask at the same time.
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
+    They do not hold the plan, which is the key under which they are found.
+    """
+
+    def __init__(self, steps: Sequence[Step]):
         room = KEPT
         self.kept: list[list[Task | None] | None] = []
-        for step in plan.steps:
+        for step in steps:
             fits = len(step.grid) <= room
             room -= len(step.grid) if fits else 0
             empty: list[Task | None] = [None] * len(step.grid)
             self.kept.append(empty if fits else None)
 
-    def task(self, number: int, k: int) -> Task:
+    def task(self, plan: Plan, number: int, k: int) -> Task:
         """Of tile ``k`` of step ``number``."""
         kept = self.kept[number]
         found = kept[k] if kept is not None else None
         if found is None:
-            step = self.plan.steps[number]
-            found = task_of(self.plan, step, tile_at(step, k))
+            step = plan.steps[number]
+            found = task_of(plan, step, tile_at(step, k))
             if kept is not None:
                 kept[k] = found
         return found

@@ -25,6 +25,9 @@ WRITERS = frozenset(("__setitem__", "__iadd__", "__isub__", "__imul__", "__itrue
                      "__ior__", "__ixor__", "__ifloordiv__", "__imod__"))  # fmt: skip
 
 
+SET_DATA: Any = torch.Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class Watch(TorchFunctionMode):
     """``replacing`` swaps tensors for their stand-ins; ``paths`` follows the modules at work."""
 
@@ -43,6 +46,8 @@ class Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         self.met = self.strangers = False
         args, kwargs = self._swap(args, name), self._swap(kwargs or {}, name)
+        if name == "__set__" and func == SET_DATA:
+            return self._assign(*args)
         if self.met or func in MAKERS:
             return self.known.call(func, args, kwargs, self.strangers)
         made = func(*args, **kwargs)
@@ -51,6 +56,13 @@ class Watch(TorchFunctionMode):
                 if isinstance(tensor, torch.Tensor) and tensor.requires_grad and name != "grad_fn":
                     self._own(tensor.grad_fn)
         return made
+
+    def _assign(self, tensor: torch.Tensor, new: torch.Tensor) -> None:
+        """``tensor.data = new`` as a change in place, which is followed."""
+        if new.shape != tensor.shape or new.dtype != tensor.dtype:
+            where = self.current or "the step"
+            raise CaptureError(f"in {where}, a tensor's .data is given another shape or dtype; make a new tensor")
+        tensor.data.copy_(new)
 
     def _swap(self, thing: Any, name: str) -> Any:
         if isinstance(thing, torch.Tensor):

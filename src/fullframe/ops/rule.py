@@ -43,6 +43,9 @@ class BaseRule:
     def decides(self, op: Op) -> bool:
         return False
 
+    def compares(self, op: Op) -> bool:
+        return False
+
     def passes(self, op: Op) -> bool:
         return self.kind == "layout" or self.selects(op)
 
