@@ -47,3 +47,29 @@ def test_a_bfloat16_convolution_rounds_once(native, monkeypatch):
     assert made.dtype == torch.bfloat16
     # One rounding to 8 binary places, and what float32 sums of 145 terms may lose.
     assert bool(((made.double() - truth).abs() <= 2**-8 * truth.abs() + 1e-5).all())
+
+
+@pytest.mark.parametrize("shape", [(1, 192, 40, 48, 64), (1, 96, 20, 32, 96), (1, 64, 20, 128, 64), (2, 24, 9, 7, 8)])
+def test_a_wide_convolution_rounds_as_little_as_in_the_layout_of_torch(shape):
+    torch.manual_seed(0)
+    n, cin, rows, columns, cout = shape
+    x, weight, bias = torch.randn(n, cin, rows, columns), torch.randn(cout, cin, 3, 3), torch.randn(cout)
+    geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    truth = torch.convolution(x.double(), weight.double(), bias.double(), *geometry)
+    made = window.convolve(x.contiguous(memory_format=torch.channels_last), weight, bias, *geometry)
+    assert rms(made.double(), truth) <= 1.5 * rms(torch.convolution(x, weight, bias, *geometry).double(), truth)
+
+
+def test_means_of_windows_round_without_a_bias():
+    # Each axis was weighted by a rounded 1 / 7: differences of means, as in a structural similarity, showed it.
+    torch.manual_seed(0)
+    x = torch.rand(1, 3, 46, 58)
+
+    def variance(y: torch.Tensor, pool=lambda t: nn.functional.avg_pool2d(t, 7, 1)) -> torch.Tensor:
+        return pool(y * y) - pool(y).square()
+
+    pool = fullframe.tile(nn.AvgPool2d(7, 1), tile=20)
+    truth = variance(x.double())
+    with torch.no_grad():
+        bias = [float((v.double() - truth).mean().abs()) for v in (variance(x, pool), variance(x))]
+    assert bias[0] <= 3 * bias[1] + 1e-9

@@ -94,13 +94,19 @@ class Resample(BaseRule):
         """The window axis by axis, the one that shrinks most first."""
         lead, specs = self.lead(op), op.args[1]
         wide = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
-        y = x.to(wide)
+        y = self.before(x.to(wide), specs, region[lead:])
         axes = [a for a in range(lead, len(region)) if not unchanged(specs[a - lead])]
         growth = {a: (region[a][1] - region[a][0]) / x.shape[a] for a in axes}
         for axis in sorted(axes, key=growth.__getitem__):
             table = self.table(specs[axis - lead], region[axis], wide, x.device)
             y = taps.apply(y, axis, table, region[axis][1] - region[axis][0])
-        return y.to(x.dtype)
+        return self.after(y, specs, region[lead:]).to(x.dtype)
+
+    def before(self, x: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor:
+        return x
+
+    def after(self, y: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor:
+        return taps.divided(y, specs, region)
 
     def cost(self, op: Op, elements: int) -> int:
         return 8 * elements
@@ -114,6 +120,13 @@ class ResampleGrad(Resample):
 
     def interval(self, spec: Spec, low: int, high: int) -> Interval:
         return users(spec, low, high)
+
+    def before(self, x: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor:
+        read = [self.interval(s, *r) for s, r in zip(specs, region, strict=True)]
+        return taps.divided(x, specs, read)
+
+    def after(self, y: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor:
+        return y
 
     def table(self, spec: Spec, region: Interval, dtype: torch.dtype, device: torch.device) -> taps.Table:
         return taps.backward_table(spec, *region, dtype, device)

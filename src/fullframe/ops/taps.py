@@ -8,6 +8,7 @@ are cached as tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import floor
 from struct import pack, unpack
@@ -58,7 +59,7 @@ def step(spec: Spec) -> float:
 def taps_at(spec: Spec, position: int) -> Taps:
     """(input index, weight) pairs of one output position, indices ascending but for reflection."""
     n, last = spec.source, spec.source - 1
-    if spec.mode in ("average", "adaptive"):
+    if spec.mode in MEANS:
         return _mean_taps(spec, position)
     if spec.mode in ("reflect", "replicate"):
         at = position - spec.padding
@@ -84,17 +85,45 @@ def taps_at(spec: Spec, position: int) -> Taps:
     return [(min(max(low - 1 + k, 0), n - 1), w) for k, w in enumerate(weights)]
 
 
+MEANS = ("average", "adaptive")
+
+
 def _mean_taps(spec: Spec, position: int) -> Taps:
-    """Equal weights over a pooling window; ATen's divisor is a product of one count per axis."""
+    """A pooling window: its sum, to be divided once by all axes' counts, as ATen does.
+
+    Weights of 1 / count would round alike everywhere, which differences of means (a variance) would show.
+    """
+    return [(i, 1.0) for i in _mean_window(spec, position)[0]]
+
+
+def _mean_window(spec: Spec, position: int) -> tuple[range, int]:
+    """What a mean adds up along one axis, and its part of the divisor."""
     n = spec.source
     if spec.mode == "adaptive":
         start, stop = position * n // spec.target, -(-(position + 1) * n // spec.target)
-        return [(i, 1.0 / (stop - start)) for i in range(start, stop)]
+        return range(start, stop), stop - start
     start = position * spec.stride - spec.padding
     stop = min(start + spec.kernel, n + spec.padding)
     inside = range(max(start, 0), min(stop, n))
-    count = spec.divisor or (stop - start if spec.counted else len(inside))
-    return [(i, 1.0 / count) for i in inside]
+    return inside, max(1, spec.divisor or (stop - start if spec.counted else len(inside)))
+
+
+@lru_cache(maxsize=1024)
+def counts(spec: Spec, low: int, high: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+    """What the sums of outputs ``[low, high)`` are divided by; None where it is one."""
+    found = [_mean_window(spec, p)[1] for p in range(low, high)] if spec.mode in MEANS else []
+    return torch.tensor(found, dtype=dtype, device=device) if any(n != 1 for n in found) else None
+
+
+def divided(x: torch.Tensor, specs: Sequence[Spec], intervals: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Sums as means: of the outputs ``intervals`` along the last axes."""
+    total: torch.Tensor | None = None
+    for k, (spec, interval) in enumerate(zip(specs, intervals, strict=True)):
+        found = counts(spec, *interval, x.dtype, x.device)
+        if found is not None:
+            found = found.view(-1, *[1] * (len(specs) - k - 1))
+            total = found if total is None else total * found
+    return x if total is None else x / total
 
 
 def _antialiased_taps(spec: Spec, position: int, rate: float) -> Taps:
