@@ -28,6 +28,7 @@ WINDOW = 3 << 20  # bytes of the largest window of a tile: fits the caches of on
 LEAST = 1 << 19  # maps smaller than this are not worth cutting
 FIXED = 100 << 20  # what torch's libraries, the recording machinery and the threads take
 PER_OP = 20 << 10  # and the objects of a recorded and planned op
+PER_FORM = 2 << 20  # and the machine code and scratch that a library keeps for each form of convolution
 ROWS = 8  # nor are strips of fewer rows, mostly halo
 
 
@@ -72,10 +73,11 @@ def _sizes(graph: Graph, cuts: Cuts) -> dict[Value, int]:
 def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
     """Drop and make again until the whole plan fits; report the smallest plan seen if it never does."""
     smallest: Plan | None = None
+    fixed = _fixed(graph)
     helped = True
     steps: dict[Section, Step] = {}
     while True:
-        made = _finish(graph, draft, request, steps)
+        made = _finish(graph, draft, request, steps, fixed)
         if made.projected_bytes <= request.budget:
             return made
         if smallest is None or made.projected_bytes < smallest.projected_bytes:
@@ -83,6 +85,13 @@ def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
         if not helped:
             raise _refusal(smallest, request.budget)
         helped = drop_until(draft, draft.peak() - (made.projected_bytes - request.budget))
+
+
+def _fixed(graph: Graph) -> int:
+    """Bytes that no tile or map takes: an estimate."""
+    heavy = [op for op in graph.ops if op.rule.heavy]
+    forms = {(op.target, str(op.args), tuple(v.shape for v in op.inputs)) for op in heavy}
+    return FIXED + PER_OP * len(graph.ops) + PER_FORM * len(forms)
 
 
 def _refusal(plan: Plan, budget: int) -> Exception:
@@ -104,7 +113,7 @@ def _refusal(plan: Plan, budget: int) -> Exception:
 # Tiles, scratch and places -------------------------------------------------------------------------
 
 
-def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, Step]) -> Plan:
+def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, Step], fixed: int) -> Plan:
     """The plan of a draft; ``known`` keeps the steps of sections that an earlier draft had too."""
     labels, sizes = draft.cuts.labels, draft.sizes
     lives = draft.lifetimes()
@@ -128,7 +137,7 @@ def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, S
     whole = tuple(f"{op.target} ({op.path or 'in the step'})" for s in steps for op in s.section.ops
                   if op.rule.kind == "whole" and tiled(op.output, labels))  # fmt: skip
     slots = {v: Slot(offsets[v], maps[v]) for v in offsets}
-    total = Bytes(arena, max(0, untiled - scratch), scratch, outputs, FIXED + PER_OP * len(graph.ops))
+    total = Bytes(arena, max(0, untiled - scratch), scratch, outputs, fixed)
     return Plan(graph, labels, steps, draft.early, slots, total, request.budget, request.workers, whole)
 
 
