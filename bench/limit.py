@@ -121,8 +121,9 @@ def limit(case: Case, half: bool) -> tuple[float, float]:
     """Seconds for all convolutions of a step: by the library, and with our weight gradient."""
     cores = torch.get_num_threads()
     total = [0.0, 0.0]
+    forms = forms_of(case)  # with gradients, so that those of the inputs are seen
     with torch.no_grad(), ThreadPoolExecutor(cores, initializer=_one_thread) as pool:
-        for form, count in forms_of(case).items():
+        for form, count in forms.items():
             for k, seconds in enumerate(seconds_of(form, half, cores, pool)):
                 total[k] += count * seconds
     return total[0], total[1]

@@ -73,3 +73,16 @@ def test_means_of_windows_round_without_a_bias():
     with torch.no_grad():
         bias = [float((v.double() - truth).mean().abs()) for v in (variance(x, pool), variance(x))]
     assert bias[0] <= 3 * bias[1] + 1e-9
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_weight_gradient_of_a_constant_image_has_no_bias(kernel):
+    # Float32 sums of equal terms round the same way each time: a long one is wrong by 2e-5, where 2e-6 is usual.
+    torch.manual_seed(0)
+    x = torch.randn(1, 16, 1, 1).expand(1, 16, 96, 256).contiguous(memory_format=torch.channels_last)
+    net = nn.Conv2d(16, 3, kernel)
+    g = torch.randn(1, 3, 1, 1).expand(net(x).shape) / 3
+    step = fullframe.tile(net, loss=lambda y, t: (y * t).sum(), tile=(96, 256))
+    step(x, g).backward()
+    truth = g[0, :, 0, 0].double().outer(x[0, :, 0, 0].double())[..., None, None] * g[0, 0].numel()
+    assert rms(net.weight.grad / truth, torch.ones(())) <= 3e-6

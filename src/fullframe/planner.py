@@ -187,7 +187,8 @@ def choose_grid(section: Section, labels: Labels, request: Request) -> Grid:
     axes = [(label, n) for label, n in zip(labels[root], root.shape, strict=True) if label is not None]
     if request.tile is not None:
         return _forced(axes, labels, request)
-    count = max(1, -(-root.nbytes // WINDOW))
+    largest = max(v.nbytes for v in (root, *section.loads) if tiled(v, labels))
+    count = max(1, -(-largest // WINDOW))
     if root.nbytes >= LEAST and request.workers > 1:
         count = max(count, 2 * request.workers)
         count += -count % request.workers  # or some would wait for one that has a last tile
@@ -201,7 +202,8 @@ def choose_grid(section: Section, labels: Labels, request: Request) -> Grid:
         align = ratio.get(label, 1)
         step = min(extent, -(-step // align) * align)
         chosen.append((label, extent, step))
-        count = -(-count // -(-extent // step))
+        pieces = -(-extent // step)
+        count = (count + pieces // 2) // pieces  # what the other axes are still to be cut into, about
         if count <= 1:
             break
     return Grid(tuple(chosen))

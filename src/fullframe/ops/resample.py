@@ -119,10 +119,16 @@ class ResampleGrad(Resample):
         return False
 
     def interval(self, spec: Spec, low: int, high: int) -> Interval:
-        return users(spec, low, high)
+        """Outputs to read: all that belong to whole inputs, where ATen's kernel takes only such (see `reduced`)."""
+        first, last = users(spec, low, high)
+        n = max(1, factor(spec))
+        return first - first % n, last + -last % n
 
     def before(self, x: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor:
-        read = [self.interval(s, *r) for s, r in zip(specs, region, strict=True)]
+        read = [users(s, *r) for s, r in zip(specs, region, strict=True)]
+        for k, (spec, (low, high)) in enumerate(zip(specs, region, strict=True), x.dim() - len(specs)):
+            first, last = read[k - x.dim()]
+            x = x.narrow(k, first - self.interval(spec, low, high)[0], last - first)
         return taps.divided(x, specs, read)
 
     def after(self, y: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor:
@@ -149,6 +155,13 @@ def _kernel(specs: Sequence[Spec], suffix: str = "") -> tuple[Any, tuple[Any, ..
     return getattr(torch.ops.aten, found[0] + suffix).default, found[1]
 
 
+def packed(x: torch.Tensor) -> torch.Tensor:
+    """A window with neighbouring channels as a tensor of its own: ATen's kernels for that layout take no part of one."""
+    innermost = x.dim() in (4, 5) and x.stride(1) == 1 < x.shape[1]
+    form = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return x.contiguous(memory_format=form) if innermost else x
+
+
 def enlarged(x: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor | None:
     """Whole-factor enlargement of a window: beyond its edges are only outputs not asked for."""
     kernel = _kernel(specs)
@@ -157,7 +170,7 @@ def enlarged(x: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval])
     call, rest = kernel
     factors = [factor(s) for s in specs]
     lead = x.dim() - len(specs)
-    made = call(x, [n * f for n, f in zip(x.shape[lead:], factors, strict=True)], *rest, *map(float, factors))
+    made = call(packed(x), [n * f for n, f in zip(x.shape[lead:], factors, strict=True)], *rest, *map(float, factors))
     for k, (spec, f, (low, high)) in enumerate(zip(specs, factors, region, strict=True)):
         start = low - sources(spec, low, high)[0] * f
         made = made.narrow(lead + k, start, high - low)
@@ -165,25 +178,18 @@ def enlarged(x: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval])
 
 
 def reduced(g: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor | None:
-    """Gradient of `enlarged`: the window is completed with zeros to whole input pixels."""
+    """Gradient of `enlarged`, from a window of whole input pixels; of those at its edges, nothing is asked."""
     kernel = _kernel(specs, "_backward")
     if kernel is None:
         return None
     call, rest = kernel
     lead = g.dim() - len(specs)
-    pads, sizes, starts = [], [], []
-    for spec, (low, high) in zip(specs, region, strict=True):
-        f, (first, last) = factor(spec), users(spec, low, high)
-        a, b = first // f, -(-last // f)
-        pads.append((first - a * f, b * f - last))
-        sizes.append(b - a)
-        starts.append(low - a)
-    flat = [n for pair in reversed(pads) for n in pair]
-    g = F.pad(g, flat) if any(flat) else g
-    factors = [float(factor(s)) for s in specs]
-    made = call(g, list(g.shape[lead:]), [*g.shape[:lead], *sizes], *rest, *factors)
-    for k, (start, (low, high)) in enumerate(zip(starts, region, strict=True)):
-        made = made.narrow(lead + k, start, high - low)
+    factors = [factor(s) for s in specs]
+    sizes = [n // f for n, f in zip(g.shape[lead:], factors, strict=True)]
+    g = packed(g)
+    made = call(g, list(g.shape[lead:]), [*g.shape[:lead], *sizes], *rest, *map(float, factors))
+    for k, (spec, f, (low, high)) in enumerate(zip(specs, factors, region, strict=True)):
+        made = made.narrow(lead + k, low - users(spec, low, high)[0] // f, high - low)
     return made
 
 
@@ -194,7 +200,7 @@ def averaged(x: torch.Tensor, specs: Sequence[Spec]) -> torch.Tensor | None:
         return None
     call = F.avg_pool2d if len(specs) == 2 else F.avg_pool3d
     divisor = prod(s.divisor or n for s, n in zip(specs, sizes, strict=True))
-    return call(x, sizes, divisor_override=divisor)
+    return call(packed(x), sizes, divisor_override=divisor)
 
 
 def spread_out(g: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor | None:
@@ -205,7 +211,7 @@ def spread_out(g: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval
     divisor = prod(s.divisor or n for s, n in zip(specs, sizes, strict=True))
     call = torch.ops.aten.upsample_nearest2d if len(specs) == 2 else torch.ops.aten.upsample_nearest3d
     lead = g.dim() - len(specs)
-    made = call.default(g / divisor, [n * f for n, f in zip(g.shape[lead:], sizes, strict=True)])
+    made = call.default(packed(g / divisor), [n * f for n, f in zip(g.shape[lead:], sizes, strict=True)])
     for k, (n, (low, high)) in enumerate(zip(sizes, region, strict=True)):
         made = made.narrow(lead + k, low % n, high - low)
     return made
