@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import count
 from math import prod
 from typing import Any
@@ -18,9 +19,10 @@ from fullframe.graph import Op, Value
 from fullframe.kernels import Kernel, Plain
 from fullframe.lowering import build
 from fullframe.plan import Plan, Step
+from fullframe.ready import Ready, ready
 from fullframe.section import tiled
 from fullframe.store import Arena, empty_map
-from fullframe.task import Job, Read, Store, Sum, Task, Tasks
+from fullframe.task import Job, Read, Store, Sum, Target, Task, Tasks
 
 Kernels = dict[Unit, Kernel | Plain]
 _POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
@@ -121,8 +123,8 @@ class Run:
         for value in step.section.saves:
             if value in self.runtime.maps or 0 in value.shape:  # no job makes what is empty
                 self.values[value] = self._allocate(value)
-        sums = {op: Summation(op, self.device) for op in step.section.sums}
         count = len(step.grid)
+        sums = {op: Summation(op, self.device, alone=count == 1) for op in step.section.sums}
         if step.parallel and self.plan.workers > 1 and self.device.type == "cpu":
             in_order = InOrder(lambda partials: _add(sums, partials))
             _share(self.plan.workers, count, lambda k: in_order.put(k, self._tile(self._task(number, k))))
@@ -130,7 +132,7 @@ class Run:
             for k in range(count):
                 _add(sums, self._tile(self._task(number, k)))
         for op, total in sums.items():
-            self.values[op.output] = self._keep(op.output, total.finish())
+            self.values[op.output] = self._keep(op.output, self._apart(total.finish()))
         for value in step.frees:
             del self.values[value]
 
@@ -151,9 +153,8 @@ class Run:
         windows: dict[Value, torch.Tensor] = {}
         partials: Partials = []
         for job in task:
-            reads = [self._read(read, windows) for read in job.reads]
             run = self._fused if job.unit.fused else self._single
-            run(job, reads, windows, partials)
+            run(job, windows, partials)
             for value in job.drops:
                 del windows[value]
         return partials
@@ -177,12 +178,11 @@ class Run:
         shared = made.untyped_storage().data_ptr() == self.arena.block.untyped_storage().data_ptr()
         return made.clone() if shared else made
 
-    def _single(self, job: Job, reads: list[torch.Tensor], windows: dict[Value, torch.Tensor],
-                partials: Partials) -> None:  # fmt: skip
+    def _single(self, job: Job, windows: dict[Value, torch.Tensor], partials: Partials) -> None:
         unit = job.unit
         (op,) = unit.ops or unit.sums
         rule: Any = op.rule
-        made = rule.run(op, job.region, reads)
+        made = rule.run(op, job.region, [self._read(read, windows) for read in job.reads])
         if job.sums:
             (place,) = job.sums
             if place.counted:
@@ -194,25 +194,35 @@ class Run:
             self._store(store, made)
         windows[op.output] = made
 
-    def _fused(self, job: Job, reads: list[torch.Tensor], windows: dict[Value, torch.Tensor],
-               partials: Partials) -> None:  # fmt: skip
+    def _fused(self, job: Job, windows: dict[Value, torch.Tensor], partials: Partials) -> None:
         made: dict[Value, torch.Tensor] = {}
-        for target in job.targets:
-            if target.shape is None:
-                stored = self.values[target.value]
-                tensor = stored if target.part is None else stored[target.part]
-            else:
-                tensor = empty_map(target.shape, target.value.dtype, self.device)
-            made[target.value] = tensor
-            if target.keep:
-                windows[target.value] = tensor
-        operands = [aligned(t, len(job.region)) for t in reads]
-        sums = self.runtime.kernels[job.unit].run(operands, list(made.values()))
+        known: Ready | None = job.ready
+        places = known.places(self.values, windows, made, self.device) if known else None
+        sums = self._first(job, windows, made) if known is None or places is None else known.call(places)
         for store in job.stores:
             self._store(store, made[store.value])
         for place, partial in zip(job.sums, sums, strict=True):
             if place.counted:
                 partials.append((place, partial.view(place.shape)))
+
+    def _first(self, job: Job, windows: dict[Value, torch.Tensor],
+               made: dict[Value, torch.Tensor]) -> list[torch.Tensor]:  # fmt: skip
+        """Run a fused job on tensors whose layout is not known yet."""
+        parts = [self._read(read, windows) for read in job.reads]
+        for target in job.targets:
+            made[target.value] = self._target(target)
+        operands, outputs = [aligned(t, len(job.region)) for t in parts], list(made.values())
+        kernel = self.runtime.kernels[job.unit]
+        if isinstance(kernel, Kernel):
+            job.ready = ready(job, kernel.call(operands, outputs), self.values, windows, parts, made)
+        windows.update((t.value, made[t.value]) for t in job.targets if t.keep)
+        return kernel.run(operands, outputs)
+
+    def _target(self, target: Target) -> torch.Tensor:
+        if target.shape is not None:
+            return empty_map(target.shape, target.value.dtype, self.device)
+        stored = self.values[target.value]
+        return stored if target.part is None else stored[target.part]
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -236,24 +246,32 @@ def _add(sums: dict[Op, Summation], partials: Partials) -> None:
 
 
 class Summation:
-    """A reduction in progress. Small partial results of whole outputs wait and are then joined, some at a time."""
+    """A reduction in progress. Small partial results of whole outputs wait and are then joined, some at a time;
+    one that comes ``alone`` is the sum."""
 
     WAITING, SMALL = 32, 1023  # results, and elements of each: together too few for ATen to split among threads
 
-    def __init__(self, op: Op, device: torch.device):
+    def __init__(self, op: Op, device: torch.device, *, alone: bool = False):
         self.op = op
         self.rule: Any = op.rule
-        self.total = self.rule.start(op, op.output.shape, device)
+        self.device = device
+        self.alone = alone
         self.waiting: list[torch.Tensor] = []
 
+    @cached_property
+    def total(self) -> torch.Tensor:
+        return self.rule.start(self.op, self.op.output.shape, self.device)
+
     def add(self, place: Sum, partial: torch.Tensor) -> None:
-        if place.part is not None or self.total.numel() > self.SMALL:
+        if place.part is None and self.alone:
+            self.total = partial
+        elif place.part is not None or self.total.numel() > self.SMALL:
             total = self.total if place.part is None else self.total[place.part]
             self.rule.combine(self.op, total, partial)
-            return
-        self.waiting.append(partial)
-        if len(self.waiting) == self.WAITING:
-            self._join()
+        else:
+            self.waiting.append(partial)
+            if len(self.waiting) == self.WAITING:
+                self._join()
 
     def _join(self) -> None:
         if self.waiting:

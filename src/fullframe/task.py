@@ -62,9 +62,9 @@ class Sum:
     counted: bool
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class Job:
-    """One unit on a tile; ``drops`` are the windows that nothing reads afterwards."""
+    """One unit on a tile; ``drops`` are the windows that nothing reads afterwards, ``ready`` is the executor's."""
 
     unit: Unit
     region: Region
@@ -73,6 +73,7 @@ class Job:
     stores: tuple[Store, ...]
     sums: tuple[Sum, ...]
     drops: tuple[Value, ...]
+    ready: Any = None
 
 
 Task = tuple[Job, ...]

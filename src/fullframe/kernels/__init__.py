@@ -10,11 +10,12 @@ compiler, through ATen, with the same results within rounding. `plain` is always
 
 from .gradient import weight_grad
 from .group import Group, Node, Operand, Reduction, Ref
-from .kernel import Kernel, Plain, build, build_many, plain
+from .kernel import Call, Kernel, Plain, build, build_many, plain
 from .table import SUPPORTED, supports
 
 __all__ = [
     "SUPPORTED",
+    "Call",
     "Group",
     "Kernel",
     "Node",

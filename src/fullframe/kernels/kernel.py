@@ -71,6 +71,29 @@ def _reduced(value: torch.Tensor, kind: str, axes: tuple[int, ...]) -> torch.Ten
     return torch.stack([torch.full_like(total, count), mean.reshape(total.shape), spread])
 
 
+class Call:
+    """A kernel on tensors of known layout: only their places in memory are still to come."""
+
+    __slots__ = ("_function", "_geometry", "_words")
+
+    def __init__(self, function: Callable[..., int], geometry: Geometry) -> None:
+        self._function, self._geometry = function, geometry
+        self._words = (ctypes.c_int64 * len(geometry.words))(*geometry.words)
+
+    def __call__(self, places: Sequence[int]) -> list[torch.Tensor]:
+        """Run it on the operands and outputs at these addresses; returns what `Kernel.run` does."""
+        geometry = self._geometry
+        partials = torch.zeros(geometry.offsets[-1], dtype=torch.float64) if geometry.shapes else None
+        if 0 not in geometry.extents:
+            pointers = (ctypes.c_void_p * len(places))(*places)
+            if self._function(self._words, pointers, ctypes.c_void_p(partials.data_ptr() if geometry.shapes else 0)):
+                raise MemoryError("no memory for the scratch of a kernel")
+        if partials is None:
+            return []
+        rest = zip(geometry.shapes, geometry.steps, geometry.offsets, strict=False)
+        return [partials.as_strided(shape, stride, start) for shape, stride, start in rest]
+
+
 class Kernel:
     """A group compiled for this processor. Threads may run it at the same time; it survives fork."""
 
@@ -79,12 +102,23 @@ class Kernel:
     def __init__(self, group: Group, function: Callable[..., int]) -> None:
         self.group = group
         self._function = function
-        self._calls: dict[tuple[object, ...], tuple[Geometry, Any]] = {}
+        self._calls: dict[tuple[object, ...], Call] = {}
 
     @property
     def compiled(self) -> bool:
         """True: machine code runs it."""
         return True
+
+    def call(self, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor] = ()) -> Call:
+        """The call for tensors of these layouts. Raises ValueError when they are not those of the group."""
+        key = (len(operands), *((t.dtype, t.shape, t.stride()) for t in (*operands, *outputs)))
+        call = self._calls.get(key)
+        if call is None:
+            call = Call(self._function, measure(self.group, operands, outputs))
+            if len(self._calls) >= _REMEMBERED:
+                self._calls.clear()
+            self._calls[key] = call
+        return call
 
     def run(self, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
         """Run the group once.
@@ -103,25 +137,7 @@ class Kernel:
             ValueError: the tensors are not those of the group.
             MemoryError: no memory for a few kilobytes of scratch.
         """
-        tensors = (*operands, *outputs)
-        key = (len(operands), *((t.dtype, t.shape, t.stride()) for t in tensors))
-        call = self._calls.get(key)
-        if call is None:
-            geometry = measure(self.group, operands, outputs)
-            if len(self._calls) >= _REMEMBERED:
-                self._calls.clear()
-            call = (geometry, (ctypes.c_int64 * len(geometry.words))(*geometry.words))
-            self._calls[key] = call
-        geometry, words = call
-        partials = torch.zeros(geometry.offsets[-1], dtype=torch.float64)
-        if 0 not in geometry.extents:
-            pointers = (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
-            if self._function(words, pointers, ctypes.c_void_p(partials.data_ptr())):
-                raise MemoryError("no memory for the scratch of a kernel")
-        return [
-            partials.as_strided(shape, stride, start)
-            for shape, stride, start in zip(geometry.shapes, geometry.steps, geometry.offsets, strict=False)
-        ]
+        return self.call(operands, outputs)([t.data_ptr() for t in (*operands, *outputs)])
 
 
 def plain(group: Group) -> Plain:

@@ -156,7 +156,7 @@ def _kernel(specs: Sequence[Spec], suffix: str = "") -> tuple[Any, tuple[Any, ..
 
 
 def packed(x: torch.Tensor) -> torch.Tensor:
-    """A window with neighbouring channels as a tensor of its own: ATen's kernels for that layout take no part of one."""
+    """A window with neighbouring channels as a tensor of its own: part of one, ATen copies to its other layout."""
     innermost = x.dim() in (4, 5) and x.stride(1) == 1 < x.shape[1]
     form = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     return x.contiguous(memory_format=form) if innermost else x
