@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from threading import Lock
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,7 +22,7 @@ from . import compiler
 ENTRY = "fullframe_weight_grad"
 LEAST = 16  # channels of a vector, on the widest processor
 _LOCK = Lock()
-_Axis = tuple[int, int, int, int, int, int]
+_LOADED: list[Callable[..., int] | None] = []
 
 
 def weight_grad(
@@ -52,25 +53,48 @@ def weight_grad(
     if function is None:
         return None
     g, x = _innermost(g), _innermost(x)
-    lead = 5 - g.dim()
-    ones, zeros = (1,) * lead, (0,) * lead
-    columns = zip(
-        (*ones, *g.shape[2:]), (*ones, *x.shape[2:]), (*ones, *shape[2:]), (*ones, *stride), (*zeros, *before),
-        (*ones, *dilation), strict=True,
-    )  # fmt: skip
-    out, deep = shape[0] // groups, shape[1]
-    swapped = deep < LEAST or (out % LEAST == 0 and deep % LEAST != 0)
-    words = [g.shape[0], groups, out, deep]
-    for column in columns:
-        words += column
-    for tensor in (g, x):
-        words += (tensor.stride(0), *zeros, *tensor.stride()[2:])
-    words.append(int(swapped))
-    made = g.new_zeros((groups, *shape[2:], deep, out) if swapped else (shape[0], *shape[2:], deep))
-    function((ctypes.c_int64 * len(words))(*words), *(ctypes.c_void_p(t.data_ptr()) for t in (g, x, made)))
-    if not swapped:
+    geometry = tuple(zip(shape[2:], stride, before, dilation, strict=True))
+    form = _form((tuple(g.shape), g.stride()), (tuple(x.shape), x.stride()), geometry, (*shape[:2], groups))
+    made = g.new_zeros(form.made)
+    function(form.words, *(ctypes.c_void_p(t.data_ptr()) for t in (g, x, made)))
+    if not form.swapped:
         return made.movedim(-1, 1)
     return made.movedim(-1, 1).flatten(0, 1).movedim(-1, 1)
+
+
+class _Form(NamedTuple):
+    """What the kernel is told of a call, the shape it makes, and whether that has output channels innermost."""
+
+    words: Any
+    made: tuple[int, ...]
+    swapped: bool
+
+
+_Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+
+
+@lru_cache(maxsize=4096)
+def _form(g: _Layout, x: _Layout, geometry: tuple[tuple[int, ...], ...], channels: tuple[int, int, int]) -> _Form:
+    """The call for windows of these layouts, (kernel, stride, padding before, dilation) of each axis, and channels
+    (out, in / groups, groups). Kept, since to make it takes as long as a small window."""
+    lead = 5 - len(g[0])
+    ones, zeros = (1,) * lead, (0,) * lead
+    kernel, stride, before, dilation = zip(*geometry, strict=True)
+    columns = zip(
+        (*ones, *g[0][2:]), (*ones, *x[0][2:]), (*ones, *kernel), (*ones, *stride), (*zeros, *before),
+        (*ones, *dilation), strict=True,
+    )  # fmt: skip
+    thick, deep, groups = channels
+    out = thick // groups
+    swapped = deep < LEAST or (out % LEAST == 0 and deep % LEAST != 0)
+    words = [g[0][0], groups, out, deep]
+    for column in columns:
+        words += column
+    for _, steps in (g, x):
+        words += (steps[0], *zeros, *steps[2:])
+    words.append(int(swapped))
+    made = (groups, *kernel, deep, out) if swapped else (thick, *kernel, deep)
+    return _Form((ctypes.c_int64 * len(words))(*words), made, swapped)
 
 
 def _suits(g: torch.Tensor, x: torch.Tensor, shape: Sequence[int], groups: int) -> bool:
@@ -88,18 +112,21 @@ def _wanted(dtype: torch.dtype) -> bool:
 
 def _innermost(tensor: torch.Tensor) -> torch.Tensor:
     """As float32 with neighbouring channels."""
-    tensor = tensor.float()
+    tensor = tensor if tensor.dtype == torch.float32 else tensor.float()
     if tensor.stride(1) == 1 or tensor.shape[1] == 1:
         return tensor
     return tensor.contiguous(memory_format=torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d)
 
 
 def _function() -> Callable[..., int] | None:
-    with _LOCK:
-        return _load()
+    """The kernel, loaded by the thread that asks first; None where there is no compiler."""
+    if not _LOADED:
+        with _LOCK:
+            if not _LOADED:
+                _LOADED.append(_load())
+    return _LOADED[0]
 
 
-@cache
 def _load() -> Callable[..., int] | None:
     try:
         return compiler.load(Path(__file__).with_suffix(".cpp").read_text(), ENTRY)

@@ -83,15 +83,20 @@ class Call:
     def __call__(self, places: Sequence[int]) -> list[torch.Tensor]:
         """Run it on the operands and outputs at these addresses; returns what `Kernel.run` does."""
         geometry = self._geometry
-        partials = torch.zeros(geometry.offsets[-1], dtype=torch.float64) if geometry.shapes else None
-        if 0 not in geometry.extents:
-            pointers = (ctypes.c_void_p * len(places))(*places)
-            if self._function(self._words, pointers, ctypes.c_void_p(partials.data_ptr() if geometry.shapes else 0)):
-                raise MemoryError("no memory for the scratch of a kernel")
-        if partials is None:
+        if not geometry.shapes:
+            self._run(places, None)
             return []
+        partials = torch.zeros(geometry.offsets[-1], dtype=torch.float64)
+        self._run(places, partials.data_ptr())
         rest = zip(geometry.shapes, geometry.steps, geometry.offsets, strict=False)
         return [partials.as_strided(shape, stride, start) for shape, stride, start in rest]
+
+    def _run(self, places: Sequence[int], partials: int | None) -> None:
+        if 0 in self._geometry.extents:
+            return
+        pointers = (ctypes.c_void_p * len(places))(*places)
+        if self._function(self._words, pointers, ctypes.c_void_p(partials)):
+            raise MemoryError("no memory for the scratch of a kernel")
 
 
 class Kernel:
