@@ -11,15 +11,27 @@ from torch import nn
 from zoo.entry import Entry, Part
 
 STRIPS = (19, 32, 50)
+PAIR = (2, 1, 512, 512)  # a batch norm after global pooling has no variance over one image
 
 
-def _smp(kind: str, loss: str, shape: tuple[int, ...] = (2, 1, 64, 96), **options: Any) -> Entry:
+def _smp(
+    kind: str, loss: str, shape: tuple[int, ...] = (2, 1, 64, 96), usual: tuple[int, ...] = (), **options: Any
+) -> Entry:
     """A decoder on a ResNet-18, narrowed where its options allow; their sizes must divide by 32."""
 
     def make(n: Any, **sizes: Any) -> nn.Module:
         return getattr(n, kind)("resnet18", encoder_weights=None, in_channels=1, classes=3, **sizes)
 
-    return Entry(kind, "segmentation_models_pytorch", partial(make, **options), shape, STRIPS, loss=loss, full=make)
+    return Entry(
+        kind,
+        "segmentation_models_pytorch",
+        partial(make, **options),
+        shape,
+        STRIPS,
+        loss=loss,
+        usual=usual,
+        full=make,
+    )
 
 
 NARROW: dict[str, Any] = {"decoder_channels": (32, 16, 16, 16, 16)}
@@ -30,10 +42,10 @@ SEGMENTATION = [
     _smp("Linknet", "tversky"),
     _smp("FPN", "dice focal", decoder_pyramid_channels=16, decoder_segmentation_channels=32),
     _smp("PSPNet", "cross entropy", psp_out_channels=16),
-    _smp("DeepLabV3", "dice", decoder_channels=16),
-    _smp("DeepLabV3Plus", "generalised dice", decoder_channels=16),
-    _smp("PAN", "dice ce", shape=(2, 1, 128, 160), decoder_channels=16),
-    _smp("UPerNet", "dice ce", decoder_channels=16),
+    _smp("DeepLabV3", "dice", usual=PAIR, decoder_channels=16),
+    _smp("DeepLabV3Plus", "generalised dice", usual=PAIR, decoder_channels=16),
+    _smp("PAN", "dice ce", shape=(2, 1, 128, 160), usual=PAIR, decoder_channels=16),
+    _smp("UPerNet", "dice ce", usual=PAIR, decoder_channels=16),
     _smp("Segformer", "dice ce", decoder_segmentation_channels=16),
 ]  # fmt: skip
 

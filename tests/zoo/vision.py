@@ -96,7 +96,7 @@ TORCHVISION = [
     _vision("GoogLeNet", _plain("googlenet", init_weights=False), (2, 3, 69, 75)),
     _vision("InceptionV3", _plain("inception_v3", init_weights=False, aux_logits=False), (2, 3, 93, 99), (40, 60, 80)),
     _vision("AlexNet", _alexnet, (2, 3, 67, 71), full=_plain("alexnet")),
-    _vision("DeepLabV3", _deeplab, (2, 3, 65, 71), loss="auxiliary", full=partial(_deeplab, small=False)),
+    _vision("DeepLabV3", _deeplab, (2, 3, 65, 71), loss="auxiliary", usual=(2, 3, 512, 512), full=partial(_deeplab, small=False)),
     _vision("FCN", _plain("segmentation.fcn_resnet50", weights_backbone=None, aux_loss=True), (1, 3, 49, 55), (20, 32, 40),
             loss="auxiliary"),
     _vision("LR-ASPP", _plain("segmentation.lraspp_mobilenet_v3_large", weights_backbone=None), (2, 3, 65, 71),
