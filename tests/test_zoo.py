@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from zoo import ENTRIES, Entry
-from zoo.compare import case_of, gaps, l2, plain, tiled
+from zoo.compare import PlainError, case_of, chance, draws, gaps, mean, plain, tiled
 
 from fullframe import CaptureError
 
@@ -57,12 +57,11 @@ def test_all(entry: Entry, mode: str, tile: int):
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("entry", TAKEN, ids=[f"{e.family} {e.name}" for e in TAKEN])
 def test_no_further_from_the_truth_than_plain_pytorch(entry: Entry, half: bool):
-    case = case_of(entry, True)
-    truth = plain(case.to(torch.float64))
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        case = case.to(torch.float32)
-        theirs, ours = l2(plain(case), truth), l2(tiled(case, entry.tiles[1])[0], truth)
-    assert ours <= 1.5 * theirs + 1e-12
+    try:
+        found = draws(entry, half)
+    except PlainError as error:
+        pytest.skip(f"plain PyTorch fails: {error}")
+    assert mean([d.ratio for d in found]) <= 1.5 * chance(found), found
 
 
 @pytest.mark.slow

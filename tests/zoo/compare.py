@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
+import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 import fullframe
@@ -45,33 +48,83 @@ class Result:
     buffers: Named
 
 
-def case_of(entry: Entry, training: bool) -> Case:
-    """The entry's network in a mode, with all that its step needs."""
-    net, image, loss = build(entry).train(training), image_of(entry.shape), LOSSES[entry.loss]
+def case_of(entry: Entry, training: bool, draw: int = 0) -> Case:
+    """The entry's network in a mode, with all that its step needs; ``draw`` picks weights and image."""
+    net, image, loss = build(entry, draw), image_of(entry.shape, draw), LOSSES[entry.loss]
+    if not training:
+        settle(net, image)
+    net.train(training)
     with torch.no_grad():
         output = copy.deepcopy(net)(image)
     return Case(net, Reported(loss.make()), image, target_of(loss, output, image.dim()))
 
 
-def plain(case: Case) -> Result:
-    """The step in plain PyTorch, with the engine's own random numbers where the network draws any."""
+def settle(net: nn.Module, image: torch.Tensor) -> None:
+    """Give the norms the statistics of this image for their running ones, as whoever evaluates a network has them.
+
+    Statistics that are not those of what comes in let activations grow from norm to norm, until a deep network
+    makes large numbers of the last bit of its image.
+    """
+    norms = [m for m in net.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+    momenta = [m.momentum for m in norms]
+    if not norms:
+        return
+    for m in norms:
+        m.momentum = 1.0
+    with torch.no_grad():
+        net.train()(image)
+    for m, momentum in zip(norms, momenta, strict=True):
+        m.momentum = momentum
+
+
+def one_rounding(case: Case) -> Case:
+    """The case with each weight moved by up to one rounding of float64."""
+    case, generator = case.to(torch.float64), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in case.net.parameters():
+            p.mul_(1 + (torch.rand(p.shape, generator=generator, dtype=torch.float64) - 0.5) * 2**-51)
+    return case
+
+
+def plain(case: Case, *, half: bool = False) -> Result:
+    """The step in plain PyTorch, with the engine's own random numbers where the network draws any.
+
+    ``half``: the forward in bfloat16 autocast, and the backward outside it, as PyTorch asks for.
+    """
     case = case.to(case.image.dtype)
     image = case.image.clone().requires_grad_()
     torch.manual_seed(5)
-    with drawn():
+    with drawn(), torch.autocast("cpu", torch.bfloat16, enabled=half):
         made, outputs = case.criterion(case.net(image), case.target)
     return _result(case.net, image, made, outputs)
 
 
-def tiled(case: Case, tile: int, *, module: bool = False) -> tuple[Result, fullframe.Plan]:
+def otherwise(case: Case, *, half: bool = False) -> Result:
+    """Plain PyTorch in another arrangement, as good: channels last.
+
+    Signals, and networks that refuse that layout, run without the library of convolutions instead.
+    """
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(case.image.dim())
+    if layout is not None:
+        net = copy.deepcopy(case.net).to(memory_format=layout)
+        try:
+            return plain(replace(case, net=net, image=case.image.contiguous(memory_format=layout)), half=half)
+        except RuntimeError:  # a view that this layout does not have
+            pass
+    with torch.backends.mkldnn.flags(enabled=False):
+        return plain(case, half=half)
+
+
+def tiled(case: Case, tile: int, *, module: bool = False, half: bool = False) -> tuple[Result, fullframe.Plan]:
     """The step in tiles; with ``module`` only the network is tiled and the loss is plain."""
     case = case.to(case.image.dtype)
     image = case.image.clone().requires_grad_()
     run = fullframe.tile(case.net, loss=None if module else case.criterion, tile=tile, workers=1)
     arguments = (image,) if module else (image, case.target)
-    plan = run.plan(*arguments)
-    torch.manual_seed(5)
-    made, outputs = case.criterion(run(image), case.target) if module else run(*arguments)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        plan = run.plan(*arguments)
+        torch.manual_seed(5)
+        made, outputs = case.criterion(run(image), case.target) if module else run(*arguments)
     return _result(case.net, image, made, outputs), plan
 
 
@@ -117,3 +170,67 @@ def l2(found: Result, truth: Result) -> float:
     pairs = [(found.grads[n], g) for n, g in truth.grads.items() if g is not None]
     apart = sum(float((a.double() - g.double()).square().sum()) for a, g in pairs if a is not None)
     return (apart / sum(float(g.double().square().sum()) for _, g in pairs)) ** 0.5
+
+
+# Rounding --------------------------------------------------------------------------------------------
+
+FEW, MANY = 3, 9  # draws of weights and image, and how many where the first are not of one mind
+AGREE = 1.5
+NOTHING = 1e-12  # an error that none is
+
+
+class PlainError(Exception):
+    """Plain PyTorch does not do this."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Relative L2 errors over all gradients against float64: tiled, plain, and plain in another arrangement."""
+
+    ours: float
+    plain: float
+    other: float
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.plain
+
+    @property
+    def control(self) -> float:
+        return self.other / self.plain
+
+
+def draws(entry: Entry, half: bool) -> list[Draw]:
+    """Draws of weights and image: few, and many if a single one is beyond the bound or the ratios differ much."""
+    found = [_draw(entry, half, k) for k in range(FEW)]
+    seen = [d.ratio for d in found]
+    if max(seen) > AGREE or max(seen) > AGREE**2 * min(seen):
+        found += [_draw(entry, half, k) for k in range(FEW, MANY)]
+    return found
+
+
+def _draw(entry: Entry, half: bool, k: int) -> Draw:
+    case = case_of(entry, True, k)
+    truth = plain(case.to(torch.float64))
+    case = case.to(torch.float32)
+    try:
+        theirs, other = plain(case, half=half), otherwise(case, half=half)
+    except Exception as error:
+        raise PlainError(f"{type(error).__name__}: {error}") from error
+    ours = tiled(case, entry.tiles[1], half=half)[0]
+    return Draw(*(max(l2(result, truth), NOTHING) for result in (ours, theirs, other)))
+
+
+def mean(numbers: list[float]) -> float:
+    """The geometric mean."""
+    return math.exp(sum(map(math.log, numbers)) / len(numbers))
+
+
+def chance(found: list[Draw]) -> float:
+    """The factor by which the mean ratio of these draws may be off: two standard errors of plain PyTorch's to itself.
+
+    One number that falls on the other side of a bend, or a norm over two values, can multiply the error of one run
+    by a thousand and leave that of the next. Where plain PyTorch in two arrangements is steady this is near 1.
+    """
+    logs = [math.log(d.control) for d in found]
+    return math.exp(2 * statistics.stdev(logs) / len(logs) ** 0.5)

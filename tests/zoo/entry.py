@@ -97,12 +97,12 @@ def build(entry: Entry, seed: int = 0, full: bool = False) -> nn.Module:
         torch.manual_seed(seed)
         net = (entry.full if full and entry.full else entry.make)(library(entry.family))
     if not full:
-        _stir(net)
+        _stir(net, seed)
     return net.float().train()
 
 
-def _stir(net: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(3)
+def _stir(net: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(3 + seed)
     with torch.no_grad():
         for p in net.parameters():
             if p.dim() <= 1 or not p.any() or p.numel() == max(p.shape):
@@ -114,6 +114,6 @@ def _stir(net: nn.Module) -> None:
                 var.copy_(0.5 + torch.rand(var.shape, generator=generator))
 
 
-def image_of(shape: Sizes) -> torch.Tensor:
+def image_of(shape: Sizes, seed: int = 0) -> torch.Tensor:
     """A standard normal image batch in float32."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1 + seed))
