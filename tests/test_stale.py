@@ -282,8 +282,8 @@ def branch(self, x):
 
 
 def keep(self, x):
-    self.features = x * 2
-    return self.features
+    self.features = {x * 2}
+    return x
 
 
 HIDDEN = torch.ones(1, requires_grad=True)
@@ -298,7 +298,7 @@ REFUSED = {
     "python random": (lambda s, x: x * random.random(), "Python's or NumPy's random"),
     "numpy random": (lambda s, x: x * numpy.random.rand(), "Python's or NumPy's random"),
     "kept tensor": (keep, "features"),
-    "kept in a list": (lambda s, x: s.__dict__.setdefault("kept", []).append(x) or x, "stores a tensor"),
+    "kept in a set": (lambda s, x: s.__dict__.setdefault("kept", set()).add(x * 2) or x, "stores a tensor"),
 }
 
 

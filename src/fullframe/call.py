@@ -104,6 +104,11 @@ class Call:
         modes = (self.grad, autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
         return self.survey.key, str(self.spec), modes
 
+    @property
+    def details(self) -> tuple[Any, ...]:
+        """What `key` leaves out of the tensors that former steps left: for recordings that read them."""
+        return tuple(self.survey.details)
+
     def rebuild(self, inputs: Sequence[torch.Tensor]) -> tuple[Any, Any]:
         """Arguments and keyword arguments with other tensors in place of the inputs."""
         found = iter(inputs)

@@ -32,7 +32,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
+# Tensors that a tiled step has put where its forward left them; True: PyTorch's would have a graph, these have none.
+# The next call's key has their shape and such apart (`Survey.details`), for few recordings read them.
+LEFT = WeakIdKeyDictionary()
 DEPTH = 8  # objects, containers and functions away from the nearest module
 ATOMS = frozenset(
     (int, str, bool, bytes, complex, type(None), type(...), range, types.CodeType, types.BuiltinFunctionType,
@@ -84,7 +88,12 @@ class Survey:
         self.tensors: list[torch.Tensor] = []
         self.seen: dict[int, int] = {}
         self.holders: list[Any] = []  # objects with attributes of their own, in the order met
-        self.containers: list[Any] = []  # dicts and lists
+        self.containers: list[Any] = []  # dicts, lists and deques
+        self.cells: list[Any] = []  # variables of closures
+        self.scopes: list[tuple[dict[str, Any], Iterable[str] | None]] = []  # globals, and which of their names
+        self.classes: list[type] = []  # other than torch's
+        self.left: list[torch.Tensor] = []  # of the tensors those in `LEFT`
+        self.details: list[Any] = []  # what the key does not have of them
         self.generators: list[Any] = []  # of random numbers
         self.caches: list[Any] = []  # functions that keep what they returned
         self.lasting = True  # False where something cannot be looked at
@@ -117,10 +126,16 @@ class Survey:
 
 def _tensor(survey: Survey, tensor: torch.Tensor, depth: int) -> None:
     strided = tensor.layout is torch.strided
-    survey.parts += (
+    details = (
         tensor.shape, tensor.dtype, tensor.device, tensor.stride() if strided else tensor.layout,
         tensor.requires_grad,
     )  # fmt: skip
+    if tensor in LEFT:
+        survey.parts.append("left")
+        survey.details += (*details, LEFT[tensor])
+        survey.left.append(tensor)
+    else:
+        survey.parts += details
     survey.tensors.append(tensor)
     if vars(tensor) and not type(tensor).__module__.startswith("torch._"):
         _mapping(survey, vars(tensor), depth)
@@ -167,6 +182,12 @@ def _fields(thing: Any) -> dict[str, Any] | None:
     return None if plain else found
 
 
+def slots_of(thing: Any) -> dict[str, Any]:
+    """What an object holds in slots."""
+    names = (s for c in type(thing).__mro__ for s in _slots(c))
+    return {n: object.__getattribute__(thing, n) for n in names if hasattr(thing, n)}
+
+
 def _slots(cls: type) -> tuple[str, ...]:
     slots = vars(cls).get("__slots__", ())
     slots = (slots,) if isinstance(slots, str) else tuple(slots)
@@ -186,7 +207,7 @@ def _mapping(survey: Survey, mapping: Any, depth: int) -> None:
 
 def _sequence(survey: Survey, sequence: Any, depth: int) -> None:
     survey.parts.append(len(sequence))
-    survey.containers += [sequence] if isinstance(sequence, list) else []
+    survey.containers += [sequence] if isinstance(sequence, (list, deque)) else []
     for value in sequence:
         survey.visit(value, depth + 1)
     _derived(survey, sequence, depth)
@@ -257,6 +278,7 @@ def _python_module(survey: Survey, module: types.ModuleType, depth: int) -> None
     """The values in a module of the user's, such as a configuration; its classes and functions by identity."""
     survey.parts.append(Same(module))
     if not _foreign(module):
+        survey.scopes.append((vars(module), None))
         for name, value in list(vars(module).items()):
             if not name.startswith("__") and not isinstance(value, types.ModuleType):
                 survey.parts.append(name)
@@ -311,6 +333,7 @@ def _function(survey: Survey, function: types.FunctionType, depth: int) -> None:
         if value is not None:
             survey.visit(value, depth + 1)
     for cell in function.__closure__ or ():
+        survey.cells.append(cell)
         try:
             survey.visit(cell.cell_contents, depth + 1)
         except ValueError:
@@ -318,6 +341,7 @@ def _function(survey: Survey, function: types.FunctionType, depth: int) -> None:
     if not _installed(code.co_filename):
         space = function.__globals__
         names = global_names(code)
+        survey.scopes.append((space, names))
         met: set[int] = set()
         for name in names:
             if name in space:
@@ -333,6 +357,7 @@ def _global(survey: Survey, name: str, value: Any, names: Iterable[str], met: se
         survey.visit(value, depth + 1)
     elif id(value) not in met and not _foreign(value):
         met.add(id(value))
+        survey.scopes.append((vars(value), names))
         for inner in names:
             if inner in vars(value):
                 _global(survey, inner, vars(value)[inner], names, met, depth + 1)
@@ -352,6 +377,7 @@ def _class(survey: Survey, cls: type, depth: int) -> None:
         if base.__module__.partition(".")[0] in ("torch", "builtins", *OPAQUE):
             survey.parts += (base, Same(vars(base).get("forward")))  # a replaced forward still shows
             continue
+        survey.classes.append(base)
         if _foreign(sys.modules.get(base.__module__)):
             # An installed class: what it holds, but not the insides of its methods.
             survey.parts += [v if isinstance(v, types.FunctionType) else k for k, v in vars(base).items()]

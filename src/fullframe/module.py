@@ -99,16 +99,18 @@ class Tiled(nn.Module):
         wanted = [call.tensors[k] for k in program.reached]
         with torch.inference_mode(False):
             made = _Function.apply(arenas, program, call, *wanted) if wanted else _forward(arenas, program, call)[0]
+        program.leave(call, made)
         return program.assemble(made)
 
     def _program(self, call: Call) -> Program:
         programs: dict[Any, Program] = self._fullframe["programs"]
         key = call.key()
-        found = programs.pop(key, None)
+        keys = (key, None), (key, call.details)
+        found = next((programs.pop(k) for k in keys if k in programs), None)
         if found is None:
             found = compile_call(call, self._fullframe["options"])
         if found.lasting:
-            programs[key] = found  # the latest used is last
+            programs[key, found.details] = found  # the latest used is last
             while len(programs) > KEPT:
                 del programs[next(iter(programs))]
         return found
@@ -132,7 +134,9 @@ def _forward(arenas: Arenas, program: Program, call: Call) -> tuple[Tensors, Run
     tensors = call.tensors
     arena = arenas.take(plan.bytes.arena, device)
     run = Run(plan, arena, device)
-    run.feed(graph.inputs[: len(tensors)], tensors)
+    for value, tensor in zip(graph.inputs, tensors, strict=False):
+        if value in program.read:
+            run.feed([value], [tensor])
     if graph.seed is not None:
         run.feed([graph.seed], [torch.randint(2**62, (), dtype=torch.int64).to(call.device)])
     run.advance(plan.early if graph.late else len(plan.steps))
@@ -291,7 +295,9 @@ def tile(
     """Run a module, or its training step, tile by tile within a memory budget.
 
     ``tile(module)`` has the module's call, output and gradients. ``tile(module, loss=criterion)``
-    is a step: ``step(input, target)`` equals ``criterion(module(input), target)``.
+    is a step: ``step(input, target)`` equals ``criterion(module(input), target)``. Tensors that the
+    forward or its hooks keep in attributes, lists or dictionaries lie there after every call; those
+    of a step are detached.
 
     Parameters
     ----------

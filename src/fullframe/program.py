@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,25 +10,22 @@ from threading import RLock
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from fullframe.budget import free_bytes
 from fullframe.call import Call, Tensors
 from fullframe.cumulative import recordable
-from fullframe.fingerprint import Survey, state_of
+from fullframe.fingerprint import LEFT, Survey, state_of
 from fullframe.graph import CaptureError, Graph, Value, followers
+from fullframe.left import PLAIN, Leaving, recorded
 from fullframe.lowering import fusable
+from fullframe.places import Left, Place
 from fullframe.plan import Plan
 from fullframe.planner import Request, plan
 from fullframe.tracer import FROZEN, Recording, capture
 from fullframe.watch import Watch
 
 TENSOR = object()  # stands for a tensor among the leaves of a program's outputs
-PLAIN = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
@@ -45,10 +41,13 @@ class Options:
 class Program:
     """A captured and planned call.
 
-    The graph's outputs are ``outputs`` tensors to hand out, then the new contents of each of `Call.tensors`, then
-    the gradients of those at ``wanted``. ``spec`` rebuilds the call's own output from ``fixed``, where `TENSOR`
-    stands for the next tensor. ``lasting`` is False where the forward changes what it reads (a counter) or reads
-    what nobody can look at (an iterator), so that the next call must be recorded anew.
+    The graph's outputs are ``outputs`` tensors to hand out (those of the call's own output, then those left behind),
+    then up to ``start`` those left behind again, then the new contents of each of `Call.tensors`, then the gradients
+    of those at ``wanted``. ``spec`` rebuilds the call's own output from ``fixed``, where `TENSOR` stands for the next
+    tensor; ``places`` say where the forward leaves tensors, and ``cut`` which of those handed out have lost a graph.
+    ``lasting`` is False where the forward changes what it reads (a counter) or reads what nobody can look at (an
+    iterator), so that the next call must be recorded anew. ``details`` are what it has read of tensors that former
+    calls left; None where it has read nothing of them.
     """
 
     graph: Graph
@@ -56,9 +55,13 @@ class Program:
     spec: Any
     fixed: tuple[Any, ...]
     outputs: int
+    start: int
     wanted: tuple[int, ...]
     differentiable: tuple[bool, ...]
     lasting: bool
+    places: tuple[Place, ...] = ()
+    cut: tuple[bool, ...] = ()
+    details: tuple[Any, ...] | None = None
 
     @property
     def reached(self) -> list[int]:
@@ -69,7 +72,14 @@ class Program:
     @cached_property
     def changed(self) -> dict[int, Value]:
         """Of each tensor that the step changes in place, by its number, the new contents."""
-        return changes(self.graph, self.outputs, len(self.graph.outputs) - len(self.wanted))
+        return changes(self.graph, self.start, len(self.graph.outputs) - len(self.wanted))
+
+    @cached_property
+    def read(self) -> frozenset[Value]:
+        """The values that a run needs. It is given no others, or it would keep what former calls left behind."""
+        inputs = (v for op in self.graph.ops for v in op.inputs)
+        made = (*self.graph.outputs[: self.start], *self.graph.outputs[len(self.graph.outputs) - len(self.wanted) :])
+        return frozenset((*inputs, *(v for v in made if v is not None), *self.changed.values()))
 
     @cached_property
     def read_late(self) -> frozenset[Value]:
@@ -87,6 +97,10 @@ class Program:
         found = iter(outputs)
         return pytree.tree_unflatten([next(found) if x is TENSOR else x for x in self.fixed], self.spec)
 
+    def leave(self, call: Call, outputs: Sequence[torch.Tensor]) -> None:
+        """Put the call's tensors where its forward leaves them."""
+        Left(call.survey, outputs, self.cut, call.tensors).put(self.places)
+
 
 def changes(graph: Graph, start: int, end: int) -> dict[int, Value]:
     """New contents, by the number of the input, where the output for it is not that input itself."""
@@ -99,12 +113,15 @@ class _Recorder:
 
     def __init__(self, call: Call, watch: Watch):
         self.call, self.watch = call, watch
+        fixed = len(call.parameters) + len(call.buffers)
+        self.leaving = Leaving(call.survey, watch.names, call.tensors, fixed)
         self.criterion = call.pair.criterion is not None
         self.spec: Any = None
         self.fixed: list[Any] = []
         self.differentiable: list[bool] = []
         self.wanted: tuple[int, ...] = ()
-        self.stand_ins: dict[int, torch.Tensor] = {}
+        self.cut: list[bool] = []
+        self.roots: dict[int, torch.Tensor] = {}  # of tensors that a former step left without the graph they had
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[list[Any], Tensors]:
         """What is handed out, kept and differentiated; and stand-ins for gradients that come later."""
@@ -113,19 +130,25 @@ class _Recorder:
         with torch.set_grad_enabled(call.grad):
             pairs = zip(tensors, call.tensors, strict=True)
             made = [t.detach().requires_grad_(True) if old.requires_grad else t.clone() for t, old in pairs]
+            self._root(made)
             for t, old in zip(made, call.tensors, strict=True):
                 for key, value in old.__dict__.items():  # attributes that users gave it
                     vars(t).setdefault(key, value)
-            self.stand_ins = {id(old): t for t, old in zip(made, call.tensors, strict=True)}
-            state = {k: self.stand_ins[id(t)] for k, t in (*call.parameters.items(), *call.buffers.items())}
+            stand_ins = {id(old): t for t, old in zip(made, call.tensors, strict=True)}
+            state = {k: stand_ins[id(t)] for k, t in (*call.parameters.items(), *call.buffers.items())}
             arguments = call.rebuild(made[len(made) - len(call.inputs) :])
 
             def rest(returned: Any) -> Any:
                 outputs = self._take(returned)
                 self.wanted = tuple(self._wanted()) if call.grad else ()
-                return outputs, *self._gradients(outputs, [made[k] for k in self.wanted])
+                if not self.criterion:
+                    outputs = self._leave(made, outputs)
+                grads, seeds = self._gradients(outputs, [made[k] for k in self.wanted])
+                if self.criterion:  # whose backward may leave tensors too
+                    outputs = self._leave(made, outputs)
+                return outputs, grads, seeds
 
-            with self.watch.replacing(self.stand_ins):  # in the backward too, which may run modules again
+            with self.watch.replacing(stand_ins):  # in the backward too, which may run modules again
                 outputs, grads, seeds = torch.func.functional_call(
                     call.pair, state, (*arguments, rest), tie_weights=True, strict=True
                 )
@@ -138,13 +161,32 @@ class _Recorder:
                     f"{name} changes from {tuple(old.shape)} {old.dtype} to {tuple(new.shape)} {new.dtype} in the "
                     "step; register it with its final shape and dtype"
                 )
-        return [*(t.detach() for t in outputs), *(t.detach() for t in kept), *grads], seeds
+        handed = [t.detach() for t in outputs]
+        # What a former call left is there until this one's takes its place: twice in the arithmetic.
+        again = [handed[k] for k in sorted(self.leaving.used)]
+        return [*handed, *again, *(t.detach() for t in kept), *grads], seeds
+
+    def _root(self, made: Tensors) -> None:
+        """Give what a former step left without its graph something to stand for that graph."""
+        others = {id(t) for t in self.call.others}
+        for k, old in enumerate(self.call.tensors):
+            if self.call.grad and id(old) in others and LEFT.get(old, False):
+                self.roots[k] = made[k].detach().requires_grad_(True)
+                made[k] = self.roots[k].clone()
+
+    def _leave(self, made: Tensors, outputs: Tensors) -> Tensors:
+        """The outputs, and with them what stays behind in attributes and the like."""
+        left = self.leaving.collect(made, outputs)
+        self.differentiable += [t.requires_grad and not self.criterion for t in left]
+        outputs = [*outputs, *left]
+        self.cut = [t.requires_grad and not yes for t, yes in zip(outputs, self.differentiable, strict=True)]
+        return outputs
 
     def _wanted(self) -> Iterator[int]:
         """Which tensors want a gradient; of those met in attributes only what was used."""
         others = {id(t) for t in self.call.others}
         for k, t in enumerate(self.call.tensors):
-            if t.requires_grad and (id(t) not in others or id(t) in self.watch.used):
+            if (id(t) not in others or id(t) in self.watch.used) and t.requires_grad:
                 yield k
 
     def _take(self, returned: Any) -> Tensors:
@@ -170,7 +212,7 @@ class _Recorder:
 
     def _gradients(self, outputs: Tensors, wanted: Tensors) -> tuple[list[Any], Tensors]:
         chosen = [t for t, yes in zip(outputs, self.differentiable, strict=True) if yes]
-        if not wanted or not chosen:
+        if not (wanted or self.roots) or not chosen:
             return [None] * len(wanted), []
         with ExitStack() as stack:
             for kind in ("cpu", "cuda"):
@@ -178,86 +220,31 @@ class _Recorder:
             late = [] if self.criterion else [torch.empty_like(t) for t in chosen]
             seeds = late or [torch.ones_like(chosen[0])]
             self.watch.follow_backward()
-            return list(torch.autograd.grad(chosen, wanted, seeds, allow_unused=True)), late
+            grads = torch.autograd.grad(chosen, [*wanted, *self.roots.values()], seeds, allow_unused=True)
+        for k, grad in zip(self.roots, grads[len(wanted) :], strict=True):
+            if grad is not None:
+                name = self.leaving.name_of(self.call.tensors[k])
+                raise CaptureError(
+                    f"the step reads what its last call left under {name}, and its gradient would flow on into that "
+                    "call, whose graph is gone; leave it detached (.detach())"
+                )
+        return list(grads[: len(wanted)]), late
 
 
 @contextmanager
-def _undisturbed(recorder: _Recorder, survey: Survey) -> Iterator[None]:
-    """Put back what the recording left in attributes; refuse where that loses something.
-
-    An attribute updated in place (``self.count += 1`` on a tensor) gets its own tensor back: the
-    new number is an output of the recording. Any other recorded tensor that stays behind would
-    never be brought up to date by the recorded step.
-    """
-    derived = _derived_weights(survey)
-    spaces = {id(s): s for s in _spaces(survey)}
-    before = {(name, key): value for name, space in spaces.items() for key, value in _items(space)}
-    owners = {id(vars(h)): recorder.watch.names.get(id(h)) or type(h).__name__ for h in survey.holders if _fields(h)}
-    owners |= {id(v): owners[id(s)] for s in map(_fields, survey.holders) for v in s.values() if id(s) in owners}
-    lost = ""
+def _undisturbed(leaving: Leaving) -> Iterator[None]:
+    """Put the recording out of the places where the forward left it; refuse where that loses something."""
+    done = False
     try:
         yield
+        done = True
     finally:
-        originals = {id(t): old for t, old in zip(recorder.stand_ins.values(), recorder.call.tensors, strict=False)}
-        for space in spaces.values():
-            for key, value in list(_items(space)):
-                old = before.get((id(space), key))
-                left = _left(value, old)
-                if not left:
-                    continue
-                updated = all(id(t) in originals for t in left)  # a container made anew, of the same weights
-                if value is left[0]:
-                    updated = updated and originals[id(value)] is old
-                if not updated and (id(space), key) not in derived:
-                    lost = lost or f"{str(key)!r} of {owners.get(id(space), 'an object it can reach')}"
-                if old is None and isinstance(space, dict) and (id(space), key) not in before:
-                    del space[key]
-                else:
-                    space[key] = old
-    if lost:
-        raise CaptureError(
-            f"the forward stores a tensor under {lost}, which a recorded step would not bring up to date; "
-            "return it as an output, or register it as a buffer of fixed shape and copy into it"
-        )
-
-
-def _left(value: Any, old: Any) -> list[torch.Tensor]:
-    """The tensors of the recording that an attribute holds: itself, or those in a container that is new."""
-    inside = [v for _, v in _items(value)] if isinstance(value, (dict, list)) and value is not old else []
-    inside = [v() if isinstance(v, weakref.ref) else v for v in inside]
-    return [t for t in (value, *inside) if isinstance(t, (FunctionalTensor, FakeTensor))]
-
-
-def _fields(holder: Any) -> dict[str, Any]:
-    try:
-        return object.__getattribute__(holder, "__dict__")
-    except AttributeError:
-        return {}
-
-
-def _derived_weights(survey: Survey) -> set[tuple[int, str]]:
-    """Weights that the hooks of the older weight and spectral norm make anew before every forward."""
-    found = set()
-    for holder in survey.holders:
-        for hook in (_fields(holder).get("_forward_pre_hooks") or {}).values():
-            if isinstance(hook, (WeightNorm, SpectralNorm)):
-                found.add((id(holder.__dict__), hook.name))
-    return found
-
-
-def _spaces(survey: Survey) -> list[Any]:
-    """Dictionaries and lists where a forward may leave tensors."""
-    spaces: list[Any] = [*survey.containers]
-    for holder in survey.holders:
-        space = getattr(holder, "__dict__", None)
-        if space is not None:
-            spaces.append(space)
-            spaces += [v for v in space.values() if isinstance(v, (dict, list))]
-    return spaces
-
-
-def _items(space: Any) -> Iterator[tuple[Any, Any]]:
-    yield from space.items() if isinstance(space, dict) else enumerate(space)
+        lost = leaving.restore()
+        if lost and done:
+            raise CaptureError(
+                f"the forward stores a tensor under {lost}, which a recorded step would not bring up to date; "
+                "return it as an output, or register it as a buffer of fixed shape and copy into it"
+            )
 
 
 def compile_call(call: Call, options: Options) -> Program:
@@ -277,18 +264,19 @@ def _compile(call: Call, options: Options) -> Program:
     # Recorded draws advance torch's generators, and plans would then change what is drawn afterwards.
     unmoved = torch.random.fork_rng([call.device] if call.device.type == "cuda" else [])
     with (
-        torch.inference_mode(False), unmoved, _undisturbed(recorder, call.survey), recordable(call.pair),
+        torch.inference_mode(False), unmoved, _undisturbed(recorder.leaving), recordable(call.pair),
         _forgetful(call.survey.caches),
     ):  # fmt: skip
         graph = capture(Recording(recorder, call.tensors, call.names, watch))
     if [state_of(g) for g in call.survey.generators] != numbers:
         raise CaptureError(f"the module or the loss drew from a generator of its own; {FROZEN}")
     after = Survey([call.pair])
-    if any(isinstance(t, (FunctionalTensor, FakeTensor)) for t in after.tensors):
+    if any(recorded(t) for t in after.tensors):
         raise CaptureError("the forward stores a tensor in an object that it can reach; return it as an output")
     outputs = len(recorder.differentiable)
-    first_grad = outputs + len(call.tensors)
-    changed = changes(graph, outputs, first_grad)
+    start = outputs + len(recorder.leaving.used)
+    first_grad = start + len(call.tensors)
+    changed = changes(graph, start, first_grad)
     _refuse_shared(changed, call, watch.used)
     late = followers(graph.ops, graph.late)
     for k, value in changed.items():
@@ -301,9 +289,16 @@ def _compile(call: Call, options: Options) -> Program:
         graph.early = first_grad
     request = _request(graph, call, options, first_grad)
     return Program(
-        graph, plan(graph, request), recorder.spec, tuple(recorder.fixed), outputs,
+        graph, plan(graph, request), recorder.spec, tuple(recorder.fixed), outputs, start,
         recorder.wanted, tuple(recorder.differentiable), after.key == before and call.survey.lasting,
+        tuple(recorder.leaving.places), tuple(recorder.cut), call.details if _looked(call, watch) else None,
     )  # fmt: skip
+
+
+def _looked(call: Call, watch: Watch) -> bool:
+    """Whether a recording depends on anything of the tensors that former calls left, be it their shape."""
+    others = {id(t) for t in call.others}
+    return any(id(t) in watch.touched or id(t) not in others for t in call.survey.left)
 
 
 @contextmanager

@@ -38,6 +38,7 @@ class Watch(TorchFunctionMode):
         self.current = ""
         self.stand_ins: dict[int, torch.Tensor] = {}
         self.used: set[int] = set()  # ids of tensors that entered an operation, not only had their shape asked
+        self.touched: set[int] = set()  # ids of tensors of which anything was asked
         self.known = Known()
         self.met = self.strangers = False  # whether the call's tensors have numbers; whether some have none
         self.owners: dict[Any, str] = {}  # autograd node -> path of the module that made it
@@ -71,6 +72,7 @@ class Watch(TorchFunctionMode):
                 return thing
             self.strangers = True
             found = self.stand_ins.get(id(thing))
+            self.touched.add(id(thing))
             if name != "__get__":
                 self.used.add(id(thing))
             recorded = found is not None or isinstance(thing, (FunctionalTensor, FakeTensor))

@@ -78,7 +78,7 @@ RESTORATION = [
     _restore("Real-CUGAN", _from("RealCUGAN.__arch.upcunet_v3", "UpCunet2x"), (1, 3, 38, 46), (13, 20, 30),
              usual=(1, 3, 256, 256)),
     _restore("SPAN", _from("SPAN.__arch.span", "SPAN", num_in_ch=3, num_out_ch=3, feature_channels=8, upscale=2),
-             full=_from("SPAN.__arch.span", "SPAN", num_in_ch=3, num_out_ch=3), usual=(1, 3, 256, 256), refused="stores a tensor"),
+             full=_from("SPAN.__arch.span", "SPAN", num_in_ch=3, num_out_ch=3), usual=(1, 3, 256, 256)),
     _restore("SAFMN", _from("SAFMN.__arch.safmn", "SAFMN", dim=8, n_blocks=2, ffn_scale=2.0, upscaling_factor=2), (1, 3, 24, 32),
              full=_from("SAFMN.__arch.safmn", "SAFMN", dim=36, n_blocks=8), usual=(1, 3, 256, 256)),
     _restore("NAFNet", _from("NAFNet.__arch.NAFNet_arch", "NAFNet", width=4, enc_blk_nums=[1, 1], dec_blk_nums=[1, 1]),
