@@ -6,7 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -174,6 +174,12 @@ def in_a_buffer_too(net, y):
     return y
 
 
+def without_gradients(net, y):
+    net.feature, net.items = y > 0, [y.argmax(1), y.detach()[..., ::2]]
+    net.named.update(count=(y > 0).sum(), wide=y.detach().mean((2, 3), keepdim=True).expand_as(y))
+    return y
+
+
 class Box:
     __slots__ = ("inside",)
 
@@ -203,7 +209,7 @@ def in_global(net, y):
 
 
 CASES = (in_attribute, in_list, in_dict, in_new_containers, changed_afterwards, by_module, emptied_and_filled,
-         on_another_object, in_a_buffer_too)  # fmt: skip
+         on_another_object, in_a_buffer_too, without_gradients)  # fmt: skip
 
 
 @pytest.mark.parametrize("what", CASES)
@@ -399,14 +405,20 @@ def shifted(net, y):
     return y if net.items[1] is None else y + net.items[1]
 
 
-def window_of_three(net, y):
-    if not isinstance(net.feature, deque):
-        net.feature = deque(maxlen=3)
-    net.feature.append(y.detach().mean((2, 3), keepdim=True))
-    return y - sum(net.feature) / len(net.feature)
+def read_detached(net, y):
+    net.feature = y if net.feature is None else y + 0.5 * net.feature.detach()
+    return net.feature
 
 
-@pytest.mark.parametrize("what", [recurrent, average, cached, shifted])
+def updated_in_place(net, y):
+    if net.feature is None:
+        net.feature = y.detach().clone()
+    else:
+        net.feature.mul_(0.5).add_(y.detach())
+    return y + net.feature.mean()
+
+
+@pytest.mark.parametrize("what", [recurrent, average, cached, shifted, read_detached, updated_in_place])
 def test_a_state_carried_to_the_next_call(what, recordings):
     compare(lambda: Net(what), steps=5)
     assert len(recordings) <= 3
@@ -445,6 +457,26 @@ def test_a_list_emptied_between_the_calls(recordings):
 
     compare(lambda: Net(what), between=lambda net: net.items.clear())
     assert len(recordings) == 2  # with the two entries it was made with, and empty
+
+
+def test_modules_that_share_a_dictionary():
+    kept: dict[int, torch.Tensor] = {}
+
+    def reads_other(number):
+        def what(net, y):
+            kept[number] = y
+            return y + kept[1 - number].detach().mean() if 1 - number in kept else y
+
+        return lambda: Net(what)
+
+    pairs = [sides(reads_other(k)) for k in (0, 1)]
+    runs = [plain for plain, _ in pairs], [fullframe.tile(other, tile=5) for _, other in pairs]
+    xs = images(3)
+    found = []
+    for side in runs:
+        kept.clear()
+        found.append([run(x) for x in xs for run in side])
+    same(*found)
 
 
 def test_a_list_that_grows_is_refused_in_the_end():
