@@ -12,9 +12,9 @@ float64 batch norm adds up its statistics one by one; "careful" is plain PyTorch
 float32 and bfloat16 (autocast): errors against careful float64, those of plain PyTorch beside them. A tensor's error
 is the root mean square over its elements, counted from 1e-6 of scale. An error of a few roundings that a network
 has multiplied is a random number: a pixel at the bend of a leaky ReLU that falls on the other side is worth more than
-all others, and a ratio of two errors is 3 or a third now and then. So every event is taken as it is and mirrored
-(float32), the same ratio is given for plain PyTorch against itself as a control (on one thread; in bfloat16 in its
-other layout), and of all cases together the median of the ratios.
+all others, and the ratio of two errors of one image is 3 or a third now and then. So every event is taken as it is
+and mirrored, the rows of all cases together compare the root mean squares over the cases, and the same is done for
+plain PyTorch against itself as a control (on one thread; in bfloat16 in its other layout).
 
 What it does badly: on a processor without bfloat16 instructions most of the time goes into bfloat16.
 """
@@ -23,8 +23,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -202,9 +201,9 @@ def worst(found: Errors) -> str:
     return f"{found[name]:.2f} ({name.replace('main_module.', '')})"
 
 
-def pooled(found: list[Errors]) -> Errors:
-    """Medians over the cases, by name."""
-    return {k: statistics.median(e[k] for e in found) for k in found[0]}
+def pooled(found: Sequence[Errors]) -> Errors:
+    """Root mean squares over the cases, by name."""
+    return {k: (sum(e[k] ** 2 for e in found) / len(found)) ** 0.5 for k in found[0]}
 
 
 def double(lab: Lab, case: Case, *, full: bool) -> tuple[list[str], Result]:
@@ -225,7 +224,15 @@ def double(lab: Lab, case: Case, *, full: bool) -> tuple[list[str], Result]:
     return [f"| {case.name} | {' | '.join(row)} |" for row in cells], careful
 
 
-Pool = dict[str, list[tuple[float, Errors]]]  # of each way to run: L2 and tensors in parts of plain's, case by case
+@dataclass(frozen=True)
+class Outcome:
+    """Errors of one case: of all gradients together, and of each tensor."""
+
+    whole: float
+    tensors: Errors
+
+
+Pool = dict[str, list[tuple[Outcome, Outcome]]]  # of each way to run: its outcome and plain PyTorch's, case by case
 
 
 def single(lab: Lab, case: Case, kind: str, truth: Result, pool: Pool) -> list[str]:
@@ -237,13 +244,19 @@ def single(lab: Lab, case: Case, kind: str, truth: Result, pool: Pool) -> list[s
     else:
         with one_thread():
             made["plain, one thread"] = lab.plain(case, kind)
+    beside = Outcome(l2(plain, truth), errors(plain, truth))
     rows = []
     for name, result in made.items():
-        a, b = l2(result, truth), l2(plain, truth)
-        tensors = ratios(errors(result, truth), errors(plain, truth))
-        pool.setdefault(name, []).append((a / b, tensors))
-        rows.append(f"| {kind} | {case.name} | {name} | {a:.2e} | {b:.2e} | {a / b:.2f} | {worst(tensors)} |")
+        found = Outcome(l2(result, truth), errors(result, truth))
+        pool.setdefault(name, []).append((found, beside))
+        rows.append(f"| {kind} | {case.name} | {name} | {compared(found, beside)} |")
     return rows
+
+
+def compared(made: Outcome, plain: Outcome) -> str:
+    """The cells of a row: both errors of the whole, their ratio, and that of the worst tensor."""
+    tensors = worst(ratios(made.tensors, plain.tensors))
+    return f"{made.whole:.2e} | {plain.whole:.2e} | {made.whole / plain.whole:.2f} | {tensors}"
 
 
 @contextmanager
@@ -259,9 +272,11 @@ def one_thread() -> Iterator[None]:
 def pooled_rows(kind: str, state: str, pool: Pool) -> list[str]:
     rows = []
     for name, found in pool.items():
-        middle = statistics.median(ratio for ratio, _ in found)
-        tensors = worst(pooled([e for _, e in found]))
-        rows.append(f"| {kind} | {state}, {len(found)} cases | {name} | | | **{middle:.2f}** | **{tensors}** |")
+        sides = []
+        for side in zip(*found, strict=True):
+            whole = pooled([{"": o.whole} for o in side])[""]
+            sides.append(Outcome(whole, pooled([o.tensors for o in side])))
+        rows.append(f"| {kind} | **{state}, {len(found)} cases** | {name} | {compared(*sides)} |")
     return rows
 
 
@@ -282,8 +297,6 @@ def measure(lab: Lab, state: str, cases: list[Case]) -> tuple[list[str], list[st
         exact += found
         print(*found, sep="\n", flush=True)
         for kind, pool in pools.items():
-            if kind == "bfloat16" and case not in cases:
-                continue
             made = single(lab, case, kind, truth, pool)
             rounded += made
             print(*made, sep="\n", flush=True)
@@ -304,7 +317,8 @@ def page(heading: str, exact: list[str], rounded: list[str]) -> str:
             *exact,
             "",
             "Errors against careful float64: relative L2 over all gradients, and the worst tensor beside plain "
-            "PyTorch's (root mean square over its elements, counted from 1e-6 of scale)",
+            "PyTorch's (root mean square over its elements, and over the cases where there are several; counted from 1e-6 of "
+            "scale)",
             "",
             "| dtype | network, input | | L2 | plain | ratio | worst tensor, times plain |",
             "|---|---|---|---|---|---|---|",
