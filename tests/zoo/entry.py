@@ -41,11 +41,12 @@ class Entry:
 
     @property
     def usual_shape(self) -> Sizes:
-        """The shape it is planned with: one image of 512 x 512, or two of 96 x 96 x 96, unless said otherwise."""
+        """The shape it is planned with: two images of 512 x 512 or 96 x 96 x 96 (batch norm of one value trains nothing), unless
+        said otherwise."""
         if self.usual:
             return self.usual
         channels = self.shape[1]
-        return {1: (4, channels, 16384), 2: (1, channels, 512, 512), 3: (2, channels, 96, 96, 96)}[
+        return {1: (4, channels, 16384), 2: (2, channels, 512, 512), 3: (2, channels, 96, 96, 96)}[
             len(self.shape) - 2
         ]
 
