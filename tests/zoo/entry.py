@@ -41,8 +41,10 @@ class Entry:
 
     @property
     def usual_shape(self) -> Sizes:
-        """The shape it is planned with: two images of 512 x 512 or 96 x 96 x 96 (batch norm of one value trains nothing), unless
-        said otherwise."""
+        """The shape it is planned with: two images of 512 x 512 or of 96 x 96 x 96, unless said otherwise.
+
+        Two, because batch norm cannot train on a single value, as a global pool makes of one image.
+        """
         if self.usual:
             return self.usual
         channels = self.shape[1]
