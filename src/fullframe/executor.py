@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cached_property
 from itertools import count
 from math import prod
@@ -305,16 +305,25 @@ class InOrder:
 
 
 def _share(workers: int, jobs: int, job: Callable[[int], None]) -> None:
-    """Run jobs 0..n-1 on the workers, in order of their number, each as soon as one is free."""
+    """Run jobs 0..n-1 on the workers, in order of their number, each as soon as one is free.
+
+    The calling thread is one of the workers: of the others one fewer has to be woken for every step.
+    """
     numbers = count()
 
     def work() -> None:
-        while (k := next(numbers)) < jobs:
-            job(k)
+        try:
+            while (k := next(numbers)) < jobs:
+                job(k)
+        except BaseException:
+            while next(numbers) < jobs:  # nobody needs the rest
+                pass
+            raise
 
-    futures = [pool(workers).submit(work) for _ in range(min(workers, jobs))]
-    error = None
-    for future in futures:
-        error = future.exception() or error
-    if error is not None:
-        raise error
+    others = [pool(workers - 1).submit(work) for _ in range(min(workers, jobs) - 1)]
+    try:
+        work()
+    finally:
+        wait(others)
+    for other in others:
+        other.result()

@@ -75,7 +75,7 @@ def in_pieces(*maps: torch.Tensor) -> list[torch.Tensor] | None:
     return [x.view(_pieces(pixels), 1, -1, x.shape[-1]).movedim(-1, 1) for x in flat]
 
 
-CHAIN = 288  # products that the library may add up one after the other: 32 channels of 3 x 3
+CHAIN = 144  # products that the library may add up one after the other: 16 channels of 3 x 3
 
 
 def in_chains(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Sequence[Any]) -> Any:
@@ -83,19 +83,40 @@ def in_chains(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
 
     With channels innermost the library adds up all products of an output in one chain, and its rounding error grows
     with the chain: for 192 channels of 3 x 3 it is three times that of the layout of plain PyTorch. So a wide
-    convolution is made of some channels after the other, or, where its weights outweigh its window, in that layout.
+    convolution is made in parts, or, where its weights outweigh its image, in that layout.
     """
     taps, groups = prod(weight.shape[2:]), geometry[-1]
-    suits = x.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 4 and x.stride(1) == 1 < x.shape[1]
+    suits = x.dtype == torch.float32 and x.device.type == "cpu" and x.dim() in (4, 5) and x.stride(1) == 1 < x.shape[1]
     if not suits or taps == 1 or taps * weight.shape[1] <= CHAIN:
         return None
+    packed = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     if groups > 1 or x.numel() < 2 * weight.numel():
         made = torch.convolution(x.contiguous(), weight.contiguous(), bias, *geometry)
-        return made.contiguous(memory_format=torch.channels_last)
-    step = max(16, CHAIN // taps // 16 * 16)
-    made = torch.convolution(x[:, :step], weight[:, :step], bias, *geometry)
-    for k in range(step, x.shape[1], step):
-        made += torch.convolution(x[:, k : k + step], weight[:, k : k + step], None, *geometry)
+        return made.contiguous(memory_format=packed)
+    return _in_parts(x, weight, bias, geometry, packed)
+
+
+def _in_parts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Sequence[Any],
+              packed: torch.memory_format) -> torch.Tensor | None:  # fmt: skip
+    """The sum of convolutions by some rows of the window each, and by some channels where a row has too many.
+
+    What some rows read is a view of the image, what some channels read is a copy.
+    """
+    rank, (_, deep, rows, *rest) = x.dim() - 2, weight.shape
+    stride, padding, dilation = (spread(n, rank) for n in geometry[:3])
+    x = pad_window(x, [(padding[0], padding[0]), *[(0, 0)] * (rank - 1)])
+    height = (x.shape[2] - dilation[0] * (rows - 1) - 1) // stride[0] + 1
+    some = max(1, CHAIN // (prod(rest) * deep))
+    step = deep if some > 1 else max(16, CHAIN // prod(rest) // 16 * 16)
+    made = None
+    for c in range(0, deep, step):
+        part = x if step >= deep else x[:, c : c + step].contiguous(memory_format=packed)
+        for r in range(0, rows, some):
+            taps = weight[:, c : c + step, r : r + some]
+            read = (height - 1) * stride[0] + (taps.shape[2] - 1) * dilation[0] + 1
+            view = part.narrow(2, r * dilation[0], read)
+            more = torch.convolution(view, taps, bias, stride, [0, *padding[1:]], dilation, *geometry[3:])
+            made, bias = more if made is None else made.add_(more), None
     return made
 
 
