@@ -86,8 +86,10 @@ def in_chains(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
     convolution is made in parts, or, where its weights outweigh its image, in that layout.
     """
     taps, groups = prod(weight.shape[2:]), geometry[-1]
-    suits = x.dtype == torch.float32 and x.device.type == "cpu" and x.dim() in (4, 5) and x.stride(1) == 1 < x.shape[1]
-    if not suits or taps == 1 or taps * weight.shape[1] <= CHAIN:
+    innermost = x.dim() in (4, 5) and x.stride(1) == 1 < x.shape[1]
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not innermost:
+        return None
+    if taps == 1 or taps * weight.shape[1] <= CHAIN:
         return None
     packed = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     if groups > 1 or x.numel() < 2 * weight.numel():
