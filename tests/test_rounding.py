@@ -102,3 +102,27 @@ def test_a_weight_gradient_of_a_constant_image_has_no_bias(kernel):
     step(x, g).backward()
     truth = g[0, :, 0, 0].double().outer(x[0, :, 0, 0].double())[..., None, None] * g[0, 0].numel()
     assert rms(net.weight.grad / truth, torch.ones(())) <= 3e-6
+
+
+SMALL = [  # kernel, stride, padding, extents: an axis shorter than the window
+    ((3,), 2, (1,), (1,)), ((5,), 2, (2,), (1,)), ((1, 3), 2, (0, 1), (4, 1)), ((3, 5), 2, (1, 2), (4, 1)),
+    ((3, 1, 1), 1, (1, 0, 0), (2, 4, 5)), ((3, 3, 3), 1, (1, 1, 1), (2, 4, 5)), ((5, 1, 1), 1, (2, 0, 0), (3, 4, 5)),
+    ((5, 3, 3), 2, (3, 1, 1), (2, 4, 5)), ((1, 5, 1), 1, (0, 2, 0), (4, 1, 5)), ((3, 1, 2), 2, (1, 0, 1), (4, 4, 1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel, stride, padding, extents", SMALL, ids=str)
+def test_a_bfloat16_weight_gradient_of_a_small_image_is_complete(kernel, stride, padding, extents):
+    # The library left some of it as it was in memory.
+    torch.manual_seed(0)
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(kernel) - 1]
+    net, image = kind(20, 24, kernel, stride, padding), torch.randn(1, 20, *extents)
+    target = torch.randn(net(image).shape)
+    for _ in range(3):
+        spoilt = [torch.full((300_000,), float("nan")) for _ in range(3)]
+        del spoilt
+        made = gradients(net, image, target, tiled=True, half=True)
+        truth = gradients(net.double(), image.double(), target.double(), tiled=False, half=False)
+        net.float()
+        for name, value in truth.items():
+            assert rms(made[name], value) < 0.02 * float(value.square().mean().sqrt()), name

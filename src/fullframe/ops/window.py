@@ -241,6 +241,16 @@ class ConvTranspose(BaseRule):
         return int(2 * elements * weight[0] // op.args[6] * max(1, per))
 
 
+def _overlooks_ends(x: torch.Tensor, axes: Sequence[Axis]) -> bool:
+    """Whether the library cannot be left to pad for a weight gradient.
+
+    In bfloat16, where an axis is shorter than the window, it leaves parts of the gradient as they lay in memory, or
+    writes beyond it (oneDNN in torch 2.13; plain PyTorch has it too).
+    """
+    spans = zip(x.shape[2:], axes, strict=True)
+    return x.dtype == torch.bfloat16 and any(n < (a.kernel - 1) * a.dilation + 1 for n, a in spans)
+
+
 class ConvWeightGrad(Reduction):
     """``tile.conv_weight_grad(g, x, stride, padding, dilation, groups)``, driven by ``g``.
 
@@ -284,7 +294,7 @@ class ConvWeightGrad(Reduction):
         )  # fmt: skip
         if made is not None:
             return made
-        if all(before == after for before, after in pads):
+        if all(before == after for before, after in pads) and not _overlooks_ends(x, axes):
             padding = [before for before, _ in pads]
         else:
             x, padding = pad_window(x, pads), [0]
