@@ -173,7 +173,7 @@ def l2(found: Result, truth: Result) -> float:
 
 # Rounding --------------------------------------------------------------------------------------------
 
-FEW, MANY = 3, 9  # draws of weights and image, and how many where one of the first is beyond the bound
+DRAWS = 3, 9, 36  # of weights and image: more where one of the first is beyond the bound, and where half of them are
 TIMES = 1.5  # plain PyTorch's error: the bound
 NOTHING = 1e-12  # an error that none is
 
@@ -200,13 +200,16 @@ class Draw:
 
 
 def draws(entry: Entry, half: bool) -> list[Draw]:
-    """Draws of weights and image: few, and many if a single one is beyond the bound.
+    """Draws of weights and image: more where a single one is beyond the bound, and most where the median is.
 
     Were half of all draws beyond it, one in eight times the first three would all be within.
     """
-    found = [_draw(entry, half, k) for k in range(FEW)]
+    few, many, most = DRAWS
+    found = [_draw(entry, half, k) for k in range(few)]
     if max(d.ratio for d in found) > TIMES:
-        found += [_draw(entry, half, k) for k in range(FEW, MANY)]
+        found += [_draw(entry, half, k) for k in range(few, many)]
+    if middle([d.ratio for d in found]) > TIMES:
+        found += [_draw(entry, half, k) for k in range(len(found), most)]
     return found
 
 

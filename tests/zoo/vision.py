@@ -102,8 +102,8 @@ TORCHVISION = [
     _vision("LR-ASPP", _plain("segmentation.lraspp_mobilenet_v3_large", weights_backbone=None), (2, 3, 65, 71),
             loss="auxiliary"),
     _vision("FPN ResNet18", _pyramid, (1, 3, 65, 71), loss="mse"),
-    _vision("R3D-18 video", _video("r3d_18"), (1, 3, 5, 29, 33), (11, 17, 24), usual=(1, 3, 16, 112, 112)),
-    _vision("R(2+1)D-18 video", _video("r2plus1d_18"), (1, 3, 5, 29, 33), (11, 17, 24), usual=(1, 3, 16, 112, 112)),
+    _vision("R3D-18 video", _video("r3d_18"), (1, 3, 17, 29, 33), (11, 17, 24), usual=(1, 3, 16, 112, 112)),
+    _vision("R(2+1)D-18 video", _video("r2plus1d_18"), (1, 3, 17, 29, 33), (11, 17, 24), usual=(1, 3, 16, 112, 112)),
 ]  # fmt: skip
 
 
