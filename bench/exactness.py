@@ -13,8 +13,9 @@ float32 and bfloat16 (autocast): errors against careful float64, those of plain 
 is the root mean square over its elements, counted from 1e-6 of scale. An error of a few roundings that a network
 has multiplied is a random number: a pixel at the bend of a leaky ReLU that falls on the other side is worth more than
 all others, and the ratio of two errors of one image is 3 or a third now and then. So every event is taken as it is
-and mirrored, the rows of all cases together compare the root mean squares over the cases, and the same is done for
-plain PyTorch against itself as a control (on one thread; in bfloat16 in its other layout).
+and mirrored, as initialised (one state only) also with its planes turned by one, the rows of all cases together compare the
+root mean squares over the cases, and the same is done for plain PyTorch against itself as controls: on one thread or
+with careful batch norm; in bfloat16 in its other layout.
 
 What it does badly: on a processor without bfloat16 instructions most of the time goes into bfloat16.
 """
@@ -40,6 +41,7 @@ from cosmictagger.model import UResNet
 STEPS = 24
 RATE = 1e-3
 EVENTS = 3
+TURNS = 2  # of the planes, as initialised: there is one such state, and two trained ones
 TILE = (120, 200)  # divides neither side
 FLOOR = 1e-6
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
@@ -242,6 +244,7 @@ def single(lab: Lab, case: Case, kind: str, truth: Result, pool: Pool) -> list[s
     if kind == "bfloat16":
         made["plain, channels last"] = lab.plain(case, kind, layout=LAST)
     else:
+        made["plain, careful norm"] = lab.plain(case, kind, careful=True)
         with one_thread():
             made["plain, one thread"] = lab.plain(case, kind)
     beside = Outcome(l2(plain, truth), errors(plain, truth))
@@ -287,17 +290,24 @@ def mirrored(case: Case) -> Iterator[Case]:
         yield mirror if axes else case
 
 
-def measure(lab: Lab, state: str, cases: list[Case]) -> tuple[list[str], list[str]]:
-    """Rows of both tables for one state of the network."""
+def turned(case: Case, by: int) -> Case:
+    """The case with its planes in turn."""
+    planes = (t.roll(by, 1).contiguous() for t in (case.image, case.label))
+    return Case(f"{case.name}, planes turned by {by}", case.state, *planes) if by else case
+
+
+def measure(lab: Lab, state: str, cases: list[Case], turns: int) -> tuple[list[str], list[str]]:
+    """Rows of both tables for one state of the network; what is turned in float32 only."""
     exact: list[str] = []
     rounded: list[str] = []
     pools: dict[str, Pool] = {"float32": {}, "bfloat16": {}}
-    for k, case in enumerate(c for one in cases for c in mirrored(one)):
+    every = [(by, case) for by in range(turns) for one in cases for case in mirrored(turned(one, by))]
+    for k, (by, case) in enumerate(every):
         found, truth = double(lab, case, full=k == 0)
         exact += found
         print(*found, sep="\n", flush=True)
-        for kind, pool in pools.items():
-            made = single(lab, case, kind, truth, pool)
+        for kind in ("float32",) if by else pools:
+            made = single(lab, case, kind, truth, pools[kind])
             rounded += made
             print(*made, sep="\n", flush=True)
     for kind, pool in pools.items():
@@ -349,7 +359,7 @@ def main() -> None:
     rounded: list[str] = []
     for name, versions in states.items():
         cases = [Case(f"{v}, event {k}", state, *e) for v, state in versions.items() for k, e in enumerate(events)]
-        a, b = measure(lab, name, cases)
+        a, b = measure(lab, name, cases, TURNS if name == "untrained" else 1)
         exact, rounded = exact + a, rounded + b
         write("exactness", page(heading, exact, rounded))
 
