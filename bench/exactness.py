@@ -13,9 +13,9 @@ float32 and bfloat16 (autocast): errors against careful float64, those of plain 
 is the root mean square over its elements, counted from 1e-6 of scale. An error of a few roundings that a network
 has multiplied is a random number: a pixel at the bend of a leaky ReLU that falls on the other side is worth more than
 all others, and the ratio of two errors of one image is 3 or a third now and then. So every event is taken as it is
-and mirrored, as initialised (one state only) also with its planes turned by one, the rows of all cases together compare the
-root mean squares over the cases, and the same is done for plain PyTorch against itself as controls: on one thread or
-with careful batch norm; in bfloat16 in its other layout.
+and mirrored, and as initialised (one state only) also with its planes turned by one. The rows of all cases together
+compare the root mean squares over the cases, and the same is done for plain PyTorch against itself as controls: on
+one thread or with careful batch norm; in bfloat16 in its other layout.
 
 What it does badly: on a processor without bfloat16 instructions most of the time goes into bfloat16.
 """
