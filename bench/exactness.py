@@ -326,8 +326,8 @@ def page(heading: str, exact: list[str], rounded: list[str]) -> str:
             *exact,
             "",
             "Errors against careful float64: relative L2 over all gradients, and the worst tensor beside plain "
-            "PyTorch's (root mean square over its elements, and over the cases where there are several; counted "
-            "from 1e-6 of scale)",
+            "PyTorch's (root mean square over its elements, counted from 1e-6 of scale); of several cases as the "
+            "row says",
             "",
             "| dtype | network, input | | L2 | plain | ratio | worst tensor, times plain |",
             "|---|---|---|---|---|---|---|",
