@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import fullframe
 from fullframe import executor, task
 from fullframe.graph import Op, Value
 from fullframe.ops.reduce import RULES
+from fullframe.ready import ready
 
 
 def _net() -> nn.Module:
@@ -84,3 +87,14 @@ def test_an_error_in_any_thread_stops_the_rest_and_reaches_the_caller(mine):
     with pytest.raises(ValueError):
         executor._share(2, 1000, job)
     assert len(done) < 10
+
+
+def test_a_stored_part_that_is_a_window_too_is_looked_up_every_time():
+    # A job made ready would store it, and not keep the window that a later job reads.
+    value = Value("v", (4, 6), torch.float64, 8)
+    stored = torch.zeros(4, 6, dtype=torch.float64)
+    for keep in (False, True):
+        target = task.Target(value, (slice(0, 2), slice(0, 6)), None, keep)
+        job: Any = SimpleNamespace(reads=(), targets=(target,))
+        made = ready(job, SimpleNamespace(), {value: stored}, {}, [], {value: stored[:2]})  # type: ignore[arg-type]
+        assert (made is None) is keep

@@ -80,6 +80,8 @@ def ready(job: Job, call: Call, values: Tensors, windows: Tensors, parts: Sequen
     targets: list[Place | Fresh] = []
     for target in job.targets:
         tensor = made[target.value]
+        if target.shape is None and target.keep:  # a part of a map that is a window, too
+            return None
         if target.shape is None:
             targets.append(_place(target.value, False, values[target.value], tensor))
         else:

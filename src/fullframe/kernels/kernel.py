@@ -65,7 +65,10 @@ def _reduced(value: torch.Tensor, kind: str, axes: tuple[int, ...]) -> torch.Ten
     count = value.numel() // max(total.numel(), 1)
     if not count:
         return torch.zeros((3, *total.shape), dtype=torch.float64)
-    mean = value.mean(axes, keepdim=True) if axes else value
+    first = value[tuple(slice(0, 1) if a in axes else slice(None) for a in range(value.dim()))]
+    # About one of the values, so that the mean of equal values is that value; unless that one is not finite.
+    first = first.nan_to_num(0.0, 0.0, 0.0)
+    mean = first + (value - first).mean(axes, keepdim=True) if axes else value
     spread = (value - mean).square()
     spread = spread.sum(axes) if axes else spread
     return torch.stack([torch.full_like(total, count), mean.reshape(total.shape), spread])
