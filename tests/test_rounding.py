@@ -74,7 +74,18 @@ def test_a_wide_convolution_rounds_as_little_as_in_the_layout_of_torch(
     made = window.convolve(x.contiguous(memory_format=packed), weight, bias, *geometry)
     assert made.shape == truth.shape and made.stride(1) == 1
     plain = torch.convolution(x, weight, bias, *geometry)
-    assert rms(made.double(), truth) <= 1.3 * rms(plain.double(), truth) + 1e-7 * float(truth.square().mean().sqrt())
+    assert rms(made.double(), truth) <= 1.5 * rms(plain.double(), truth)
+
+
+@pytest.mark.parametrize("shape", [(1, 192, 40, 48, 64), (1, 96, 20, 32, 96), (1, 64, 20, 128, 64), (2, 24, 9, 7, 8)])
+def test_a_wide_convolution_of_a_small_image_rounds_as_little(shape):
+    torch.manual_seed(0)
+    n, cin, rows, columns, cout = shape
+    x, weight, bias = torch.randn(n, cin, rows, columns), torch.randn(cout, cin, 3, 3), torch.randn(cout)
+    geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    truth = torch.convolution(x.double(), weight.double(), bias.double(), *geometry)
+    made = window.convolve(x.contiguous(memory_format=torch.channels_last), weight, bias, *geometry)
+    assert rms(made.double(), truth) <= 1.5 * rms(torch.convolution(x, weight, bias, *geometry).double(), truth)
 
 
 @pytest.mark.parametrize("compile", [True, False], ids=["compiled", "plain"])
