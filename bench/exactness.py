@@ -1,6 +1,6 @@
 """UResNet at 3 x 320 x 512: the tiled step against plain PyTorch, for loss, gradients and running statistics.
 
-    python bench/exactness.py [--events 3] [--steps 24]
+    python bench/exactness.py [--events 3] [--steps 24] [--held]
 
 Two states of the default network: as initialised, and trained on real events at this size. Scale is the largest
 gradient in the network.
@@ -17,6 +17,9 @@ and mirrored, and the rows of all cases together compare means over the cases: r
 pixel decides, and geometric means, which what happens in most cases decides. The same is done for plain PyTorch
 against itself as controls: on one thread or with careful batch norm; in bfloat16 in its other layout.
 
+`--held` leaves chance out: in every run each leaky ReLU takes the side, and each maximum the pixel, that careful
+float64 took (bends.py), and what is left is rounding alone. Then single cases can be compared.
+
 What it does badly: on a processor without bfloat16 instructions most of the time goes into bfloat16.
 """
 
@@ -27,12 +30,12 @@ import copy
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from bends import Held, recorded, replaced
 from record import setting, write
 from torch import Tensor, nn
 from uresnet import event, network
@@ -57,6 +60,11 @@ class Case:
     state: dict[str, Tensor]
     image: Tensor
     label: Tensor
+    masks: tuple[Tensor, ...] = ()  # decisions to hold, if any
+
+    def input(self, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format) -> Any:
+        image = self.image.to(dtype, memory_format=layout)
+        return (image, *(m.contiguous(memory_format=layout) for m in self.masks)) if self.masks else image
 
 
 @dataclass(frozen=True)
@@ -105,12 +113,26 @@ def careful_norm(x: Tensor, mean: Tensor, var: Tensor, *rest: Any) -> Tensor:
 
 
 class Lab:
-    """The network in each dtype, tiled and not; recorded and planned once."""
+    """The network in each dtype, tiled and not; recorded and planned once. `held`: with decisions held."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, held: bool = False) -> None:
         net, self.criterion = network()
+        self.held = held
         self.nets: dict[torch.dtype, UResNet] = {torch.float32: net, torch.float64: UResNet(net.config).double()}
-        self.steps = {k: fullframe.tile(n, loss=self.criterion, tile=TILE) for k, n in self.nets.items()}
+        self.steps = {k: fullframe.tile(self._model(n), loss=self.criterion, tile=TILE) for k, n in self.nets.items()}
+
+    def _model(self, net: UResNet) -> nn.Module:
+        return Held(net) if self.held else net
+
+    def decided(self, case: Case) -> Case:
+        """The case, with the decisions of careful float64 where they are held."""
+        masks: list[Tensor] = []
+        if self.held:
+            net = self.nets[torch.float64]
+            net.load_state_dict(case.state)
+            with recorded(masks), replaced(batch_norm=careful_norm), torch.no_grad():
+                net(case.input(torch.float64))
+        return replace(case, masks=tuple(masks))
 
     def tiled(self, case: Case, kind: str) -> Result:
         dtype = DTYPES[kind]
@@ -121,19 +143,17 @@ class Lab:
         net = self.nets[DTYPES[kind]]
         if layout is LAST:  # a copy: there is no way back to the same strides
             net = copy.deepcopy(net).to(memory_format=LAST)
-        usual = F.batch_norm
-        F.batch_norm = careful_norm if careful else usual
-        try:
-            return _run(case, kind, net, lambda x, y: self.criterion(net(x.contiguous(memory_format=layout)), y))
-        finally:
-            F.batch_norm = usual
+        model = self._model(net)
+        with replaced(**{"batch_norm": careful_norm} if careful else {}):
+            return _run(case, kind, net, lambda x, y: self.criterion(model(x), y), layout)
 
 
-def _run(case: Case, kind: str, net: UResNet, step: Callable[[Tensor, Tensor], Tensor]) -> Result:
+def _run(case: Case, kind: str, net: UResNet, step: Callable[[Any, Tensor], Tensor],
+         layout: torch.memory_format = torch.contiguous_format) -> Result:  # fmt: skip
     net.load_state_dict(case.state)
     net.zero_grad(set_to_none=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bfloat16"):
-        loss = step(case.image.to(DTYPES[kind]), case.label)
+        loss = step(case.input(DTYPES[kind], layout), case.label)
     loss.backward()
     grads = {k: p.grad.double() for k, p in net.named_parameters() if p.grad is not None}
     return Result(
@@ -169,7 +189,7 @@ def one_rounding(case: Case) -> Case:
         for k, v in case.state.items()
         if v.is_floating_point()
     }
-    return Case(case.name, case.state | state, case.image, case.label)
+    return replace(case, state=case.state | state)
 
 
 def l2(a: Result, b: Result) -> float:
@@ -292,8 +312,8 @@ def pooled_rows(kind: str, state: str, pool: Pool) -> list[str]:
 def mirrored(case: Case) -> Iterator[Case]:
     """The case itself, then with rows, columns and both the other way round."""
     for how, axes in (("", ()), (" rows", (2,)), (" columns", (3,)), (" both", (2, 3))):
-        mirror = Case(f"{case.name}, mirrored{how}", case.state, case.image.flip(axes), case.label.flip(axes))
-        yield mirror if axes else case
+        yield Case(f"{case.name}{', mirrored' * bool(axes)}{how}", case.state, case.image.flip(axes),
+                   case.label.flip(axes))  # fmt: skip
 
 
 def measure(lab: Lab, state: str, cases: list[Case]) -> tuple[list[str], list[str]]:
@@ -301,7 +321,7 @@ def measure(lab: Lab, state: str, cases: list[Case]) -> tuple[list[str], list[st
     exact: list[str] = []
     rounded: list[str] = []
     pools: dict[str, Pool] = {"float32": {}, "bfloat16": {}}
-    for k, case in enumerate(c for one in cases for c in mirrored(one)):
+    for k, case in enumerate(lab.decided(c) for one in cases for c in mirrored(one)):
         found, truth = double(lab, case, full=k == 0)
         exact += found
         print(*found, sep="\n", flush=True)
@@ -342,14 +362,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--events", type=int, default=EVENTS, choices=range(1, EVENTS + 1))
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--held", action="store_true", help="hold the decisions of careful float64 in every run")
     given = parser.parse_args()
-    lab = Lab()
+    lab = Lab(held=given.held)
     found = [event(2, k) for k in range(given.events)]
     events, source = [(image, label) for image, label, _ in found], found[0][2]
     rows, columns = events[0][0].shape[2:]
     heading = (
         f"UResNet, 3 x {rows} x {columns}, loss light, tile {TILE[0]} x {TILE[1]}; input: {source} shrunk by 4; "
         f"trained: {given.steps} steps of Adam on these events, learning rate {RATE}"
+        f"{'; bends and maxima held as careful float64 has them' * given.held}"
     )
     untrained = copied(lab.nets[torch.float32])
     trained = train(lab, events, given.steps)
@@ -358,7 +380,7 @@ def main() -> None:
     for name, state in (("trained", trained), ("untrained", untrained)):
         a, b = measure(lab, name, [Case(f"{name}, event {k}", state, *e) for k, e in enumerate(events)])
         exact, rounded = exact + a, rounded + b
-        write("exactness", page(heading, exact, rounded))
+        write("exactness-held" if given.held else "exactness", page(heading, exact, rounded))
 
 
 if __name__ == "__main__":

@@ -326,7 +326,22 @@ def pooled(p: Draws, d: int, a: int, b: int) -> nn.Module:
         options["count_include_pad"] = p.chance(50)
         if d > 1 and p.chance(20):
             options["divisor_override"] = 3
-    return nn.Sequential(nd(name, d)(kernel, stride, padding, **options), conv1(p, d, a, b))
+    part = nd(name, d)(kernel, stride, padding, **options)
+    return nn.Sequential(Within(part) if options.get("dilation", 1) > padding > 0 else part, conv1(p, d, a, b))
+
+
+class Within(nn.Module):
+    """A pooling of which no window lies in the padding alone: PyTorch then names pixels that are not there, and its
+    backward writes where they would be."""
+
+    def __init__(self, pool: nn.Module):
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x):
+        if 1 in x.shape[2:]:
+            raise ValueError("a window without a pixel")
+        return self.pool(x)
 
 
 def adaptive(p: Draws, d: int, a: int, b: int) -> nn.Module:
