@@ -157,6 +157,7 @@ def batch_norm_backward(b: Builder, dy: Value, x: Value, w: Any, mean: Any, var:
     if training:
         centre, invstd = row(b, save_mean, rank), row(b, save_invstd, rank)
         dx, first, second = normalise_backward(b, dy, x, centre, invstd, weight, axes)
+        b.centred[dx] = first  # the mean of dy is taken away, and x - mean has none
     else:
         kind = wide(x.dtype)
         centre = row(b, mean, rank)

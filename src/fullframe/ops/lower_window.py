@@ -10,7 +10,7 @@ import torch
 
 from fullframe.graph import Op, Value
 from fullframe.ops.build import Builder
-from fullframe.ops.normal import lowers
+from fullframe.ops.normal import cast, lowers
 from fullframe.ops.pool import choice_dtype
 from fullframe.ops.taps import Spec
 from fullframe.ops.views import solid
@@ -42,15 +42,26 @@ def convolution_backward(b: Builder, g: Value, x: Value, w: Value, _: Any, *rest
     return [
         conv_input_grad(b, g, x, w, rest[:6]) if mask[0] else None,
         conv_weight_grad(b, g, x, w, rest[:6]) if mask[1] else None,
-        b.sum(unrounded(b, g), (0, *range(2, len(g.shape))), False, w.dtype) if mask[2] else None,
+        bias_grad(b, g, w.dtype) if mask[2] else None,
     ]
+
+
+def bias_grad(b: Builder, g: Value, dtype: torch.dtype) -> Value:
+    """Gradient of a convolution's bias: the sum of ``g`` over batch and pixels.
+
+    A batch norm right after the convolution makes it zero, which need not be added up: 0 times a sum that is
+    known, so that what is not finite stays so.
+    """
+    known = b.centred.get(g)
+    if known is None:
+        return b.sum(unrounded(b, g), (0, *range(2, len(g.shape))), False, dtype)
+    return cast(b, b.aten(aten.mul.Scalar, b.reshape(known, (g.shape[1],)), 0.0), dtype)
 
 
 def unrounded(b: Builder, g: Value) -> Value:
     """What a gradient was before it was rounded to fewer bits, if it was.
 
-    A norm after the convolution makes the bias's gradient zero: its sum in bfloat16 would be nothing but
-    the rounding of its terms.
+    Where terms cancel, a sum of rounded ones would be nothing but their rounding.
     """
     op = b.maker.get(g)
     if op is None or op.target != "aten._to_copy.default":

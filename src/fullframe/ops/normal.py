@@ -54,6 +54,24 @@ def copy(b: Builder, x: Value, source: Value, *_: Any) -> Value:
     return b.expand(cast(b, source, x.dtype), x.shape)
 
 
+# Activations -------------------------------------------------------------------------------------
+
+
+@lowers("leaky_relu")
+def leaky_relu(b: Builder, x: Value, slope: float = 0.01) -> Value:
+    made = b.aten(torch.ops.aten.leaky_relu.default, x, slope)
+    b.activated[x, slope] = made
+    return made
+
+
+@lowers("leaky_relu_backward")
+def leaky_relu_backward(b: Builder, g: Value, x: Value, slope: float, of_result: bool) -> Value:
+    """By the sign of the result, which is that of ``x``: then ``x`` need not be kept besides."""
+    made = None if of_result or slope <= 0 else b.activated.get((x, slope))
+    x, of_result = (x, of_result) if made is None else (made, True)
+    return b.aten(torch.ops.aten.leaky_relu_backward.default, g, x, slope, of_result)
+
+
 # Constants ---------------------------------------------------------------------------------------
 
 
