@@ -112,7 +112,7 @@ def instrument(clock: Clock, plan: Plan) -> None:
     wrap(executor.Tasks, "task", "tasks made")
     wrap(executor.Summation, "add", "sums joined")
     wrap(executor.Summation, "finish", "sums joined")
-    wrap(kernels.Kernel, "run", "pointwise kernels")
+    wrap(kernels.Call, "_run", "pointwise kernels")
     wrap(kernels.Plain, "run", "pointwise, not compiled")
     rules = {id(op.rule): op.rule for s in plan.steps for op in s.section.ops}
     for rule in rules.values():
