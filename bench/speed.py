@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--budget", default="4 GB")
     parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--suffix", default="", help="of the table's name, for a second one of the same case")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
@@ -132,7 +133,7 @@ def main() -> None:
     shape = " x ".join(map(str, image.shape[1:]))
     head = f"{given.network}, {shape}, batch 1, {kind}; {'; '.join(notes)}"
     name = f"speed-{given.network}-{kind}" + (f"-{image.shape[2]}" if image.shape[2] not in (640, 1024) else "")
-    write(name, f"{head}\n\n{text}\n\nbench/speed.py, {setting()}")
+    write(name + given.suffix, f"{head}\n\n{text}\n\nbench/speed.py, {setting()}")
 
 
 if __name__ == "__main__":
