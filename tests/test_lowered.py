@@ -39,6 +39,38 @@ def test_the_bias_before_a_norm_in_evaluation_mode_needs_one():
     assert found.passed and bias.scale > 0
 
 
+class AboutAnother(torch.autograd.Function):
+    """Batch norm whose backward is told of another mean."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        y, mean, invstd = torch.native_batch_norm(x, w, None, None, None, True, 0.1, 1e-5)
+        ctx.save_for_backward(x, w, mean, invstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w, mean, invstd = ctx.saved_tensors
+        back = torch.ops.aten.native_batch_norm_backward
+        made = back(g, x, w, None, None, mean + 0.5, invstd, True, 1e-5, [True, True, False])
+        return made[0], made[1]
+
+
+class WithIt(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.weight = nn.Conv2d(3, 4, 3, padding=1), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return AboutAnother.apply(self.conv(x), self.weight)
+
+
+def test_the_bias_before_a_norm_about_another_mean_needs_a_sum():
+    found = fullframe.check(WithIt(), torch.randn(2, 3, 20, 17), None, lambda y, _: y.pow(3).mean())
+    (bias,) = [d for d in found.of("gradient") if d.name == "conv.bias"]
+    assert found.passed and bias.scale > 0
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_the_gradient_of_that_bias_is_no_number_where_plain_pytorch_has_none(value):
     net = small(nn.BatchNorm2d(4))

@@ -58,6 +58,7 @@ class Builder:
         self._views: dict[Value, View] = {}
         self._unsplit: dict[Value, Value] = {}  # what a value was before axes of it were split
         self.maker: dict[Value, Op] = {}
+        self.mean_of: dict[Value, Value] = {}  # what batch norms normalised, by the mean they took away
         self.centred: dict[Value, Value] = {}  # gradients whose sums are zero, by the sum that was taken away
         self.activated: dict[tuple[Value, float], Value] = {}  # leaky ReLUs, by what they are of and their slope
         self._draws = count()

@@ -114,6 +114,7 @@ def batch_norm(b: Builder, x: Value, w: Any, bias: Any, stats: tuple[Any, Any], 
     m, centre, invstd = statistics(b, x, axes, eps)
     y = normalise(b, x, centre, invstd, *weights)
     flat = [b.reshape(v, channels) for v in (centre, invstd)]
+    b.mean_of[flat[0]] = x
     if mean is None:
         return [y, *flat]
     unbiased = b.reshape(b.stacked(variance, m, 1.0), channels)
@@ -157,7 +158,8 @@ def batch_norm_backward(b: Builder, dy: Value, x: Value, w: Any, mean: Any, var:
     if training:
         centre, invstd = row(b, save_mean, rank), row(b, save_invstd, rank)
         dx, first, second = normalise_backward(b, dy, x, centre, invstd, weight, axes)
-        b.centred[dx] = first  # the mean of dy is taken away, and x - mean has none
+        if b.mean_of.get(save_mean) is x:
+            b.centred[dx] = first  # the mean of dy is taken away, and x - mean has none
     else:
         kind = wide(x.dtype)
         centre = row(b, mean, rank)
