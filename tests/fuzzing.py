@@ -161,13 +161,17 @@ class _Dense(torch.autograd.Function):
 
 @contextmanager
 def mended() -> Iterator[None]:
-    """PyTorch's instance norm of one image gives wrong gradients where those it is given have their channels innermost."""
-    old = F.instance_norm
-    F.instance_norm = lambda *args, **kwargs: _Dense.apply(old(*args, **kwargs))
+    """PyTorch's norms of one image give wrong gradients where those they are given have their channels innermost."""
+
+    def dense(norm: Any) -> Any:
+        return lambda *args, **kwargs: _Dense.apply(norm(*args, **kwargs))
+
+    usual = F.instance_norm, F.batch_norm
+    F.instance_norm, F.batch_norm = map(dense, usual)
     try:
         yield
     finally:
-        F.instance_norm = old
+        F.instance_norm, F.batch_norm = usual
 
 
 def plain(case: Case) -> Any:
