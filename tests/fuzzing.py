@@ -28,6 +28,7 @@ import fullframe
 from fullframe import executor, lowering, planner
 from fullframe import region as box
 from fullframe.call import Call
+from fullframe.graph import Graph
 from fullframe.memory import lifetimes
 from fullframe.module import Tiled
 from fullframe.ops.drawn import drawn
@@ -83,7 +84,7 @@ class State:
                 t.copy_(self.saved[k])
                 t.grad = None
                 if noise and t.is_floating_point():
-                    t.mul_(1 + noise * torch.randn(t.shape, generator=generator, dtype=t.dtype))
+                    t.mul_(1 + noise * torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device))
 
     def results(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Gradients and buffers."""
@@ -109,9 +110,9 @@ def scalar_of(case: Case, made: Any) -> torch.Tensor:
     if case.loss is not None:
         return outputs[0]
     generator = torch.Generator().manual_seed(0)
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
     for k, t in enumerate(outputs):
-        weight = torch.randn(t.shape, generator=generator, dtype=torch.float64)
+        weight = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
         if len(outputs) == 1 or k not in case.unused:
             total = total + ((t * weight).sum() + 0.5 * (t * t * weight).sum()) / t.numel() ** 0.5
     return total
@@ -235,8 +236,8 @@ def settings(case: Case, compiled: bool) -> Iterator[None]:
         planner.WINDOW, planner.LEAST, planner.ROWS, executor.build = old
 
 
-def planned(case: Case) -> tuple[Tiled, Any, Program]:
-    """The tiled network with the program of its first call, planned for the drawn budget."""
+def planned(case: Case) -> tuple[Tiled, Any, Program, planner.Request]:
+    """The tiled network with the program of its first call, planned for the drawn budget, and what was asked for."""
     step = fullframe.tile(case.net, loss=case.loss, tile=case.tile, budget=PLENTY, workers=1)
     argument = leaves_of(case.input, 0)
     call = Call(step._fullframe["pair"], (argument,) if case.loss is None else (argument, case.target), {})
@@ -250,7 +251,7 @@ def planned(case: Case) -> tuple[Tiled, Any, Program]:
     budget = int(smallest + case.tight * max(0, program.plan.projected_bytes - smallest))
     if case.tight < 1:
         program = replace(program, plan=planner.plan(program.graph, replace(request, budget=budget)))
-    return step, call.key(), program
+    return step, call.key(), program, request
 
 
 def invariants(plan: fullframe.Plan) -> None:
@@ -299,7 +300,7 @@ def judged(case: Case, seed: int, compiled: bool = False) -> Record:
 
 def _tiled_sides(case: Case, state: State, expected: Results, record: Record) -> None:
     state.restore()
-    step, key, program = planned(case)
+    step, key, program, request = planned(case)
     record.ops = sorted({op.target for op in program.graph.ops})
     record.whole = list(program.plan.whole)
     invariants(program.plan)
@@ -323,6 +324,16 @@ def _tiled_sides(case: Case, state: State, expected: Results, record: Record) ->
         worst, where = worst_of(found, again)
         if worst != 0:
             record.outcome, record.detail = "wrong", f"two workers give other bits: {worst:.2g} at {where}"
+    elif record.seed % 3 == 1:
+        programs[key] = replace(program, plan=away(program.graph, request))
+        worst, where = worst_of(found, run_steps(case, state, tiled_run(case, step)))
+        if not worst <= TOLERANCE:
+            record.outcome, record.detail = "wrong", f"maps in the second tier differ: {worst:.2g} at {where}"
+
+
+def away(graph: Graph, request: planner.Request) -> fullframe.Plan:
+    """A plan whose stored maps live in the second tier, whether they would fit in the first or not."""
+    return planner._plan(graph, replace(request, budget=PLENTY, host=PLENTY, workers=planner.LANES))
 
 
 # Many networks -------------------------------------------------------------------------------------

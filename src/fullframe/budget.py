@@ -25,9 +25,10 @@ def parse_bytes(budget: int | str) -> int:
 
 def free_bytes(device: torch.device) -> int:
     """Bytes free on a device now: on the CPU the machine's available memory or what the container's
-    limit leaves, whichever is less."""
+    limit leaves, whichever is less; on a CUDA device what torch's allocator holds unused counts as free."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     found = [_available()]
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from copy import copy
 from functools import cached_property
 from itertools import count
 from math import prod
@@ -22,7 +23,8 @@ from fullframe.plan import Plan, Step
 from fullframe.ready import Ready, ready
 from fullframe.section import tiled
 from fullframe.store import Arena, empty_map
-from fullframe.task import Job, Read, Store, Sum, Target, Task, Tasks
+from fullframe.task import Job, Part, Read, Store, Sum, Target, Task, Tasks
+from fullframe.tiers import Lanes, fetch, put
 
 Kernels = dict[Unit, Kernel | Plain]
 _POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
@@ -42,6 +44,7 @@ class Runtime:
         self.slots = {v: slot for v, slot in plan.slots.items() if v not in outputs}
         self.kept = self.maps - outputs
         self.wide = [len(step.grid) == 1 and _dear(step) for step in plan.steps]
+        self.lanes = Lanes(device, plan.workers) if plan.away and device.type == "cuda" else None
 
 
 def runtime_of(plan: Plan, device: torch.device) -> Runtime:
@@ -100,6 +103,12 @@ class Run:
         tensor = self.values[value]
         return tensor.clone() if value in self.plan.graph.inputs or tensor._base is not None else tensor
 
+    def finished(self, values: dict[Value, torch.Tensor]) -> Run:
+        """The same run, done, with these values."""
+        other = copy(self)
+        other.values, other.position = values, len(self.plan.steps)
+        return other
+
     def advance(self, end: int) -> None:
         """Run the steps up to ``end``; grad mode and autocast are off inside."""
         threads = torch.get_num_threads()
@@ -128,6 +137,8 @@ class Run:
         if step.parallel and self.plan.workers > 1 and self.device.type == "cpu":
             in_order = InOrder(lambda partials: _add(sums, partials))
             _share(self.plan.workers, count, lambda k: in_order.put(k, self._tile(self._task(number, k))))
+        elif step.parallel and self.runtime.lanes:
+            self.runtime.lanes.run(count, lambda k: self._tile(self._task(number, k)), lambda p: _add(sums, p))
         else:
             for k in range(count):
                 _add(sums, self._tile(self._task(number, k)))
@@ -150,9 +161,9 @@ class Run:
 
     def _tile(self, task: Task) -> Partials:
         """Make one tile; returns its partial result of each sum."""
-        windows: dict[Value, torch.Tensor] = {}
+        windows = {f.value: fetch(_part(self.values[f.value], f.part), self.device) for f in task.fetches}
         partials: Partials = []
-        for job in task:
+        for job in task.jobs:
             run = self._fused if job.unit.fused else self._single
             run(job, windows, partials)
             for value in job.drops:
@@ -162,16 +173,13 @@ class Run:
     def _read(self, read: Read, windows: dict[Value, torch.Tensor]) -> torch.Tensor:
         if read.empty is not None:
             return torch.empty(read.empty, dtype=read.value.dtype, device=self.device)
-        tensor = windows[read.value] if read.window else self.values[read.value]
-        return tensor if read.part is None else tensor[read.part]
+        return _part(windows[read.value] if read.window else self.values[read.value], read.part)
 
     def _store(self, store: Store, made: torch.Tensor) -> None:
         if not store.tiled:
             self.values[store.value] = self._apart(made)
             return
-        stored = self.values[store.value]
-        target = stored if store.to is None else stored[store.to]
-        target.copy_(made if store.made is None else made[store.made])
+        put(_part(made, store.made), _part(self.values[store.value], store.to))
 
     def _apart(self, made: torch.Tensor) -> torch.Tensor:
         """A tensor that does not look into the arena, whose places are used again."""
@@ -213,7 +221,7 @@ class Run:
             made[target.value] = self._target(target)
         operands, outputs = [aligned(t, len(job.region)) for t in parts], list(made.values())
         kernel = self.runtime.kernels[job.unit]
-        if isinstance(kernel, Kernel):
+        if kernel.compiled and not self.plan.away:  # whose windows move from tile to tile
             job.ready = ready(job, kernel.call(operands, outputs), self.values, windows, parts, made)
         windows.update((t.value, made[t.value]) for t in job.targets if t.keep)
         return kernel.run(operands, outputs)
@@ -221,8 +229,11 @@ class Run:
     def _target(self, target: Target) -> torch.Tensor:
         if target.shape is not None:
             return empty_map(target.shape, target.value.dtype, self.device)
-        stored = self.values[target.value]
-        return stored if target.part is None else stored[target.part]
+        return _part(self.values[target.value], target.part)
+
+
+def _part(tensor: torch.Tensor, part: Part) -> torch.Tensor:
+    return tensor if part is None else tensor[part]
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

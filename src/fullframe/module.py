@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from fullframe.executor import Run
 from fullframe.graph import Value, followers
 from fullframe.plan import Plan
 from fullframe.program import Options, Program, compile_call
+from fullframe.replay import Feed, Replays
 from fullframe.store import Arena, Arenas
 from fullframe.tracer import recording
 
@@ -95,10 +96,10 @@ class Tiled(nn.Module):
             return pair(args, kwargs)  # part of a larger module that is being recorded
         call = Call(pair, args, kwargs)
         program = self._program(call)
-        arenas = self._fullframe["arenas"]
+        kept = Kept(self._fullframe["arenas"], self._fullframe["replays"])
         wanted = [call.tensors[k] for k in program.reached]
         with torch.inference_mode(False):
-            made = _Function.apply(arenas, program, call, *wanted) if wanted else _forward(arenas, program, call)[0]
+            made = _Function.apply(kept, program, call, *wanted) if wanted else _forward(kept, program, call)[0]
         program.leave(call, made)
         return program.assemble(made)
 
@@ -121,33 +122,50 @@ SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 OWN = frozenset(("training", *nn.Module().__dict__)) - frozenset(SHARED)
 
 
+class Kept(NamedTuple):
+    """What a tiled module keeps between calls besides its programs."""
+
+    arenas: Arenas
+    replays: Replays
+
+
 def _empty() -> dict[str, Any]:
-    return {"programs": {}, "arenas": Arenas()}
+    return {"programs": {}, "arenas": Arenas(), "replays": Replays()}
 
 
 Guard = list[tuple[str, torch.Tensor, int]]
 SMALL = 1 << 20  # bytes: cheaper to copy than to refuse a change of
 
 
-def _forward(arenas: Arenas, program: Program, call: Call) -> tuple[Tensors, Run, Arena, Guard]:
+def _forward(kept: Kept, program: Program, call: Call) -> tuple[Tensors, Run, Arena | None, Guard]:
     graph, plan, device = program.graph, program.plan, call.device
-    tensors = call.tensors
-    arena = arenas.take(plan.bytes.arena, device)
-    run = Run(plan, arena, device)
-    for value, tensor in zip(graph.inputs, tensors, strict=False):
-        if value in program.read:
-            run.feed([value], [tensor])
-    if graph.seed is not None:
-        run.feed([graph.seed], [torch.randint(2**62, (), dtype=torch.int64).to(call.device)])
-    run.advance(plan.early if graph.late else len(plan.steps))
+    tensors, arenas = call.tensors, kept.arenas
+    feeds = _feeds(program, call)
+    arena: Arena | None = None
+    run = kept.replays.play(program, arenas, device, feeds)
+    if run is None:
+        arena = arenas.take(plan.bytes.arena + plan.bytes.host, device, bool(plan.away))
+        run = Run(plan, arena, device)
+        run.feed([f.value for f in feeds], [f.tensor for f in feeds])
+        run.advance(plan.early if graph.late else len(plan.steps))
     outputs = _handed_out(program, run)
     guard = _guard(program, call, run, outputs) if graph.late else []
     for k, value in program.changed.items():
         with torch.inference_mode(tensors[k].is_inference()), torch.no_grad():
             tensors[k].copy_(run.values[value])
-    if not graph.late:
+    if arena is not None and not graph.late:
         arenas.give(arena)
     return outputs, run, arena, guard
+
+
+def _feeds(program: Program, call: Call) -> list[Feed]:
+    """What a run reads: those of the call's tensors that it needs, and the seed of its draws."""
+    graph, lasting = program.graph, len(call.parameters) + len(call.buffers)
+    pairs = enumerate(zip(graph.inputs, call.tensors, strict=False))
+    feeds = [Feed(value, tensor, k < lasting) for k, (value, tensor) in pairs if value in program.read]
+    if graph.seed is not None:
+        feeds.append(Feed(graph.seed, torch.randint(2**62, (), dtype=torch.int64).to(call.device), False))
+    return feeds
 
 
 def _handed_out(program: Program, run: Run) -> Tensors:
@@ -203,11 +221,11 @@ class _Function(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, arenas: Arenas, program: Program, call: Call, *wanted: torch.Tensor) -> Any:
-        outputs, run, arena, guard = _forward(arenas, program, call)
+    def forward(ctx: Any, kept: Kept, program: Program, call: Call, *wanted: torch.Tensor) -> Any:
+        outputs, run, arena, guard = _forward(kept, program, call)
         ctx.set_materialize_grads(False)
         ctx.program = program
-        ctx.late = (run, arena, arenas, guard) if program.graph.late else None
+        ctx.late = (run, arena, kept.arenas, guard) if program.graph.late else None
         if not program.graph.late:
             ctx.save_for_backward(*_gradients(program, run))
         quiet = [t for t, yes in zip(outputs, program.differentiable, strict=True) if not yes]
@@ -225,7 +243,8 @@ class _Function(torch.autograd.Function):
         if not program.graph.late:
             scale = upstream[0]
             grads = ctx.saved_tensors
-            if not bool(scale == 1):
+            # On a device the product costs less than to wait for the scale.
+            if scale.is_cuda and not program.narrow or not bool(scale == 1):
                 if program.narrow:
                     raise RuntimeError(
                         "a loss scale must reach float16 gradients before they are made, and those of a tiled step "

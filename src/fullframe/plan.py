@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -68,17 +68,19 @@ class Slot:
 class Bytes:
     """Projected bytes: the arena of stored maps, untiled values at their peak, the windows of the
     tiles in work, sums in progress, outputs handed to the caller, and ``fixed``, an estimate of what
-    the recording, the plan and the libraries take whatever the image's size."""
+    the recording, the plan and the libraries take whatever the image's size. ``host`` is the arena where the maps
+    live in the host's memory and not on the device: it is not part of the total."""
 
     arena: int
     untiled: int
     scratch: int
     outputs: int
     fixed: int
+    host: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All that count against the budget."""
         return self.arena + self.untiled + self.scratch + self.outputs + self.fixed
 
 
@@ -95,6 +97,11 @@ class Plan:
     budget: int
     workers: int
     whole: tuple[str, ...] = ()
+
+    @property
+    def away(self) -> Collection[Value]:
+        """The stored maps that live in the host's memory and not on the device."""
+        return self.slots.keys() if self.bytes.host else ()
 
     @property
     def projected_bytes(self) -> int:
@@ -128,6 +135,7 @@ def describe(plan: Plan) -> str:
         f"  projected {human(b.total)} of a budget of {human(plan.budget)}: stored maps {human(b.arena)}, "
         f"untiled {human(b.untiled)}, windows {human(b.scratch)}, outputs {human(b.outputs)}, fixed {human(b.fixed)}",
     ]
+    lines += [f"  stored maps {human(b.host)} in the host's memory, copied tile by tile"] * bool(b.host)
     lines += [f"  runs whole: {name}" for name in plan.whole]
     for k, step in enumerate(plan.steps):
         if k == plan.early and k > 0:

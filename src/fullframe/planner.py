@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -29,6 +30,7 @@ LEAST = 1 << 19  # maps smaller than this are not worth cutting
 FIXED = 100 << 20  # what torch's libraries, the recording machinery and the threads take
 PER_OP = 20 << 10  # and the objects of a recorded and planned op
 PER_FORM = 2 << 20  # and the machine code and scratch that a library keeps for each form of convolution
+LANES = 3  # tiles in work where maps live in a second tier: one is fetched, one computed, one put back
 ROWS = 8  # nor are strips of fewer rows, mostly halo
 
 
@@ -36,7 +38,9 @@ ROWS = 8  # nor are strips of fewer rows, mostly halo
 class Request:
     """What to plan for. ``roots``: the inputs' tileable axes. ``tile``: forced tile as
     (input value, axis, pixels) triples. ``free``: values not counted (gradients). ``fusable``:
-    whether a pointwise op or a sum has a place in a fused unit."""
+    whether a pointwise op or a sum has a place in a fused unit. ``window``: bytes that the largest window
+    of a tile may have at least. ``host``: bytes of a second tier, in which the stored maps may live where they do
+    not fit in the budget; 0 where there is none."""
 
     budget: int
     workers: int
@@ -44,10 +48,24 @@ class Request:
     fusable: Fusable
     tile: tuple[tuple[Value, int, int], ...] | None = None
     free: frozenset[Value] = frozenset()
+    window: int = 0
+    host: int = 0
 
 
 def plan(graph: Graph, request: Request) -> Plan:
-    """Plan a graph for a budget; raises `BudgetError` naming the smallest budget that would do."""
+    """Plan a graph for a budget; raises `BudgetError` naming the smallest budget that would do.
+
+    Maps go to the second tier, if there is one, only where nothing else fits: making them again is far cheaper than
+    the way there and back.
+    """
+    if not request.host:
+        return _plan(graph, request)
+    with suppress(BudgetError, UnsupportedOpError):
+        return _plan(graph, replace(request, host=0))
+    return _plan(graph, replace(request, workers=max(request.workers, LANES)))
+
+
+def _plan(graph: Graph, request: Request) -> Plan:
     labels = label_axes(graph, request.roots)
     cuts = choose_cuts(graph, labels)
     sections = build_sections(graph, cuts)
@@ -78,13 +96,14 @@ def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
     steps: dict[Section, Step] = {}
     while True:
         made = _finish(graph, draft, request, steps, fixed)
-        if made.projected_bytes <= request.budget:
+        over = max(made.projected_bytes - request.budget, made.bytes.host - request.host)
+        if over <= 0:
             return made
         if smallest is None or made.projected_bytes < smallest.projected_bytes:
             smallest = made
         if not helped:
             raise _refusal(smallest, request.budget)
-        helped = drop_until(draft, draft.peak() - (made.projected_bytes - request.budget))
+        helped = drop_until(draft, draft.peak() - over)
 
 
 def _fixed(graph: Graph) -> int:
@@ -126,7 +145,7 @@ def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, S
             frees[last].append(value)
     for section in draft.steps:
         if section not in known:
-            known[section] = _step(section, labels, request)
+            known[section] = _step(section, labels, request, frozenset(maps) if request.host else frozenset())
     steps = tuple(replace(known[s], frees=tuple(f)) for s, f in zip(draft.steps, frees, strict=True))
     small = {v: n for v, n in sizes.items() if v not in maps}
     usage = lives.usage(len(steps), small)
@@ -137,29 +156,34 @@ def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, S
     whole = tuple(f"{op.target} ({op.path or 'in the step'})" for s in steps for op in s.section.ops
                   if op.rule.kind == "whole" and tiled(op.output, labels))  # fmt: skip
     slots = {v: Slot(offsets[v], maps[v]) for v in offsets}
-    total = Bytes(arena, max(0, untiled - scratch), scratch, outputs, fixed)
+    here, away = (0, arena) if request.host else (arena, 0)
+    total = Bytes(here, max(0, untiled - scratch), scratch, outputs, fixed, away)
     return Plan(graph, labels, steps, draft.early, slots, total, request.budget, request.workers, whole)
 
 
-def _step(section: Section, labels: Labels, request: Request) -> Step:
+def _step(section: Section, labels: Labels, request: Request, away: frozenset[Value]) -> Step:
     grid = choose_grid(section, labels, request)
     units = units_of(section, labels, request.fusable)
-    scratch = max(window_bytes(section, units, labels, tile) for tile in grid.samples())
+    scratch = max(window_bytes(section, units, labels, tile, away) for tile in grid.samples())
     running = min(request.workers, len(grid))
     sums = sum(prod(op.output.shape) * 8 * (1 + running) for op in section.sums)
     return Step(section, units, grid, (), scratch * running + sums, len(grid) > 1)
 
 
-def window_bytes(section: Section, units: Sequence[Unit], labels: Labels, tile: Tile) -> int:
-    """Most bytes of windows alive at once in a tile, copies for padding and layout included."""
+def window_bytes(section: Section, units: Sequence[Unit], labels: Labels, tile: Tile,
+                 away: Collection[Value] = ()) -> int:  # fmt: skip
+    """Most bytes of windows alive at once in a tile, copies for padding and layout included.
+
+    Parts of the maps that live ``away`` are windows too.
+    """
     works, regions = work_of(units, section.saves, frozenset(section.sums), labels, tile)
     last = {value: k for k, work in enumerate(works) for value in work.unit.reads}
-    alive: dict[Value, int] = {}
+    alive = {v: box.size(regions[v]) * v.itemsize for v in section.loads if v in away and v in last}
     most = 0
     for k, work in enumerate(works):
         unit = work.unit
-        for value in unit.makes:
-            stored = unit.own and value in unit.saves
+        for value in dict.fromkeys((*unit.makes, *(v for v in unit.saves if v in away))):
+            stored = unit.own and value in unit.saves and value not in away
             alive[value] = 0 if stored or value not in regions else box.size(regions[value]) * value.itemsize
         copies = 0
         if any(op.rule.heavy for op in (*unit.ops, *unit.sums)):
@@ -168,8 +192,8 @@ def window_bytes(section: Section, units: Sequence[Unit], labels: Labels, tile: 
             copies = sum(box.size(r) * _copied(v) for v, r in zip(unit.reads, work.reads, strict=True))
             copies += box.size(work.region) * max((_copied(v) for v in unit.makes if v.itemsize < 4), default=0)
         most = max(most, sum(alive.values()) + copies)
-        for value in unit.reads:
-            if last[value] == k:
+        for value in (*unit.reads, *(v for v in unit.saves if v in away)):
+            if last.get(value, k) == k:
                 alive.pop(value, None)
     return most
 
@@ -180,7 +204,7 @@ def _copied(value: Value) -> int:
 
 
 def choose_grid(section: Section, labels: Labels, request: Request) -> Grid:
-    """Tiles of a section: full-width strips of about WINDOW bytes, or the forced tile."""
+    """Tiles of a section: full-width strips of about a window's bytes, or the forced tile."""
     root = _root(section, labels)
     if root is None or any(op.rule.kind == "whole" and tiled(op.output, labels) for op in section.ops):
         return Grid()
@@ -188,7 +212,7 @@ def choose_grid(section: Section, labels: Labels, request: Request) -> Grid:
     if request.tile is not None:
         return _forced(axes, labels, request)
     largest = max(v.nbytes for v in (root, *section.loads) if tiled(v, labels))
-    count = max(1, -(-largest // WINDOW))
+    count = max(1, -(-largest // max(WINDOW, request.window)))
     if root.nbytes >= LEAST and request.workers > 1:
         count = max(count, 2 * request.workers)
         count += -count % request.workers  # or some would wait for one that has a last tile

@@ -25,6 +25,7 @@ from fullframe.planner import Request, plan
 from fullframe.tracer import FROZEN, Recording, capture
 from fullframe.watch import Watch
 
+WINDOWS = 32  # so many of the largest windows fit in the budget of a device
 TENSOR = object()  # stands for a tensor among the leaves of a program's outputs
 
 
@@ -37,7 +38,7 @@ class Options:
     workers: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """A captured and planned call.
 
@@ -75,11 +76,16 @@ class Program:
         return changes(self.graph, self.start, len(self.graph.outputs) - len(self.wanted))
 
     @cached_property
+    def made(self) -> frozenset[Value]:
+        """The values that a run is there for: outputs, new contents, gradients."""
+        first = len(self.graph.outputs) - len(self.wanted)
+        found = (*self.graph.outputs[: self.start], *self.graph.outputs[first:])
+        return frozenset((*(v for v in found if v is not None), *self.changed.values()))
+
+    @cached_property
     def read(self) -> frozenset[Value]:
         """The values that a run needs. It is given no others, or it would keep what former calls left behind."""
-        inputs = (v for op in self.graph.ops for v in op.inputs)
-        made = (*self.graph.outputs[: self.start], *self.graph.outputs[len(self.graph.outputs) - len(self.wanted) :])
-        return frozenset((*inputs, *(v for v in made if v is not None), *self.changed.values()))
+        return self.made | {v for op in self.graph.ops for v in op.inputs}
 
     @cached_property
     def read_late(self) -> frozenset[Value]:
@@ -356,4 +362,9 @@ def _request(graph: Graph, call: Call, options: Options, first_grad: int) -> Req
         forced = [(image, 0, 1), *((image, a, n) for a, n in zip(axes, extents, strict=True))]
     budget = options.budget if options.budget is not None else free_bytes(call.device)
     free = frozenset(v for v in graph.outputs[first_grad:] if v is not None)
-    return Request(budget, options.workers, roots, fusable, None if forced is None else tuple(forced), free)
+    tile = None if forced is None else tuple(forced)
+    if call.device.type == "cpu":
+        return Request(budget, options.workers, roots, fusable, tile, free)
+    # A device's caches are small beside its memory, and it wants much to do at once: tiles as large as may be.
+    host = free_bytes(torch.device("cpu"))
+    return Request(budget, 1, roots, fusable, tile, free, window=budget // WINDOWS, host=host)

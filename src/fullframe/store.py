@@ -6,31 +6,36 @@ Knows bytes and places only. These are the only long-lived allocations of the en
 from __future__ import annotations
 
 import mmap
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 
 
 class Arena:
-    """A block of bytes on a device from which maps are views.
+    """A block of bytes from which maps are views: on the device, or ``away`` from it in the host's memory.
 
     On the CPU it is private anonymous memory with huge pages asked for: the first touch of a map in
     4 KB pages costs as much as a convolution over it (Python's default shared mapping would not
-    take the advice).
+    take the advice). For a CUDA device it is locked besides, so that copies need not be waited for.
     """
 
-    def __init__(self, nbytes: int, device: torch.device):
+    def __init__(self, nbytes: int, device: torch.device, away: bool = False):
         self.nbytes = nbytes
         self.device = device
-        if device.type == "cpu" and nbytes > 0 and hasattr(mmap, "MAP_PRIVATE"):
+        self.away = away
+        if (away or device.type == "cpu") and nbytes > 0 and hasattr(mmap, "MAP_PRIVATE"):
             block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with suppress(OSError):  # a kernel without huge pages: same numbers, slower first touch
                     block.madvise(mmap.MADV_HUGEPAGE)
             self.block = torch.frombuffer(block, dtype=torch.uint8)
         else:
-            self.block = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            self.block = torch.empty(nbytes, dtype=torch.uint8, device="cpu" if away else device)
+        if away and device.type == "cuda" and nbytes > 0:
+            _lock(self, self.block)
 
     def view(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A map at an offset, channels innermost for images and volumes."""
@@ -39,6 +44,28 @@ class Arena:
             count *= n
         flat = self.block[offset : offset + count * dtype.itemsize].view(dtype)
         return shaped(flat, shape)
+
+
+def _lock(arena: Arena, block: torch.Tensor) -> None:
+    """Lock a block's pages as long as its arena lives."""
+    runtime: Any = torch.cuda.cudart()
+    error = int(runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0))
+    if error:
+        raise MemoryError(
+            f"CUDA error {error} when locking {block.nbytes:,} bytes of the host's memory for the stored maps; free "
+            "some of it, allow the process to lock more (ulimit -l), or raise the budget"
+        )
+    weakref.finalize(arena, _unlock, runtime, block)
+
+
+def _unlock(runtime: Any, block: torch.Tensor) -> None:
+    torch.cuda.synchronize()  # no copy may be on its way
+    runtime.cudaHostUnregister(block.data_ptr())
+
+
+def dense(tensor: torch.Tensor) -> bool:
+    """Whether a map is one run of bytes in the layout of stored ones."""
+    return (tensor.movedim(1, -1) if tensor.dim() in (4, 5) else tensor).is_contiguous()
 
 
 def shaped(flat: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -63,13 +90,13 @@ class Arenas:
     def __init__(self) -> None:
         self._idle: list[Arena] = []
 
-    def take(self, nbytes: int, device: torch.device) -> Arena:
+    def take(self, nbytes: int, device: torch.device, away: bool = False) -> Arena:
         """An idle arena that is large enough, or a new one in place of a smaller idle one."""
         while self._idle:
             arena = self._idle.pop()
-            if arena.device == device and arena.nbytes >= nbytes:
+            if arena.device == device and arena.away == away and arena.nbytes >= nbytes:
                 return arena
-        return Arena(nbytes, device)
+        return Arena(nbytes, device, away)
 
     def give(self, arena: Arena) -> None:
         if not self._idle:

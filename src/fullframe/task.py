@@ -76,7 +76,20 @@ class Job:
     ready: Any = None
 
 
-Task = tuple[Job, ...]
+@dataclass(frozen=True, eq=False, slots=True)
+class Fetch:
+    """A part of a map that lives away from the device, to be a window of the tile."""
+
+    value: Value
+    part: Part
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Task:
+    """The jobs of a tile, in runnable order, and what is to be fetched first."""
+
+    fetches: tuple[Fetch, ...]
+    jobs: tuple[Job, ...]
 
 
 class Tasks:
@@ -116,11 +129,13 @@ def tile_at(step: Step, k: int) -> Tile:
 
 
 def task_of(plan: Plan, step: Step, tile: Tile) -> Task:
-    """The jobs of a tile, in runnable order."""
+    """What is to be done on a tile."""
     section, labels = step.section, plan.labels
     works, regions = work_of(step.units, section.saves, frozenset(section.sums), labels, tile)
     last = {value: k for k, work in enumerate(works) for value in work.unit.reads}
-    made: set[Value] = set()
+    away = plan.away
+    fetched = [v for v in section.loads if v in away and v in last and not box.is_empty(regions[v])]
+    made: set[Value] = {*fetched}
     jobs = []
     for k, work in enumerate(works):
         reads = tuple(_read(v, r, regions, made) for v, r in zip(work.unit.reads, work.reads, strict=True))
@@ -132,7 +147,7 @@ def task_of(plan: Plan, step: Step, tile: Tile) -> Task:
         )
         made -= {*drops}
         jobs.append(Job(work.unit, work.region, reads, targets, stores, sums, drops))
-    return tuple(jobs)
+    return Task(tuple(Fetch(v, _part(regions[v], v.shape)) for v in fetched), tuple(jobs))
 
 
 def _read(value: Value, read: Region, regions: dict[Value, Region], made: set[Value]) -> Read:
@@ -177,12 +192,14 @@ Form = tuple[tuple[Target, ...], tuple[Store, ...], tuple[Sum, ...]]
 def _fused(plan: Plan, step: Step, work: Work, tile: Tile) -> Form:
     unit, shape = work.unit, box.shape_of(work.region)
     targets = []
+    away = plan.away
     for value in dict.fromkeys((*unit.saves, *unit.makes)):
-        stored = unit.own and value in unit.saves
+        stored = unit.own and value in unit.saves and value not in away
         part = _part(work.region, value.shape) if stored else None
         targets.append(Target(value, part, None if stored else shape, value in unit.makes))
-    halo = () if unit.own else unit.saves  # the halo is another tile's to store
-    stores = tuple(_stores(plan, halo, tile, work.region))
+    # The halo is another tile's to store.
+    later = [v for v in unit.saves if not unit.own or v in away]
+    stores = tuple(_stores(plan, later, tile, work.region))
     return tuple(targets), stores, tuple(_sum(plan, op, work.region, tile) for op in unit.sums)
 
 

@@ -61,7 +61,7 @@ def _record(recording: Recording) -> Any:
     random_before = random.getstate()
     numpy_before = _numpy_state()
     try:
-        with _active(), recording.watch.paths(), fx_traceback.preserve_node_meta(), _uncompiled():
+        with _active(), recording.watch.paths(), fx_traceback.preserve_node_meta(), _uncompiled(), _own_norms():
             module = make_fx(dispatch_functionalize(recording.function))(*fakes)
     except RuntimeError as error:
         if "use_reentrant" in str(error):
@@ -85,6 +85,11 @@ def _uncompiled() -> Iterator[None]:
     dynamo = sys.modules.get("torch._dynamo")
     with dynamo.config.patch(error_on_nested_fx_trace=False) if dynamo else nullcontext():
         yield
+
+
+def _own_norms() -> Any:
+    """Inside, CUDA tensors are normed by torch's own ops and not by those of its library."""
+    return torch.backends.cudnn.flags(enabled=False)
 
 
 def _data_dependent(path: str, error: Exception) -> CaptureError:

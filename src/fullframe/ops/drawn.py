@@ -36,17 +36,20 @@ class _Draws(TorchDispatchMode):
     def __init__(self, seed: int):
         super().__init__()
         self.seed = torch.tensor(seed)
+        self.device = self.seed.device
         self.calls = 0
 
     def _next(self, shape: Sequence[int], dtype: torch.dtype, kind: str = "uniform") -> torch.Tensor:
         make = noise.normal if kind == "normal" else noise.uniform
-        made = make(self.seed, self.calls, tuple(shape), box.full(tuple(shape)))
+        made = make(self.seed.to(self.device), self.calls, tuple(shape), box.full(tuple(shape)))
         self.calls += 1
         return made.to(dtype) if kind == "normal" else noise.narrowed(made, dtype)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = str(func).removeprefix("aten.")
+        given = (a.device for a in args if isinstance(a, torch.Tensor))
+        self.device = torch.device(kwargs.get("device") or next(given, "cpu"))
         if name.startswith("bernoulli"):
             x, p = args[0], args[1] if len(args) > 1 else kwargs.get("p", args[0] if "_." not in name else 0.5)
             floating = x.dtype if x.dtype.is_floating_point else torch.float32

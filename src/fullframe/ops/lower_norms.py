@@ -129,7 +129,7 @@ def batch_norm_functional(b: Builder, x: Value, w: Any, bias: Any, mean: Any, va
     return batch_norm(b, x, w, bias, (mean, var), training, momentum, eps)
 
 
-@lowers("native_batch_norm", "cudnn_batch_norm")
+@lowers("native_batch_norm")
 def native_batch_norm(b: Builder, x: Value, w: Any, bias: Any, mean: Any, var: Any,
                       training: bool, momentum: float, eps: float) -> list[Value]:  # fmt: skip
     return batch_norm(b, x, w, bias, (mean, var), training, momentum, eps)[:3]
