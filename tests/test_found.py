@@ -461,3 +461,36 @@ def test_a_complex_number_in_the_backward():
 def test_gradients_of_prelu_are_those_of_torch():
     net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.PReLU(3), nn.Conv2d(3, 2, 3), nn.PReLU(init=-0.5))
     agree(net.double(), torch.randn(2, 2, 15, 13).double(), tile=5)
+
+
+class _Dense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.contiguous()
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 6, 5), (1, 4, 3, 6, 5)])
+def test_the_norm_of_one_image_whose_gradient_has_its_channels_innermost(shape):
+    """Plain PyTorch's batch norm mistakes the layout of such a gradient, so the oracle is given a dense one."""
+    torch.manual_seed(0)
+    image, weight = (torch.randn(shape, dtype=torch.float64) for _ in range(2))
+    norm = nn.BatchNorm1d if len(shape) == 3 else nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm3d
+
+    def gradient(dense, run):
+        net = norm(4).double()
+        x = image.clone().requires_grad_()
+        innermost = weight[0].movedim(0, -1)
+        run(net, lambda y: ((_Dense.apply(y) if dense else y).squeeze(0).movedim(0, -1) * innermost).sum(), x)
+        return x.grad
+
+    def plain(net, loss, x):
+        loss(net(x)).backward()
+
+    def ours(net, loss, x):
+        fullframe.tile(net, loss=lambda y, _: loss(y))(x, x.detach()).backward()
+
+    torch.testing.assert_close(gradient(False, ours), gradient(True, plain), rtol=0, atol=1e-13)

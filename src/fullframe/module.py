@@ -244,7 +244,7 @@ class _Function(torch.autograd.Function):
             scale = upstream[0]
             grads = ctx.saved_tensors
             # On a device the product costs less than to wait for the scale.
-            if scale.is_cuda and not program.narrow or not bool(scale == 1):
+            if (scale.is_cuda and not program.narrow) or not bool(scale == 1):
                 if program.narrow:
                     raise RuntimeError(
                         "a loss scale must reach float16 gradients before they are made, and those of a tiled step "
