@@ -60,8 +60,10 @@ def _broadcast(value: Value, loop: Value) -> tuple[bool, ...]:
     return ones + tuple(n == 1 for n in value.shape)
 
 
-def build(plan: Plan, device: torch.device, *, compile: bool = True) -> dict[Unit, kernels.Kernel | kernels.Plain]:
+def build(
+    plan: Plan, device: torch.device, *, compile: bool = True
+) -> dict[Unit, kernels.Kernel | kernels.DeviceKernel | kernels.Plain]:
     """A kernel for every fused unit of a plan; units of one form share their code."""
     units = [u for step in plan.steps for u in step.units if u.fused]
-    made = kernels.build_many([group_of(u) for u in units], compile=compile and device.type == "cpu")
+    made = kernels.build_many([group_of(u) for u in units], compile=compile, device=device)
     return dict(zip(units, made, strict=True))

@@ -85,7 +85,7 @@ def load(source: str, entry: str) -> Callable[..., int]:
     compiler = find()
     key = hashlib.sha256("\0".join((source, *compiler.flags, compiler.identity)).encode()).hexdigest()
     path = directory() / f"{key}.so"
-    if not _sound(path):
+    if kept(path) is None:
         _build(compiler, source, path)
     try:
         return getattr(ctypes.CDLL(str(path)), entry)
@@ -93,15 +93,29 @@ def load(source: str, entry: str) -> Callable[..., int]:
         raise BuildError(f"the compiled kernel cannot be loaded: {error}") from error
 
 
-def _sound(path: Path) -> bool:
-    """Whether a whole library of ours is there."""
+def kept(path: Path) -> bytes | None:
+    """What was sealed in a file of ours; None where there is none, or it is damaged or another's."""
     try:
         if not _ours(path.lstat(), stat.S_ISREG):
-            return False
+            return None
         content = path.read_bytes()
     except OSError:
-        return False
-    return len(content) > 32 and hashlib.sha256(content[:-32]).digest() == content[-32:]
+        return None
+    whole = len(content) > 32 and hashlib.sha256(content[:-32]).digest() == content[-32:]
+    return content[:-32] if whole else None
+
+
+def keep(content: bytes, path: Path) -> None:
+    """Seal it in a file, which other processes see whole or not at all. Raises OSError."""
+    handle, name = tempfile.mkstemp(prefix="build-", suffix=path.suffix, dir=path.parent)
+    made = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content + hashlib.sha256(content).digest())
+        made.chmod(0o600)
+        os.replace(made, path)
+    finally:
+        made.unlink(missing_ok=True)
 
 
 def _build(compiler: Compiler, source: str, path: Path) -> None:
@@ -116,10 +130,7 @@ def _build(compiler: Compiler, source: str, path: Path) -> None:
         )  # fmt: skip
         if done.returncode:
             raise BuildError(f"{compiler.path} failed: {done.stderr.strip()[:2000]}")
-        content = made.read_bytes()
-        made.write_bytes(content + hashlib.sha256(content).digest())
-        made.chmod(0o600)
-        os.replace(made, path)
+        keep(made.read_bytes(), path)
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"the kernel could not be compiled: {error}") from error
     finally:

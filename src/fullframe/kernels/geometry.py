@@ -31,22 +31,34 @@ class Geometry:
     words: tuple[int, ...]
 
 
-def measure(group: Group, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Geometry:
-    """The geometry of a call. Raises ValueError when the tensors are not those of the group."""
+def loop(
+    group: Group, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+) -> tuple[tuple[int, ...], list[list[int]]]:
+    """Extent per loop axis, and per tensor its stride along each. Raises ValueError as `measure` does."""
     extents = _extents(group, operands, outputs)
     strides = [_strides(tensor, extents) for tensor in (*operands, *outputs)]
     for i, stride in enumerate(strides[len(operands) :]):
         if any(step == 0 and extent > 1 for step, extent in zip(stride, extents, strict=True)):
             raise ValueError(f"output {i} overlaps itself: strides {stride} for shape {extents}")
+    return extents, strides
+
+
+def device(tensors: Sequence[torch.Tensor]) -> torch.device:
+    """Where the tensors of a call are; a zero-dimensional one may be on the CPU, as in PyTorch."""
+    return next((t.device for t in tensors if t.dim()), tensors[-1].device if tensors else torch.device("cpu"))
+
+
+def measure(group: Group, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Geometry:
+    """The geometry of a call. Raises ValueError when the tensors are not those of the group, on one device."""
+    extents, strides = loop(group, operands, outputs)
     shapes, offsets, kept, ends = [], [0], [], []
     for reduction in group.reductions:
         shape = [extent for axis, extent in enumerate(extents) if axis not in reduction.axes]
-        kept.append(_partial_strides(extents, reduction.axes))
+        kept.append(partial_strides(extents, reduction.axes))
         ends.append((prod(shape), offsets[-1]))
         shapes.append(tuple(shape) if reduction.kind == "sum" else (3, *shape))
         offsets.append(offsets[-1] + prod(shapes[-1]))
-    order = sorted(range(group.rank), key=lambda axis: -sum(stride[axis] for stride in strides))
-    axes = _merged([(extents[a], *(s[a] for s in (*strides, *kept))) for a in order if extents[a] != 1])
+    axes = merged([(extents[a], *(s[a] for s in (*strides, *kept))) for a in in_memory(extents, strides)])
     axes = _inner(axes, len(strides), len(strides) + len(kept))
     columns = list(zip(*axes, strict=True))
     words = [len(axes), *columns[0]]
@@ -54,7 +66,7 @@ def measure(group: Group, operands: Sequence[torch.Tensor], outputs: Sequence[to
         words += column
     for column, end in zip(columns[1 + len(strides) :], ends, strict=True):
         words += (*column, *end)
-    steps = tuple(_contiguous(shape) for shape in shapes)
+    steps = tuple(contiguous(shape) for shape in shapes)
     return Geometry(extents, tuple(shapes), steps, tuple(offsets), tuple(words))
 
 
@@ -68,11 +80,13 @@ def _extents(group: Group, operands: Sequence[torch.Tensor], outputs: Sequence[t
     wanted = [(f"operand {i}", o.dtype, o.broadcast) for i, o in enumerate(group.operands)]
     wanted += [(f"output {i}", group.dtype(r), (False,) * group.rank) for i, r in enumerate(group.outputs)]
     extents: list[int | None] = [None] * group.rank
+    place = device((*operands, *outputs))
     for (name, dtype, broadcast), tensor in zip(wanted, (*operands, *outputs), strict=True):
-        if tensor.dtype != dtype or tensor.dim() != len(broadcast) or tensor.device.type != "cpu":
+        here = tensor.device == place or (tensor.dim() == 0 and tensor.is_cpu and name.startswith("operand"))
+        if tensor.dtype != dtype or tensor.dim() != len(broadcast) or not here:
             raise ValueError(
                 f"{name} is {tensor.dtype} of {tensor.dim()} axes on {tensor.device}; "
-                f"the group has {dtype} of {len(broadcast)} axes on cpu"
+                f"the group has {dtype} of {len(broadcast)} axes on {place}"
             )
         for axis, repeated in enumerate(broadcast):
             extent = tensor.shape[axis]
@@ -91,19 +105,25 @@ def _strides(tensor: torch.Tensor, extents: tuple[int, ...]) -> list[int]:
     return [0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of a contiguous array."""
     return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def _partial_strides(extents: tuple[int, ...], reduced: tuple[int, ...]) -> list[int]:
+def partial_strides(extents: tuple[int, ...], reduced: tuple[int, ...]) -> list[int]:
     """Strides of a contiguous partial along the loop axes; 0 where it has none."""
     kept = [axis for axis in range(len(extents)) if axis not in reduced]
-    steps = dict(zip(kept, _contiguous([extents[axis] for axis in kept]), strict=True))
+    steps = dict(zip(kept, contiguous([extents[axis] for axis in kept]), strict=True))
     return [steps.get(axis, 0) if extent > 1 else 0 for axis, extent in enumerate(extents)]
 
 
-def _merged(axes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+def in_memory(extents: Sequence[int], strides: Sequence[Sequence[int]]) -> list[int]:
+    """The axes along which there is a step, outermost in memory first."""
+    order = sorted(range(len(extents)), key=lambda axis: -sum(stride[axis] for stride in strides))
+    return [axis for axis in order if extents[axis] != 1]
+
+
+def merged(axes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """Neighbouring axes made one where every stride allows it.
 
     An axis is its extent and its strides, outermost first.

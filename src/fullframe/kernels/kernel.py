@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from . import compiler, source, table
-from .geometry import Geometry, measure
+from . import compiler, cuda, source, table
+from .call import Call
+from .cuda import DeviceKernel
+from .geometry import Geometry, device, measure
 from .group import Group, Ref
 
 _MOST_AXES = 8
@@ -64,7 +66,7 @@ def _reduced(value: torch.Tensor, kind: str, axes: tuple[int, ...]) -> torch.Ten
         return total.clone()
     count = value.numel() // max(total.numel(), 1)
     if not count:
-        return torch.zeros((3, *total.shape), dtype=torch.float64)
+        return torch.zeros((3, *total.shape), dtype=torch.float64, device=value.device)
     first = value[tuple(slice(0, 1) if a in axes else slice(None) for a in range(value.dim()))]
     # About one of the values, so that the mean of equal values is that value; unless that one is not finite.
     first = first.nan_to_num(0.0, 0.0, 0.0)
@@ -74,8 +76,8 @@ def _reduced(value: torch.Tensor, kind: str, axes: tuple[int, ...]) -> torch.Ten
     return torch.stack([torch.full_like(total, count), mean.reshape(total.shape), spread])
 
 
-class Call:
-    """A kernel on tensors of known layout: only their places in memory are still to come."""
+class HostCall(Call):
+    """A kernel for the CPU on tensors of known layout."""
 
     __slots__ = ("_function", "_geometry", "_words")
 
@@ -84,7 +86,7 @@ class Call:
         self._words = (ctypes.c_int64 * len(geometry.words))(*geometry.words)
 
     def __call__(self, places: Sequence[int]) -> list[torch.Tensor]:
-        """Run it on the operands and outputs at these addresses; returns what `Kernel.run` does."""
+        """As `Call`."""
         geometry = self._geometry
         if not geometry.shapes:
             self._run(places, None)
@@ -110,19 +112,21 @@ class Kernel:
     def __init__(self, group: Group, function: Callable[..., int]) -> None:
         self.group = group
         self._function = function
-        self._calls: dict[tuple[object, ...], Call] = {}
+        self._calls: dict[tuple[object, ...], HostCall] = {}
 
     @property
     def compiled(self) -> bool:
         """True: machine code runs it."""
         return True
 
-    def call(self, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor] = ()) -> Call:
+    def call(self, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor] = ()) -> HostCall:
         """The call for tensors of these layouts. Raises ValueError when they are not those of the group."""
-        key = (len(operands), *((t.dtype, t.shape, t.stride()) for t in (*operands, *outputs)))
+        key = (len(operands), *((t.dtype, t.shape, t.stride(), t.is_cpu) for t in (*operands, *outputs)))
         call = self._calls.get(key)
         if call is None:
-            call = Call(self._function, measure(self.group, operands, outputs))
+            if not all(t.is_cpu for t in (*operands, *outputs)):
+                raise ValueError(f"the kernel is for the CPU, the tensors are on {device((*operands, *outputs))}")
+            call = HostCall(self._function, measure(self.group, operands, outputs))
             if len(self._calls) >= _REMEMBERED:
                 self._calls.clear()
             self._calls[key] = call
@@ -153,22 +157,31 @@ def plain(group: Group) -> Plain:
     return Plain(group)
 
 
-def build(group: Group, *, compile: bool = True) -> Kernel | Plain:
-    """The group compiled, or, where that cannot be, through ATen, with the reason in `.reason`."""
-    return build_many([group], compile=compile)[0]
+CPU = torch.device("cpu")
 
 
-def build_many(groups: Iterable[Group], *, compile: bool = True) -> list[Kernel | Plain]:
+def build(group: Group, *, compile: bool = True, device: torch.device = CPU) -> Kernel | DeviceKernel | Plain:
+    """The group compiled for a device, or, where that cannot be, through ATen, with the reason in `.reason`."""
+    return build_many([group], compile=compile, device=device)[0]
+
+
+def build_many(
+    groups: Iterable[Group], *, compile: bool = True, device: torch.device = CPU
+) -> list[Kernel | DeviceKernel | Plain]:
     """As `build` for each group; groups of one form are compiled once, several at the same time."""
     groups = list(groups)
     if not compile:
         return [Plain(group) for group in groups]
-    refused = [unsupported(group) for group in groups]
+    refused = [unsupported(group, device) for group in groups]
+    if device.type == "cuda":
+        failed = iter(cuda.prepare([g for g, why in zip(groups, refused, strict=True) if not why], device))
+        reasons = [why or next(failed) for why in refused]
+        return [Plain(g, why) if why else DeviceKernel(g) for g, why in zip(groups, reasons, strict=True)]
     sources = [None if why else source.generate(g) for g, why in zip(groups, refused, strict=True)]
     distinct = list(dict.fromkeys(text for text in sources if text))
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         loaded = dict(zip(distinct, pool.map(_load, distinct), strict=True))
-    kernels: list[Kernel | Plain] = []
+    kernels: list[Kernel | DeviceKernel | Plain] = []
     for group, why, text in zip(groups, refused, sources, strict=True):
         function = loaded[text] if text else why
         kernels.append(Plain(group, function) if isinstance(function, str) else Kernel(group, function))
@@ -183,8 +196,10 @@ def _load(text: str) -> Callable[..., int] | str:
         return str(error)
 
 
-def unsupported(group: Group) -> str:
+def unsupported(group: Group, device: torch.device = CPU) -> str:
     """Why a group cannot be compiled: the first part of it that is not supported; '' when all is."""
+    if device.type not in ("cpu", "cuda"):
+        return f"no kernels for {device.type}"
     if group.rank > _MOST_AXES:
         return f"no kernels for a loop of {group.rank} axes"
     for operand in group.operands:
@@ -194,4 +209,4 @@ def unsupported(group: Group) -> str:
         dtypes = [*(group.dtype(ref) for ref in node.refs()), node.dtype]
         if not table.supports(node.target, node.args, dtypes):
             return f"no kernels for {node.target} of {', '.join(map(str, dtypes))}"
-    return ""
+    return cuda.unsupported(group) if device.type == "cuda" else ""

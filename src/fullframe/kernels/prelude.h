@@ -1,4 +1,4 @@
-// What every generated kernel shares: number formats, blocks of lanes, partial sums.
+// What every generated C++ kernel shares: mathematics, blocks of lanes, partial sums.
 //
 // The two innermost axes of a kernel's loop are called pixels and channels. A few whole pixels, seen as one
 // run of *lanes*, make a step; the lanes of a step are a multiple of VECTOR, which the source defines. A block
@@ -27,30 +27,59 @@ constexpr int MAX_RANK = 16;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// ---- number formats: bfloat16 is held as float and rounded where PyTorch rounds ----------------------------
+// ---- elementary functions: the vector forms of the mathematics library where it has them ---------------------
 
-template <class To, class From> INLINE To bits_as(From from) {
-    static_assert(sizeof(To) == sizeof(From), "same size");
-    To to;
-    memcpy(&to, &from, sizeof to);
-    return to;
-}
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define VECTOR_FORM __attribute__((simd("notinbranch"), const))
+#else
+#define VECTOR_FORM
+#endif
+#define DECLARE_UNARY(name)                             \
+    extern "C" VECTOR_FORM double name(double) noexcept; \
+    extern "C" VECTOR_FORM float name##f(float) noexcept; \
+    INLINE float m_##name(float x) { return name##f(x); } \
+    INLINE double m_##name(double x) { return name(x); }
+DECLARE_UNARY(exp)
+DECLARE_UNARY(exp2)
+DECLARE_UNARY(expm1)
+DECLARE_UNARY(log)
+DECLARE_UNARY(log1p)
+DECLARE_UNARY(log2)
+DECLARE_UNARY(log10)
+DECLARE_UNARY(sin)
+DECLARE_UNARY(cos)
+DECLARE_UNARY(tan)
+DECLARE_UNARY(atan)
+DECLARE_UNARY(sinh)
+DECLARE_UNARY(cosh)
+DECLARE_UNARY(tanh)
+DECLARE_UNARY(erf)
+DECLARE_UNARY(erfc)
+extern "C" VECTOR_FORM double pow(double, double) noexcept;
+extern "C" VECTOR_FORM float powf(float, float) noexcept;
+INLINE float m_pow(float x, float y) { return powf(x, y); }
+INLINE double m_pow(double x, double y) { return pow(x, y); }
+#define DECLARE_BUILTIN(name)                                     \
+    INLINE float m_##name(float x) { return __builtin_##name##f(x); } \
+    INLINE double m_##name(double x) { return __builtin_##name(x); }
+DECLARE_BUILTIN(sqrt)
+DECLARE_BUILTIN(floor)
+DECLARE_BUILTIN(ceil)
+DECLARE_BUILTIN(trunc)
+DECLARE_BUILTIN(rint)
+// a * b + c, rounded once where the processor can: where PyTorch's own kernels do that.
+#ifdef __FMA__
+INLINE float m_fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+INLINE double m_fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#endif
+template <class T> INLINE T m_fma(T a, T b, T c) { return (T)(a * b + c); }
+template <class T> INLINE T m_abs(T x) { return x < 0 ? -x : x; }
+INLINE float m_abs(float x) { return __builtin_fabsf(x); }
+INLINE double m_abs(double x) { return __builtin_fabs(x); }
 
-INLINE float load_bfloat16(uint16_t bits) { return bits_as<float>((uint32_t)bits << 16); }
+constexpr bool CLEAR_NAN = true;  // see round_bfloat16
 
-// To nearest, ties to even. A NaN stays one if its low bits do not carry into the sign, which holds for all
-// that arithmetic on bfloat16 values gives.
-INLINE float round_bfloat16(float x) {
-    const uint32_t bits = bits_as<uint32_t>(x);
-    return bits_as<float>((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
-}
-
-INLINE float narrow_bfloat16(float x) {  // the same for any NaN
-    const uint32_t nan = -(uint32_t)(x != x);
-    return bits_as<float>((bits_as<uint32_t>(round_bfloat16(x)) & ~nan) | (0x7fc00000u & nan));
-}
-
-INLINE uint16_t store_bfloat16(float x) { return (uint16_t)(bits_as<uint32_t>(x) >> 16); }  // x is rounded
+#include "functions.h"
 
 // ---- blocks --------------------------------------------------------------------------------------------------
 
@@ -286,124 +315,3 @@ template <class T> struct Moments {
         to[2 * plane] += spread + (before == 0 ? 0 : between * between * (before * count / all));
     }
 };
-
-// ---- elementary functions: the vector forms of the mathematics library where it has them ---------------------
-
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define VECTOR_FORM __attribute__((simd("notinbranch"), const))
-#else
-#define VECTOR_FORM
-#endif
-#define DECLARE_UNARY(name)                             \
-    extern "C" VECTOR_FORM double name(double) noexcept; \
-    extern "C" VECTOR_FORM float name##f(float) noexcept; \
-    INLINE float m_##name(float x) { return name##f(x); } \
-    INLINE double m_##name(double x) { return name(x); }
-DECLARE_UNARY(exp)
-DECLARE_UNARY(exp2)
-DECLARE_UNARY(expm1)
-DECLARE_UNARY(log)
-DECLARE_UNARY(log1p)
-DECLARE_UNARY(log2)
-DECLARE_UNARY(log10)
-DECLARE_UNARY(sin)
-DECLARE_UNARY(cos)
-DECLARE_UNARY(tan)
-DECLARE_UNARY(atan)
-DECLARE_UNARY(sinh)
-DECLARE_UNARY(cosh)
-DECLARE_UNARY(tanh)
-DECLARE_UNARY(erf)
-DECLARE_UNARY(erfc)
-extern "C" VECTOR_FORM double pow(double, double) noexcept;
-extern "C" VECTOR_FORM float powf(float, float) noexcept;
-INLINE float m_pow(float x, float y) { return powf(x, y); }
-INLINE double m_pow(double x, double y) { return pow(x, y); }
-#define DECLARE_BUILTIN(name)                                     \
-    INLINE float m_##name(float x) { return __builtin_##name##f(x); } \
-    INLINE double m_##name(double x) { return __builtin_##name(x); }
-DECLARE_BUILTIN(sqrt)
-DECLARE_BUILTIN(floor)
-DECLARE_BUILTIN(ceil)
-DECLARE_BUILTIN(trunc)
-DECLARE_BUILTIN(rint)
-// a * b + c, rounded once where the processor can: where PyTorch's own kernels do that.
-#ifdef __FMA__
-INLINE float m_fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-INLINE double m_fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
-#endif
-template <class T> INLINE T m_fma(T a, T b, T c) { return (T)(a * b + c); }
-template <class T> INLINE T m_abs(T x) { return x < 0 ? -x : x; }
-INLINE float m_abs(float x) { return __builtin_fabsf(x); }
-INLINE double m_abs(double x) { return __builtin_fabs(x); }
-
-// ---- pointwise operations; comparisons are written so that NaN goes where PyTorch lets it go -----------------
-
-template <class T> INLINE T m_max(T a, T b) { return a != a ? a : (a > b ? a : b); }
-template <class T> INLINE T m_min(T a, T b) { return a != a ? a : (a < b ? a : b); }
-template <class T> INLINE T clamp_low(T x, T low) { return x < low ? low : x; }
-template <class T> INLINE T clamp_high(T x, T high) { return x > high ? high : x; }
-template <class T> INLINE T sign(T x) { return (T)((T)(x > 0) - (T)(x < 0)); }
-template <class T> INLINE T sigmoid(T x) { return T(1) / (T(1) + m_exp(-x)); }
-template <class T> INLINE T lerp(T a, T b, T w) {
-    const bool low = m_abs(w) < T(0.5);
-    return m_fma(low ? w : w - T(1), b - a, low ? a : b);
-}
-
-template <class T> INLINE T elu(T x, T alpha, T scale, T input) {
-    const T below = m_expm1(x * input) * (alpha * scale);
-    return x < 0 ? below : x * scale;
-}
-template <class T> INLINE T elu_backward(T g, T alpha, T scale, T input, bool is_result, T x) {
-    const T coefficient = alpha * scale;
-    const T below = is_result ? g * input * (x + coefficient) : g * input * coefficient * m_exp(x * input);
-    return x > 0 ? g * scale : below;
-}
-
-template <class T> INLINE T gelu(T x) { return x * T(0.5) * (T(1) + m_erf(x * T(0.70710678118654752440))); }
-template <class T> INLINE T gelu_tanh(T x) {
-    const T beta = T(0.70710678118654752440 * 1.12837916709551257390);
-    return T(0.5) * x * (T(1) + m_tanh(beta * (x + T(0.044715) * (x * x * x))));
-}
-template <class T> INLINE T gelu_backward(T g, T x) {
-    const T cdf = T(0.5) * (T(1) + m_erf(x * T(0.70710678118654752440)));
-    const T pdf = T(0.5 * 1.12837916709551257390 * 0.70710678118654752440) * m_exp(x * x * T(-0.5));
-    return g * (cdf + x * pdf);
-}
-template <class T> INLINE T gelu_tanh_backward(T g, T x) {
-    const T beta = T(0.70710678118654752440 * 1.12837916709551257390), kappa = T(0.044715);
-    const T t = m_tanh(beta * (x + kappa * (x * x * x)));
-    const T left = T(0.5) * (T(1) + t);
-    const T right = T(0.5) * x * (T(1) - t * t) * (beta * (T(1) + T(3) * kappa * x * x));
-    return g * (left + right);
-}
-
-template <class T> INLINE T silu(T x) { return x / (T(1) + m_exp(-x)); }
-template <class T> INLINE T silu_backward(T g, T x) {
-    const T s = sigmoid(x);
-    return g * s * (T(1) + x * (T(1) - s));
-}
-template <class T> INLINE T mish(T x) { return x * m_tanh(m_log1p(m_exp(x))); }
-template <class T> INLINE T mish_backward(T g, T x) {
-    const T s = sigmoid(x), t = m_tanh(m_log1p(m_exp(x)));
-    return g * (t + x * s * (T(1) - t * t));
-}
-
-template <class T> INLINE T softplus(T x, T beta, T threshold) {
-    const T y = m_log1p(m_exp(x * beta)) / beta;
-    return x * beta > threshold ? x : y;
-}
-template <class T> INLINE T softplus_backward(T g, T x, T beta, T threshold) {
-    const T z = m_exp(x * beta), y = g * z / (z + T(1));
-    return x * beta > threshold ? g : y;
-}
-
-template <class T> INLINE T hardsigmoid(T x) { return clamp_high(clamp_low(x + T(3), T(0)), T(6)) / T(6); }
-template <class T> INLINE T hardsigmoid_backward(T g, T x) {
-    return x > T(-3) && x < T(3) ? g * T(1.0f / 6.0f) : T(0);  // PyTorch's constant, in float64 too
-}
-template <class T> INLINE T hardswish(T x) { return x * clamp_high(clamp_low(x + T(3), T(0)), T(6)) / T(6); }
-template <class T> INLINE T hardswish_backward(T g, T x) {
-    const T inside = g * (x / T(3) + T(0.5));
-    return x <= T(-3) ? T(0) : (x >= T(3) ? g : inside);
-}

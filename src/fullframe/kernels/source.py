@@ -9,7 +9,14 @@ import torch
 from . import table
 from .group import Group, Operand, Reduction
 
-PRELUDE = Path(__file__).with_name("prelude.h").read_text()
+
+def read(name: str) -> str:
+    """A header of this folder, with the functions that expressions call where it includes them."""
+    folder = Path(__file__).parent
+    return (folder / name).read_text().replace('#include "functions.h"\n', (folder / "functions.h").read_text())
+
+
+PRELUDE = read("prelude.h")
 """What all sources begin with."""
 
 ENTRY = "fullframe_kernel"
