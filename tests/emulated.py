@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 import torch
@@ -65,15 +65,20 @@ extern "C" int emulate(int entry, unsigned x, unsigned y, void **arguments) {
 ALL = (*cuda_source.ENTRIES, cuda_source.JOIN)
 
 
+LOCKS: dict[int | None, Lock] = {}
+
+
 class Emulated:
     """The functions of a source."""
 
-    def __init__(self, function: Callable[..., int]) -> None:
+    def __init__(self, function: Any) -> None:
         self._function = function
+        self._one = LOCKS.setdefault(ctypes.cast(function, ctypes.c_void_p).value, Lock())
 
     def bound(self, entry: str, blocks: tuple[int, int]) -> Start:
         def start(arguments: ctypes.Array[Any]) -> None:
-            assert self._function(ALL.index(entry), *blocks, arguments) == 0
+            with self._one:  # a source has one barrier and one shared memory
+                assert self._function(ALL.index(entry), *blocks, arguments) == 0
 
         return start
 
