@@ -88,6 +88,25 @@ def measured(variant: str, size: tuple[int, int], half: bool, rounds: int, budge
     return row
 
 
+def profiled(variant: str, size: tuple[int, int], half: bool) -> str:
+    """Where a later step's time goes: milliseconds and calls by kernel."""
+    net, criterion = network()
+    net, criterion = net.cuda(), criterion.cuda()
+    image, label = enlarged(*size)
+    if variant == "channels_last":
+        net, image = net.to(memory_format=torch.channels_last), image.to(memory_format=torch.channels_last)
+    plain: Step = lambda x, y: criterion(net(x), y)  # noqa: E731
+    run: Step = fullframe.tile(net, loss=criterion) if variant == "tiled" else plain
+    steps(net, run, image, label, half, 3)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        steps(net, run, image, label, half, 1)
+    found = sorted(profile.key_averages(), key=lambda e: -e.device_time_total)
+    total = sum(e.device_time_total for e in found)
+    lines = [f"{variant}, {size}, {'bfloat16' if half else 'float32'}: {total / 1e3:.1f} ms in {len(found)} kernels"]
+    lines += [f"{e.device_time_total / 1e3:8.2f} ms {e.count:6d} x {e.key[:150]}" for e in found[:25]]
+    return "\n".join(lines)
+
+
 def exact(size: tuple[int, int]) -> str:
     """Largest differences of loss, gradients and buffers in float64, over three steps, as initialised."""
     net, criterion = network()
@@ -125,9 +144,12 @@ def exact(size: tuple[int, int]) -> str:
 
 
 def least(net: Any, criterion: Any, image: torch.Tensor, label: torch.Tensor) -> int:
-    """A budget that maps on the device do not fit in."""
-    plan = fullframe.tile(net, loss=criterion).plan(image, label)
-    return plan.bytes.fixed + plan.bytes.outputs + plan.bytes.untiled + plan.bytes.arena // 12
+    """The smallest budget that would do, with maps on the host."""
+    try:
+        fullframe.tile(net, loss=criterion, budget=1).plan(image, label)
+    except fullframe.BudgetError as error:
+        return error.smallest
+    raise AssertionError("a step fits into one byte")
 
 
 def main() -> None:
@@ -136,8 +158,13 @@ def main() -> None:
     parser.add_argument("--small", type=int, nargs=2, default=(640, 1024))
     parser.add_argument("--size", type=int, nargs=2, default=(1280, 2048))
     parser.add_argument("--large", type=int, nargs=2, default=(2560, 4096))
+    parser.add_argument("--profile", action="store_true", help="print where the time goes, and nothing else")
     parser.add_argument("--skip", nargs="*", default=[], choices=("speed", "exact", "host"))
     given = parser.parse_args()
+    if given.profile:
+        for half in (False, True):
+            print("\n".join(profiled(v, tuple(given.size), half) for v in ("tiled", "channels_last")), flush=True)
+        return
     text = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cudnn {torch.backends.cudnn.version()}"]
     head = "| variant | step | first, second step | memory added | plan |\n|---|---|---|---|---|"
     if "exact" not in given.skip:

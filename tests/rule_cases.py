@@ -86,7 +86,7 @@ class _Noted(dict):
         return super().get(name, default)
 
 
-def _plain_kernels(groups: Any, *, compile: bool) -> Any:
+def _plain_kernels(groups: Any, **_: Any) -> Any:
     """Fused units run by PyTorch: hundreds of networks would each wait for a compiler."""
     return _build_many(groups, compile=False)
 

@@ -42,7 +42,7 @@ CLASSES = {"Pointwise", "Table", "Along"}  # and classes of rules of functions o
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     build = lowering.kernels.build_many
-    monkeypatch.setattr(lowering.kernels, "build_many", lambda groups, *, compile: build(groups, compile=False))
+    monkeypatch.setattr(lowering.kernels, "build_many", lambda groups, **_: build(groups, compile=False))
 
 
 def integers(tensor: torch.Tensor, random: Random) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 
 from fullframe.fusion import Unit
 from fullframe.graph import Op, Value
-from fullframe.kernels import Kernel, Plain
+from fullframe.kernels import DeviceKernel, Kernel, Plain
 from fullframe.lowering import build
 from fullframe.plan import Plan, Step
 from fullframe.ready import Ready, ready
@@ -26,7 +26,7 @@ from fullframe.store import Arena, empty_map
 from fullframe.task import Job, Part, Read, Store, Sum, Target, Task, Tasks
 from fullframe.tiers import Lanes, fetch, put
 
-Kernels = dict[Unit, Kernel | Plain]
+Kernels = dict[Unit, Kernel | DeviceKernel | Plain]
 _POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
 _RUNTIMES: WeakKeyDictionary[Plan, Runtime] = WeakKeyDictionary()
 _LOCK = threading.Lock()
@@ -37,6 +37,7 @@ class Runtime:
 
     def __init__(self, plan: Plan, device: torch.device):
         self.kernels: Kernels = build(plan, device)
+        self.constants = {v: t.to(device) for v, t in plan.graph.constants.items()}
         self.tasks = Tasks(plan.steps)
         # A caller's own memory: what is handed out, and what is not cut into tiles.
         outputs = {v for v in plan.graph.outputs if v is not None}
@@ -90,11 +91,12 @@ class Run:
     def __init__(self, plan: Plan, arena: Arena, device: torch.device):
         self.plan, self.arena, self.device = plan, arena, device
         self.runtime = runtime_of(plan, device)
-        self.values: dict[Value, torch.Tensor] = dict(plan.graph.constants)
+        self.values: dict[Value, torch.Tensor] = dict(self.runtime.constants)
         self.position = 0
 
     def feed(self, values: Sequence[Value], tensors: Sequence[torch.Tensor]) -> None:
-        self.values.update(zip(values, (_plain(t) for t in tensors), strict=True))
+        """Give a run its inputs; a number on the processor, which torch lets meet tensors of a device, goes there."""
+        self.values.update(zip(values, (_plain(t).to(self.device) for t in tensors), strict=True))
 
     def result(self, value: Value | None) -> torch.Tensor | None:
         """An output, in memory of its own."""
@@ -221,7 +223,7 @@ class Run:
             made[target.value] = self._target(target)
         operands, outputs = [aligned(t, len(job.region)) for t in parts], list(made.values())
         kernel = self.runtime.kernels[job.unit]
-        if kernel.compiled and not self.plan.away:  # whose windows move from tile to tile
+        if not isinstance(kernel, Plain) and not self.plan.away:  # whose windows move from tile to tile
             job.ready = ready(job, kernel.call(operands, outputs), self.values, windows, parts, made)
         windows.update((t.value, made[t.value]) for t in job.targets if t.keep)
         return kernel.run(operands, outputs)

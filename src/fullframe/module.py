@@ -162,9 +162,10 @@ def _feeds(program: Program, call: Call) -> list[Feed]:
     """What a run reads: those of the call's tensors that it needs, and the seed of its draws."""
     graph, lasting = program.graph, len(call.parameters) + len(call.buffers)
     pairs = enumerate(zip(graph.inputs, call.tensors, strict=False))
-    feeds = [Feed(value, tensor, k < lasting) for k, (value, tensor) in pairs if value in program.read]
+    here = call.device
+    feeds = [Feed(v, t, k < lasting and t.device == here) for k, (v, t) in pairs if v in program.read]
     if graph.seed is not None:
-        feeds.append(Feed(graph.seed, torch.randint(2**62, (), dtype=torch.int64).to(call.device), False))
+        feeds.append(Feed(graph.seed, torch.randint(2**62, (), dtype=torch.int64), False))
     return feeds
 
 
@@ -175,7 +176,8 @@ def _handed_out(program: Program, run: Run) -> Tensors:
     for v, t in found:
         if v is not None and t is not None and run.values[v] is t:
             run.values[v] = t.detach()  # what autograd will hang on the output must not lead back to the run
-    return [t.clone() if v in values[:k] else t for k, (v, t) in enumerate(found) if t is not None]
+    made = [t.clone() if v in values[:k] else t for k, (v, t) in enumerate(found) if t is not None]
+    return [t if t.device.type == d.type else t.to(d) for t, d in zip(made, program.devices, strict=True)]
 
 
 def _guard(program: Program, call: Call, run: Run, outputs: Tensors) -> Guard:

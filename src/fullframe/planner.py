@@ -40,7 +40,8 @@ class Request:
     (input value, axis, pixels) triples. ``free``: values not counted (gradients). ``fusable``:
     whether a pointwise op or a sum has a place in a fused unit. ``window``: bytes that the largest window
     of a tile may have at least. ``host``: bytes of a second tier, in which the stored maps may live where they do
-    not fit in the budget; 0 where there is none."""
+    not fit in the budget; 0 where there is none. ``apart``: the budget is of a device that has a memory of its own,
+    where no recording and no plan lies."""
 
     budget: int
     workers: int
@@ -50,6 +51,7 @@ class Request:
     free: frozenset[Value] = frozenset()
     window: int = 0
     host: int = 0
+    apart: bool = False
 
 
 def plan(graph: Graph, request: Request) -> Plan:
@@ -91,7 +93,7 @@ def _sizes(graph: Graph, cuts: Cuts) -> dict[Value, int]:
 def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
     """Drop and make again until the whole plan fits; report the smallest plan seen if it never does."""
     smallest: Plan | None = None
-    fixed = _fixed(graph)
+    fixed = FIXED if request.apart else _fixed(graph)
     helped = True
     steps: dict[Section, Step] = {}
     while True:

@@ -48,7 +48,7 @@ class Program:
     tensor; ``places`` say where the forward leaves tensors, and ``cut`` which of those handed out have lost a graph.
     ``lasting`` is False where the forward changes what it reads (a counter) or reads what nobody can look at (an
     iterator), so that the next call must be recorded anew. ``details`` are what it has read of tensors that former
-    calls left; None where it has read nothing of them.
+    calls left; None where it has read nothing of them. ``devices`` are where the outputs belong.
     """
 
     graph: Graph
@@ -63,6 +63,7 @@ class Program:
     places: tuple[Place, ...] = ()
     cut: tuple[bool, ...] = ()
     details: tuple[Any, ...] | None = None
+    devices: tuple[torch.device, ...] = ()
 
     @property
     def reached(self) -> list[int]:
@@ -127,6 +128,7 @@ class _Recorder:
         self.differentiable: list[bool] = []
         self.wanted: tuple[int, ...] = ()
         self.cut: list[bool] = []
+        self.devices: tuple[torch.device, ...] = ()
         self.roots: dict[int, torch.Tensor] = {}  # of tensors that a former step left without the graph they had
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[list[Any], Tensors]:
@@ -168,6 +170,7 @@ class _Recorder:
                     "step; register it with its final shape and dtype"
                 )
         handed = [t.detach() for t in outputs]
+        self.devices = tuple(t.device for t in handed)
         # What a former call left is there until this one's takes its place: twice in the arithmetic.
         again = [handed[k] for k in sorted(self.leaving.used)]
         return [*handed, *again, *(t.detach() for t in kept), *grads], seeds
@@ -263,6 +266,12 @@ _ONE_AT_A_TIME = RLock()  # a recording patches torch for the whole process
 
 
 def _compile(call: Call, options: Options) -> Program:
+    devices = sorted({str(t.device) for t in call.tensors if t.device.type != "cpu"})
+    if len(devices) > 1:
+        raise CaptureError(
+            f"the step's tensors are on several devices ({', '.join(devices)}), and a tiled step runs on one; move "
+            "module, loss and inputs to the same device"
+        )
     watch = Watch(call.pair)
     recorder = _Recorder(call, watch)
     before = Survey([call.pair]).key
@@ -298,6 +307,7 @@ def _compile(call: Call, options: Options) -> Program:
         graph, plan(graph, request), recorder.spec, tuple(recorder.fixed), outputs, start,
         recorder.wanted, tuple(recorder.differentiable), after.key == before and call.survey.lasting,
         tuple(recorder.leaving.places), tuple(recorder.cut), call.details if _looked(call, watch) else None,
+        recorder.devices,
     )  # fmt: skip
 
 
@@ -367,4 +377,4 @@ def _request(graph: Graph, call: Call, options: Options, first_grad: int) -> Req
         return Request(budget, options.workers, roots, fusable, tile, free)
     # A device's caches are small beside its memory, and it wants much to do at once: tiles as large as may be.
     host = free_bytes(torch.device("cpu"))
-    return Request(budget, 1, roots, fusable, tile, free, window=budget // WINDOWS, host=host)
+    return Request(budget, 1, roots, fusable, tile, free, window=budget // WINDOWS, host=host, apart=True)

@@ -37,7 +37,8 @@ class Replay:
     def __init__(self, program: Program, arena: Arena, device: torch.device, feeds: Feeds):
         self.program, self.arena = program, arena
         self.run = Run(program.plan, arena, device)
-        self.fed = [f.tensor if f.lasting else f.tensor.clone() for f in feeds]
+        # Detached: a parameter may be given other memory (p.data = ...), and must then be seen to have moved.
+        self.fed = [_fed(f, device) for f in feeds]
         self.run.feed([f.value for f in feeds], self.fed)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
@@ -62,6 +63,11 @@ class Replay:
             made = {v: t.clone() for v, t in self.run.values.items() if v in self.program.made and v not in inputs}
         self.played.record(stream)
         return self.run.finished(inputs | made)
+
+
+def _fed(feed: Feed, device: torch.device) -> torch.Tensor:
+    tensor = feed.tensor.detach()
+    return tensor if feed.lasting else tensor.to(device, copy=True)
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:

@@ -98,11 +98,19 @@ template <class T> INLINE T softplus_backward(T g, T x, T beta, T threshold) {
     return x * beta > threshold ? g : y;
 }
 
-template <class T> INLINE T hardsigmoid(T x) { return clamp_high(clamp_low(x + T(3), T(0)), T(6)) / T(6); }
+// PyTorch divides on processors and multiplies on devices, by a float even in float64.
+template <class T> INLINE T sixth(T x) {
+#if defined(__CUDA_ARCH__)
+    return x * T(1.0f / 6.0f);
+#else
+    return x / T(6);
+#endif
+}
+template <class T> INLINE T hardsigmoid(T x) { return sixth(clamp_high(clamp_low(x + T(3), T(0)), T(6))); }
 template <class T> INLINE T hardsigmoid_backward(T g, T x) {
     return x > T(-3) && x < T(3) ? g * T(1.0f / 6.0f) : T(0);  // PyTorch's constant, in float64 too
 }
-template <class T> INLINE T hardswish(T x) { return x * clamp_high(clamp_low(x + T(3), T(0)), T(6)) / T(6); }
+template <class T> INLINE T hardswish(T x) { return sixth(x * clamp_high(clamp_low(x + T(3), T(0)), T(6))); }
 template <class T> INLINE T hardswish_backward(T g, T x) {
     const T inside = g * (x / T(3) + T(0.5));
     return x <= T(-3) ? T(0) : (x >= T(3) ? g : inside);
