@@ -83,6 +83,10 @@ class Generator(Topologies):
             for k in range(len(parameters)):
                 if p.chance(40):
                     parameters[k].requires_grad_(False)
+            for module in net.modules():
+                # PyTorch's group norm in channels_last ends the process where only one of the two wants a gradient.
+                if isinstance(module, nn.GroupNorm) and module.weight is not None and module.bias is not None:
+                    module.bias.requires_grad_(module.weight.requires_grad)
         if self.d > 1 and p.chance(15):
             p.used["channels last weights"] += 1
             net.to(memory_format=torch.channels_last if self.d == 2 else torch.channels_last_3d)

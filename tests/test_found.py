@@ -494,3 +494,15 @@ def test_the_norm_of_one_image_whose_gradient_has_its_channels_innermost(shape):
         fullframe.tile(net, loss=lambda y, _: loss(y))(x, x.detach()).backward()
 
     torch.testing.assert_close(gradient(False, ours), gradient(True, plain), rtol=0, atol=1e-13)
+
+
+def test_a_group_norm_of_channels_last_whose_bias_is_frozen():
+    """Plain PyTorch reads memory that is not there in this backward, and the process ends; the oracle is contiguous."""
+    image, target = torch.randn(3, 2, 8, 6, dtype=torch.float64), torch.randn(3, 2, 8, 6, dtype=torch.float64)
+    plain = nn.GroupNorm(2, 2).double()
+    F.mse_loss(plain(image), target).backward()
+    ours = nn.GroupNorm(2, 2).double()
+    ours.bias.requires_grad_(False)
+    fullframe.tile(ours, loss=F.mse_loss)(image.to(memory_format=torch.channels_last), target).backward()
+    torch.testing.assert_close(ours.weight.grad, plain.weight.grad, rtol=0, atol=1e-14)
+    assert ours.bias.grad is None

@@ -16,6 +16,8 @@ HEADER = 9
 """Words of a geometry before the tensors' strides within a column."""
 COUNT_LIMIT, OFFSET_LIMIT = 2**30, 2**31  # of counting with 32 bits: steps are added to what is counted
 _BLOCKS = 16  # blocks per multiprocessor that a launch aims at: two to four times what it runs at once
+_CHUNKS = 4  # of a reduction, where each block's results are to be joined afterwards
+_JOINED = 4  # elements that a block joins side by side: few, so that many of its threads share the chunks of each
 _NEAR = 32  # threads that are neighbours in memory, where there is a choice
 _MOST_BLOCKS = 1 << 15
 
@@ -123,16 +125,15 @@ def _launch(group: Group, layout: _Layout, how: tuple[str, int], aligned: tuple[
     entry, lanes = how
     kept, reduced = (prod(axis[0] for axis in axes) for axes in (layout.kept, layout.reduced))
     unroll = 4 if entry == ENTRIES[0] else 2
-    target = _BLOCKS * device.processors
     across, chunks, joining, blocks = 0, 1, 0, (1, 1)
     if group.reductions:
         across = _across(kept, reduced, layout.inner, device.threads)
         rows, groups = device.threads >> across, _parts(kept, 1 << across)
-        chunks = max(1, min(_parts(reduced, 2 * unroll * rows), _parts(target, groups)))
+        chunks = max(1, min(_parts(reduced, 2 * unroll * rows), _parts(_CHUNKS * device.processors, groups)))
         blocks = (chunks, min(groups, _MOST_BLOCKS))
-        joining = min(_power(kept * lanes), _NEAR, device.threads).bit_length() - 1
+        joining = min(_power(kept * lanes), _JOINED, device.threads).bit_length() - 1
     else:
-        blocks = (min(_parts(kept, unroll * device.threads), 2 * target), 1)
+        blocks = (min(_parts(kept, unroll * device.threads), 2 * _BLOCKS * device.processors), 1)
     counts = slots(group)
     elements = kept * lanes if group.reductions else 0
     lane = [1 if number else step for number, step in zip(held, layout.lane, strict=False)]

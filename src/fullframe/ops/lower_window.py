@@ -23,7 +23,15 @@ def convolution(b: Builder, x: Value, w: Value, bias: Any, *geometry: Any) -> Va
     stride, padding, dilation, transposed, _, groups = geometry[:6]
     target = "tile.conv_transpose" if transposed else "tile.conv"
     geometry = (stride, padding, dilation, groups)
-    return b.emit(target, (x, w, bias), b.meta_shape, b.meta_dtype, args=geometry)
+    if bias is None or not bias_apart(b.device):
+        return b.emit(target, (x, w, bias), b.meta_shape, b.meta_dtype, args=geometry)
+    made = b.emit(target, (x, w, None), b.meta_shape, b.meta_dtype, args=geometry)
+    return b.aten(aten.add.Tensor, made, b.reshape(bias, (bias.shape[0], *[1] * (len(made.shape) - 2))))
+
+
+def bias_apart(device: torch.device) -> bool:
+    """Whether the library would add the bias in a pass of its own; then it belongs to what follows."""
+    return device.type == "cuda"
 
 
 def flip_weight(w: torch.Tensor, groups: int) -> torch.Tensor:
