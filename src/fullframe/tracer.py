@@ -63,6 +63,10 @@ def _record(recording: Recording) -> Any:
     try:
         with _active(), recording.watch.paths(), fx_traceback.preserve_node_meta(), _uncompiled(), _own_norms():
             module = make_fx(dispatch_functionalize(recording.function))(*fakes)
+    except NotImplementedError as error:
+        if "Generator" not in str(error):  # which a recording of torch 2.11 cannot hold
+            raise
+        raise _own_generator(recording.watch.current, "the step") from error
     except RuntimeError as error:
         if "use_reentrant" in str(error):
             raise CaptureError(
@@ -85,6 +89,13 @@ def _uncompiled() -> Iterator[None]:
     dynamo = sys.modules.get("torch._dynamo")
     with dynamo.config.patch(error_on_nested_fx_trace=False) if dynamo else nullcontext():
         yield
+
+
+def _own_generator(path: str, what: str) -> CaptureError:
+    return CaptureError(
+        f"in {path or 'the step'}, {what} draws from a generator of its own, which a recorded step cannot follow; "
+        "leave generator= out, or draw outside the step and pass the numbers in"
+    )
 
 
 def _own_norms() -> Any:
@@ -161,10 +172,7 @@ def _lower_call(builder: Builder, node: Node, made: dict[Node, Any]) -> Any:
     builder.path = node.meta.get("custom", {}).get("path", "")
     builder.layouts = [_layout(n) for n in _nodes((*node.args, *node.kwargs.values()))]
     if isinstance(kwargs.get("generator"), torch.Generator):
-        raise CaptureError(
-            f"in {builder.path or 'the step'}, {builder.target} draws from a generator of its own, which a recorded "
-            "step cannot follow; leave generator= out, or draw outside the step and pass the numbers in"
-        )
+        raise _own_generator(builder.path, builder.target)
     lowering = LOWERINGS.get(builder.target)
     result = builder.recorded() if lowering is None else lowering(builder, *args, **kwargs)
     if single:
