@@ -55,11 +55,11 @@ def _lock(arena: Arena, block: torch.Tensor) -> None:
             f"CUDA error {error} when locking {block.nbytes:,} bytes of the host's memory for the stored maps; free "
             "some of it, allow the process to lock more (ulimit -l), or raise the budget"
         )
-    weakref.finalize(arena, _unlock, runtime, block)
+    weakref.finalize(arena, _unlock, runtime, block, arena.device)
 
 
-def _unlock(runtime: Any, block: torch.Tensor) -> None:
-    torch.cuda.synchronize()  # no copy may be on its way
+def _unlock(runtime: Any, block: torch.Tensor, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # no copy may be on its way
     runtime.cudaHostUnregister(block.data_ptr())
 
 

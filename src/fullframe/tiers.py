@@ -36,7 +36,7 @@ def _copy(to: torch.Tensor, source: torch.Tensor) -> None:
     of the copies still on their way."""
     run = dense(to) and dense(source)
     if not run and "cuda" in (to.device.type, source.device.type):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(to.device if to.is_cuda else source.device)
     to.copy_(source, non_blocking=run)
 
 
