@@ -507,3 +507,77 @@ def test_inputs_of_another_class_of_tensors():
     net(x).square().mean().backward()
     tiled(x.as_subclass(Gained)).square().mean().backward()
     assert close(grads(net), grads(twin))
+
+
+class Trading(nn.Module):
+    """Buffers that take each other's numbers, in any order of registration."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3).double()
+        for name in order:
+            self.register_buffer(name, torch.tensor([1.0, 2.0, 3.0].pop(), dtype=torch.float64))
+        for k, name in enumerate(sorted(order)):
+            getattr(self, name).fill_(k + 1.0)
+
+    def forward(self, x):
+        y = self.conv(x)
+        with torch.no_grad():
+            self.c.copy_(self.b)
+            self.b.copy_(self.a)
+            self.a.copy_(y.mean())
+        return y * self.b
+
+
+@pytest.mark.parametrize("order", ["abc", "cba", "bac"])
+@pytest.mark.parametrize("as_module", [False, True])
+def test_buffers_that_hand_on_their_numbers(order, as_module):
+    torch.manual_seed(0)
+    ours = Trading(order)
+    plain = copy.deepcopy(ours)
+    x = torch.randn(1, 1, 12, 10, dtype=torch.float64)
+    tiled = fullframe.tile(ours, tile=5) if as_module else fullframe.tile(ours, loss=lambda y, _: y.square().mean())
+    for _ in range(3):
+        a = tiled(x).square().mean() if as_module else tiled(x, x)
+        b = plain(x).square().mean()
+        a.backward()
+        b.backward()
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=0)
+        for p, q in zip((*ours.buffers(), *ours.parameters()), (*plain.buffers(), *plain.parameters()), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-13, atol=0)
+            if p.grad is not None:
+                torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-13)
+
+
+class _Given(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, numbers):
+        ctx.save_for_backward(numbers)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.saved_tensors[0], None
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+def test_a_gradient_that_is_a_buffer_which_then_changes(as_module):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+            self.register_buffer("numbers", torch.ones(3))
+
+        def forward(self, x):
+            y = _Given.apply(self.weight, self.numbers.clone())
+            self.numbers.add_(1)
+            return x * y.sum()
+
+    ours, plain = Net(), Net()
+    x = torch.randn(1, 1, 6, 6)
+    step = fullframe.tile(ours) if as_module else fullframe.tile(ours, loss=lambda y, _: y.mean())
+    for _ in range(2):
+        (step(x).mean() if as_module else step(x, x)).backward()
+        plain(x).mean().backward()
+    torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
+    torch.testing.assert_close(ours.numbers, plain.numbers)

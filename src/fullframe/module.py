@@ -150,12 +150,22 @@ def _forward(kept: Kept, program: Program, call: Call) -> tuple[Tensors, Run, Ar
         run.advance(plan.early if graph.late else len(plan.steps))
     outputs = _handed_out(program, run)
     guard = _guard(program, call, run, outputs) if graph.late else []
+    _take_apart(program, run, [tensors[k] for k in program.changed])
     for k, value in program.changed.items():
         with torch.inference_mode(tensors[k].is_inference()), torch.no_grad():
             tensors[k].copy_(run.values[value])
     if arena is not None and not graph.late:
         arenas.give(arena)
     return outputs, run, arena, guard
+
+
+def _take_apart(program: Program, run: Run, changed: Tensors) -> None:
+    """Copies of what is still wanted and lies in memory that is about to change: two buffers may trade places."""
+    written = {_memory(t) for t in changed}
+    grads = program.graph.outputs[len(program.graph.outputs) - len(program.wanted) :]
+    for value in (*program.changed.values(), *grads):
+        if value in run.values and _memory(run.values[value]) in written:
+            run.values[value] = run.values[value].clone()
 
 
 def _feeds(program: Program, call: Call) -> list[Feed]:

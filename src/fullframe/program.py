@@ -90,9 +90,12 @@ class Program:
 
     @cached_property
     def read_late(self) -> frozenset[Value]:
-        """What the steps read that run once the gradients of the outputs are there."""
-        late = self.plan.steps[self.plan.early :] if self.graph.late else ()
-        return frozenset(v for step in late for op in step.section.ops for v in op.inputs)
+        """What is read once the gradients of the outputs are there: by the steps that then run, or handed on."""
+        if not self.graph.late:
+            return frozenset()
+        late = (op for step in self.plan.steps[self.plan.early :] for op in step.section.ops)
+        grads = self.graph.outputs[len(self.graph.outputs) - len(self.wanted) :]
+        return frozenset((*(v for op in late for v in op.inputs), *(v for v in grads if v is not None)))
 
     @cached_property
     def narrow(self) -> bool:
@@ -282,7 +285,7 @@ def _compile(call: Call, options: Options) -> Program:
         torch.inference_mode(False), unmoved, _undisturbed(recorder.leaving), recordable(call.pair),
         _forgetful(call.survey.caches),
     ):  # fmt: skip
-        graph = capture(Recording(recorder, call.tensors, call.names, watch))
+        graph = capture(Recording(recorder, call.tensors, call.names, watch, call.device))
     if [state_of(g) for g in call.survey.generators] != numbers:
         raise CaptureError(f"the module or the loss drew from a generator of its own; {FROZEN}")
     after = Survey([call.pair])

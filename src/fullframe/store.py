@@ -96,6 +96,7 @@ class Arenas:
             arena = self._idle.pop()
             if arena.device == device and arena.away == away and arena.nbytes >= nbytes:
                 return arena
+            del arena  # before the new one is made
         return Arena(nbytes, device, away)
 
     def give(self, arena: Arena) -> None:

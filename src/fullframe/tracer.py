@@ -36,7 +36,7 @@ BLAME = "get value out of a tracing tensor"  # how make_fx reports a read of a t
 
 @dataclass
 class Recording:
-    """A function to record: called with one tensor per input.
+    """A function to record: called with one tensor per input, and run on ``device``.
 
     It returns its outputs, and tensors that stand for inputs that arrive late: whatever it computed
     them from, in the graph they are inputs.
@@ -46,13 +46,12 @@ class Recording:
     inputs: list[torch.Tensor]
     names: list[str]
     watch: Watch
+    device: torch.device
 
 
 def capture(recording: Recording) -> Graph:
     """Record a function as a graph in normal form; raises `CaptureError` where it cannot be."""
-    device = recording.inputs[0].device if recording.inputs else torch.device("cpu")
-    recorded = _record(recording)
-    return _lower(recorded, recording.names, device)
+    return _lower(_record(recording), recording.names, recording.device)
 
 
 def _record(recording: Recording) -> Any:
@@ -98,9 +97,15 @@ def _own_generator(path: str, what: str) -> CaptureError:
     )
 
 
-def _own_norms() -> Any:
+@contextmanager
+def _own_norms() -> Iterator[None]:
     """Inside, CUDA tensors are normed by torch's own ops and not by those of its library."""
-    return torch.backends.cudnn.flags(enabled=False)
+    enabled = torch._C._get_cudnn_enabled()
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_enabled(enabled)
 
 
 def _data_dependent(path: str, error: Exception) -> CaptureError:

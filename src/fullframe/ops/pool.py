@@ -17,6 +17,7 @@ import torch
 from fullframe import region as box
 from fullframe.graph import Kind, Link, Op
 from fullframe.ops.rule import BaseRule
+from fullframe.ops.tables import table
 from fullframe.ops.taps import Spec, readers, reads
 from fullframe.ops.window import Axis, outside, pad_window, spread
 from fullframe.region import Interval, Region
@@ -90,7 +91,7 @@ class PoolChoice(Pool):
             within = [max(0, -((o * axis.stride - axis.padding) // axis.dilation)) for o in range(low, high)]
             if any(within):
                 weight = prod(a.kernel for a in axes[k + 1 :])
-                first = first + along(beyond.new_tensor(within), lead + k, beyond) * weight
+                first = first + along(numbers(tuple(within), beyond.dtype, beyond.device), lead + k, beyond) * weight
         taps = product(*(range(a.kernel) for a in axes))
         steps = [sum(t * a.dilation * n for t, a, n in zip(tap, axes, inner, strict=True)) for tap in taps]
         found = passed(beyond, steps[1:], op.output.dtype)
@@ -103,11 +104,17 @@ FEW = 24  # numbers that are better compared one by one
 def passed(values: torch.Tensor, steps: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """How many of the ascending ``steps`` each value has reached; no division, which is slow for integers."""
     if len(steps) > FEW:
-        return torch.bucketize(values, values.new_tensor(steps), right=True).to(dtype)
+        return torch.bucketize(values, numbers(tuple(steps), values.dtype, values.device), right=True).to(dtype)
     found = torch.zeros_like(values, dtype=dtype)
     for step in steps:
         found += values >= step
     return found
+
+
+@table
+def numbers(found: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A list of numbers."""
+    return torch.tensor(found, dtype=dtype, device=device)
 
 
 def along(values: torch.Tensor, axis: int, like: torch.Tensor) -> torch.Tensor:
@@ -290,6 +297,14 @@ class AdaptiveMax(BaseRule):
         return adaptive_max(windows[0], self.specs(op), region[len(region) - op.args[-1] :])[0]
 
 
+@table
+def _cells(spec: Spec, low: int, high: int, device: torch.device) -> torch.Tensor:
+    """What each of the outputs ``[low, high)`` looks at along one axis, its last position repeated."""
+    spans = [reads(spec, i, i + 1) for i in range(low, high)]
+    longest = max((b - a for a, b in spans), default=0)
+    return torch.tensor([[min(a + j, b - 1) for j in range(longest)] for a, b in spans], device=device)
+
+
 def adaptive_max(
     x: torch.Tensor, specs: Sequence[Spec], cells: Sequence[Interval]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -298,12 +313,10 @@ def adaptive_max(
     lead = x.dim() - rank
     position = torch.zeros((), dtype=torch.int64, device=x.device)
     for k, (spec, (low, high)) in enumerate(zip(specs, cells, strict=True)):
-        spans = [reads(spec, i, i + 1) for i in range(low, high)]
-        longest = max((b - a for a, b in spans), default=0)
-        table = torch.tensor([[min(a + j, b - 1) for j in range(longest)] for a, b in spans], device=x.device)
+        seen = _cells(spec, low, high, x.device)
         origin = reads(spec, low, high)[0]
-        x = x.index_select(lead + k, table.flatten() - origin)
-        position = position * spec.source + table.view(*table.shape, *[1] * (2 * (rank - k - 1)))
+        x = x.index_select(lead + k, seen.flatten() - origin)
+        position = position * spec.source + seen.view(*seen.shape, *[1] * (2 * (rank - k - 1)))
     order = [*range(0, 2 * rank, 2), *range(1, 2 * rank, 2)]
     x = x.reshape(*x.shape[:lead], *position.shape)
     x = x.permute(*range(lead), *(lead + a for a in order)).flatten(lead + rank)

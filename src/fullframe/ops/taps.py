@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from fullframe.ops.tables import table
+
 
 class Spec(NamedTuple):
     """One axis of a resampling.
@@ -108,7 +110,7 @@ def _mean_window(spec: Spec, position: int) -> tuple[range, int]:
     return inside, max(1, spec.divisor or (stop - start if spec.counted else len(inside)))
 
 
-@lru_cache(maxsize=1024)
+@table
 def counts(spec: Spec, low: int, high: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
     """What the sums of outputs ``[low, high)`` are divided by; None where it is one."""
     found = [_mean_window(spec, p)[1] for p in range(low, high)] if spec.mode in MEANS else []
@@ -211,14 +213,14 @@ class Table(NamedTuple):
     run: tuple[int | None, ...]
 
 
-@lru_cache(maxsize=1024)
+@table
 def forward_table(spec: Spec, low: int, high: int, dtype: torch.dtype, device: torch.device) -> Table:
     """Taps of outputs ``[low, high)``."""
     rows = [taps_at(spec, position) for position in range(low, high)]
     return _table(rows, reads(spec, low, high)[0], dtype, device)
 
 
-@lru_cache(maxsize=1024)
+@table
 def backward_table(spec: Spec, low: int, high: int, dtype: torch.dtype, device: torch.device) -> Table:
     """Taps of the transposed map for inputs ``[low, high)``; the table reads outputs."""
     first, last = readers(spec, low, high)

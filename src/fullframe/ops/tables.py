@@ -1,0 +1,39 @@
+"""Small tensors that rules make once and read again at every run: where to look, and with what weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
+
+Made = TypeVar("Made")
+_KEPT = 1024  # of each function; the least recently used go first
+_HELD: ContextVar[list[Any] | None] = ContextVar("held", default=None)
+
+
+def table(make: Callable[..., Made]) -> Callable[..., Made]:
+    """Remember what a function of hashable arguments made."""
+    remembered = lru_cache(maxsize=_KEPT)(make)
+
+    @wraps(make)
+    def found(*args: Any) -> Made:
+        made = remembered(*args)
+        held = _HELD.get()
+        if held is not None:
+            held.append(made)
+        return made
+
+    return found
+
+
+@contextmanager
+def held() -> Iterator[list[Any]]:
+    """All tables that are read inside, for whoever reads their memory later than they may be remembered."""
+    found: list[Any] = []
+    token = _HELD.set(found)
+    try:
+        yield found
+    finally:
+        _HELD.reset(token)
