@@ -109,6 +109,9 @@ class Tiled(nn.Module):
         keys = (key, None), (key, call.details)
         found = next((programs.pop(k) for k in keys if k in programs), None)
         if found is None:
+            if call.device.type == "cuda":  # what is kept for other sizes is free for this one
+                self._fullframe["replays"].drop(self._fullframe["arenas"])
+                self._fullframe["arenas"].clear()
             found = compile_call(call, self._fullframe["options"])
         if found.lasting:
             programs[key, found.details] = found  # the latest used is last

@@ -40,8 +40,8 @@ class Request:
     (input value, axis, pixels) triples. ``free``: values not counted (gradients). ``fusable``:
     whether a pointwise op or a sum has a place in a fused unit. ``window``: bytes that the largest window
     of a tile may have at least. ``host``: bytes of a second tier, in which the stored maps may live where they do
-    not fit in the budget; 0 where there is none. ``apart``: the budget is of a device that has a memory of its own,
-    where no recording and no plan lies."""
+    not fit in the budget; 0 where there is none. ``fixed``: bytes that are taken whatever the plan; None: an estimate
+    of what recording, plan and libraries take, which lie in the same memory."""
 
     budget: int
     workers: int
@@ -51,7 +51,7 @@ class Request:
     free: frozenset[Value] = frozenset()
     window: int = 0
     host: int = 0
-    apart: bool = False
+    fixed: int | None = None
 
 
 def plan(graph: Graph, request: Request) -> Plan:
@@ -93,7 +93,7 @@ def _sizes(graph: Graph, cuts: Cuts) -> dict[Value, int]:
 def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
     """Drop and make again until the whole plan fits; report the smallest plan seen if it never does."""
     smallest: Plan | None = None
-    fixed = FIXED if request.apart else _fixed(graph)
+    fixed = _fixed(graph) if request.fixed is None else request.fixed
     helped = True
     steps: dict[Section, Step] = {}
     while True:
@@ -104,7 +104,7 @@ def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
         if smallest is None or made.projected_bytes < smallest.projected_bytes:
             smallest = made
         if not helped:
-            raise _refusal(smallest, request.budget)
+            raise _refusal(smallest, request)
         helped = drop_until(draft, draft.peak() - over)
 
 
@@ -115,8 +115,14 @@ def _fixed(graph: Graph) -> int:
     return FIXED + PER_OP * len(graph.ops) + PER_FORM * len(forms)
 
 
-def _refusal(plan: Plan, budget: int) -> Exception:
-    least = plan.projected_bytes
+def _refusal(plan: Plan, request: Request) -> Exception:
+    least, budget = plan.projected_bytes, request.budget
+    if plan.bytes.host > request.host:
+        return BudgetError(
+            f"the stored maps do not fit in a budget of {budget:,} bytes, and in the host's memory they need "
+            f"{plan.bytes.host:,} bytes, where {request.host:,} are free; free some there, or raise the budget",
+            least,
+        )
     if plan.whole and plan.bytes.arena > budget:
         first = plan.whole[0]
         return UnsupportedOpError(

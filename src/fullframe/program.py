@@ -21,7 +21,7 @@ from fullframe.left import PLAIN, Leaving, recorded
 from fullframe.lowering import fusable
 from fullframe.places import Left, Place
 from fullframe.plan import Plan
-from fullframe.planner import Request, plan
+from fullframe.planner import FIXED, Request, plan
 from fullframe.tracer import FROZEN, Recording, capture
 from fullframe.watch import Watch
 
@@ -96,6 +96,11 @@ class Program:
         late = (op for step in self.plan.steps[self.plan.early :] for op in step.section.ops)
         grads = self.graph.outputs[len(self.graph.outputs) - len(self.wanted) :]
         return frozenset((*(v for op in late for v in op.inputs), *(v for v in grads if v is not None)))
+
+    @cached_property
+    def ruled(self) -> bool:
+        """Whether every op is the engine's own or has a rule."""
+        return all(op.rule.kind != "whole" or op.target.startswith("tile.") for op in self.graph.ops)
 
     @cached_property
     def narrow(self) -> bool:
@@ -380,4 +385,7 @@ def _request(graph: Graph, call: Call, options: Options, first_grad: int) -> Req
         return Request(budget, options.workers, roots, fusable, tile, free)
     # A device's caches are small beside its memory, and it wants much to do at once: tiles as large as may be.
     host = free_bytes(torch.device("cpu"))
-    return Request(budget, 1, roots, fusable, tile, free, window=budget // WINDOWS, host=host, apart=True)
+    # What a recorded run keeps besides: its inputs, and what it makes, to be copied out.
+    lasting = len(call.parameters) + len(call.buffers)
+    copies = sum(t.nbytes for t in call.tensors[lasting:]) + sum(v.nbytes for v in graph.outputs if v is not None)
+    return Request(budget, 1, roots, fusable, tile, free, window=budget // WINDOWS, host=host, fixed=FIXED + copies)

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
 
 from fullframe.executor import Run
 from fullframe.graph import Value
+from fullframe.ops.tables import held
 from fullframe.program import Program
 from fullframe.store import Arena, Arenas
+
+KIND = "cuda"  # of the devices that can record
 
 
 class Feed(NamedTuple):
@@ -35,20 +38,24 @@ class Replay:
     """One recorded run."""
 
     def __init__(self, program: Program, arena: Arena, device: torch.device, feeds: Feeds):
-        self.program, self.arena = program, arena
+        self.program, self.arena, self.flags = program, arena, _flags()
         self.run = Run(program.plan, arena, device)
         # Detached: a parameter may be given other memory (p.data = ...), and must then be seen to have moved.
         self.fed = [_fed(f, device) for f in feeds]
+        self.places = [_place(t) for t in self.fed]
         self.run.feed([f.value for f in feeds], self.fed)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.run.advance(len(program.plan.steps))
         self.played = torch.cuda.Event()
+        # A stream of its own: torch's is that of the device that recorded first. It is left again if this fails.
+        recording = torch.cuda.graph(self.graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local")
+        with held() as self.tables, torch.cuda.stream(torch.cuda.current_stream(device)), recording:
+            self.run.advance(len(program.plan.steps))
 
     def fits(self, program: Program, feeds: Feeds) -> bool:
-        """Whether the same run on these tensors reads what lasts where it was."""
-        pairs = zip(self.fed, feeds, strict=False)
-        return program is self.program and all(_place(a) == _place(f.tensor) for a, f in pairs if f.lasting)
+        """Whether the same run on these tensors reads what lasts where it was, and computes in the same way."""
+        if program is not self.program or self.flags != _flags():
+            return False
+        return all(place == _place(f.tensor) for place, f in zip(self.places, feeds, strict=True) if f.lasting)
 
     def play(self, feeds: Feeds) -> Run:
         """The run with results in memory of their own."""
@@ -74,6 +81,20 @@ def _place(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.data_ptr(), tensor.stride()
 
 
+def _flags() -> tuple[Any, ...]:
+    """How torch's libraries are to compute: a recording holds what they chose."""
+    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda.matmul
+    kinds = (cudnn, cudnn.conv, cuda) if hasattr(cudnn, "conv") else (cudnn, cuda)
+    precision = tuple(getattr(kind, "fp32_precision", None) for kind in kinds)
+    reduced = (cuda.allow_fp16_reduced_precision_reduction, cuda.allow_bf16_reduced_precision_reduction)
+    return cudnn.enabled, cudnn.deterministic, cudnn.benchmark, precision, reduced
+
+
+def playable(program: Program) -> bool:
+    """Whether a program's runs may be recorded: one go, that nothing waits for, as an op without a rule may."""
+    return program.lasting and program.ruled and not program.graph.late and not program.plan.away
+
+
 class Replays:
     """The latest recorded run of a tiled module: one, since it keeps its memory."""
 
@@ -85,25 +106,42 @@ class Replays:
 
     def play(self, program: Program, arenas: Arenas, device: torch.device, feeds: Feeds) -> Run | None:
         """The finished run of a program; None where it is not recorded, or another thread is at it."""
-        plain = device.type != "cuda" or program.graph.late or program.plan.away or not program.lasting
-        if plain or not self._lock.acquire(blocking=False):
+        if device.type != KIND or torch.cuda.is_current_stream_capturing() or not self._lock.acquire(blocking=False):
             return None
         try:
             again, self._last = self._last is program, program
             if self._replay is not None and not self._replay.fits(program, feeds):
-                arenas.give(self._replay.arena)
-                self._replay = None
-            if self._replay is None and again and program not in self._refused:
+                self._drop(arenas)
+            if again and self._replay is None and program not in self._refused and playable(program):
                 self._replay = self._record(program, arenas, device, feeds)
             return self._replay.play(feeds) if self._replay is not None else None
+        except torch.OutOfMemoryError:  # nothing of the call's has changed yet
+            self._refused.add(program)
+            self._drop(arenas)
+            return None
         finally:
             self._lock.release()
+
+    def drop(self, arenas: Arenas) -> None:
+        """Let go of the recorded run and its memory, unless another thread is at it."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._drop(arenas)
+            finally:
+                self._lock.release()
+
+    def _drop(self, arenas: Arenas) -> None:
+        if self._replay is not None:
+            torch.cuda.current_stream(self._replay.run.device).wait_event(self._replay.played)
+            arenas.give(self._replay.arena)
+            self._replay = None
 
     def _record(self, program: Program, arenas: Arenas, device: torch.device, feeds: Feeds) -> Replay | None:
         arena = arenas.take(program.plan.bytes.arena, device)
         try:
-            return Replay(program, arena, device, feeds)
-        except RuntimeError:  # the device was waited for
+            with _ONE_AT_A_TIME:
+                return Replay(program, arena, device, feeds)
+        except Exception:  # the device was waited for, say; the run that follows says what is wrong, if anything is
             self._refused.add(program)
             arenas.give(arena)
             return None
@@ -113,3 +151,6 @@ class Replays:
 
     def __reduce__(self) -> tuple[type[Replays], tuple[()]]:
         return Replays, ()
+
+
+_ONE_AT_A_TIME = threading.Lock()  # torch can record one graph of a process at a time

@@ -26,6 +26,7 @@ class Arena:
         self.nbytes = nbytes
         self.device = device
         self.away = away
+        self.done: Any = None  # on a device: when the run before is done with it
         if (away or device.type == "cpu") and nbytes > 0 and hasattr(mmap, "MAP_PRIVATE"):
             block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -59,8 +60,10 @@ def _lock(arena: Arena, block: torch.Tensor) -> None:
 
 
 def _unlock(runtime: Any, block: torch.Tensor, device: torch.device) -> None:
-    torch.cuda.synchronize(device)  # no copy may be on its way
-    runtime.cudaHostUnregister(block.data_ptr())
+    try:
+        torch.cuda.synchronize(device)  # no copy may be on its way
+    finally:
+        runtime.cudaHostUnregister(block.data_ptr())
 
 
 def dense(tensor: torch.Tensor) -> bool:
@@ -95,13 +98,22 @@ class Arenas:
         while self._idle:
             arena = self._idle.pop()
             if arena.device == device and arena.away == away and arena.nbytes >= nbytes:
+                if arena.done is not None:
+                    torch.cuda.current_stream(device).wait_event(arena.done)
                 return arena
             del arena  # before the new one is made
         return Arena(nbytes, device, away)
 
     def give(self, arena: Arena) -> None:
+        """Take back the arena of a run that is done, or will be when the current stream has come so far."""
         if not self._idle:
+            if arena.device.type == "cuda":
+                arena.done = torch.cuda.current_stream(arena.device).record_event()
             self._idle.append(arena)
+
+    def clear(self) -> None:
+        """Let go of those that no run has."""
+        self._idle.clear()
 
     def __deepcopy__(self, _: object) -> Arenas:
         return Arenas()

@@ -52,11 +52,15 @@ class Lanes:
         main = torch.cuda.current_stream(self.device)
         for stream in self.streams:
             stream.wait_stream(main)
-        for k in range(tiles):
-            stream = self.streams[k % len(self.streams)]
-            with torch.cuda.stream(stream):
-                partials = tile(k)
-            main.wait_stream(stream)
-            for _, partial in partials:
-                partial.record_stream(main)
-            take(partials)
+        try:
+            for k in range(tiles):
+                stream = self.streams[k % len(self.streams)]
+                with torch.cuda.stream(stream):
+                    partials = tile(k)
+                main.wait_stream(stream)
+                for _, partial in partials:
+                    partial.record_stream(main)
+                take(partials)
+        finally:  # whatever happened: what they read may be let go of now
+            for stream in self.streams:
+                main.wait_stream(stream)
