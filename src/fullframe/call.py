@@ -59,7 +59,8 @@ class Call:
                 raise ValueError(f"input {k} has shape {tuple(x.shape)}, without elements; leave that batch out")
         self.parameters = dict(pair.named_parameters())
         self.buffers = {k: v for k, v in pair.named_buffers() if v is not None}
-        self.survey = Survey([pair, args, kwargs, _everywhere()])
+        self.roots = [pair, args, kwargs, _everywhere()]
+        self.survey = Survey(self.roots)
         known = {id(t) for t in (*self.parameters.values(), *self.buffers.values(), *self.inputs)}
         self.others: Tensors = [t for t in self.survey.tensors if id(t) not in known]
         self.grad = torch.is_grad_enabled()

@@ -103,7 +103,8 @@ class Run:
         if value is None:
             return None
         tensor = self.values[value]
-        return tensor.clone() if value in self.plan.graph.inputs or tensor._base is not None else tensor
+        given = value in self.plan.graph.inputs or value in self.runtime.constants
+        return tensor.clone() if given or tensor._base is not None else tensor
 
     def finished(self, values: dict[Value, torch.Tensor]) -> Run:
         """The same run, done, with these values."""
@@ -239,9 +240,10 @@ def _part(tensor: torch.Tensor, part: Part) -> torch.Tensor:
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The numbers of a tensor of any kind."""
+    """The numbers of a tensor of any kind, as they lie in memory: kernels know of no conjugate or negative bit."""
     tensor = tensor.detach()
-    return tensor if type(tensor) is torch.Tensor else tensor.as_subclass(torch.Tensor)
+    tensor = tensor if type(tensor) is torch.Tensor else tensor.as_subclass(torch.Tensor)
+    return tensor.resolve_conj().resolve_neg()
 
 
 Partials = list[tuple[Sum, torch.Tensor]]

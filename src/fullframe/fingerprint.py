@@ -39,7 +39,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 LEFT = WeakIdKeyDictionary()
 DEPTH = 8  # objects, containers and functions away from the nearest module
 ATOMS = frozenset(
-    (int, str, bool, bytes, complex, type(None), type(...), range, types.CodeType, types.BuiltinFunctionType,
+    (int, str, bool, bytes, complex, type(None), type(...), range, types.CodeType,
      torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout)
 )  # fmt: skip
 # Of a module's own dictionary: what never changes a forward, and what need not be looked at while empty.
@@ -55,7 +55,8 @@ OFTEN_EMPTY = frozenset(
 INSTALLED = tuple({sysconfig.get_paths()[k] for k in ("purelib", "platlib", "stdlib", "platstdlib")})
 INSTALLED += (str(Path(__file__).parent),)
 OPAQUE = frozenset(("logging", "threading", "_thread", "io", "_io"))
-SHARED = ("multiprocessing.sharedctypes", "multiprocessing.managers", "ctypes", "_ctypes", "mmap")  # others change it
+# Others change it, or taking from it does.
+SHARED = ("_queue", "multiprocessing.sharedctypes", "multiprocessing.managers", "ctypes", "_ctypes", "mmap")
 BY_STRING = frozenset(("getattr", "hasattr", "globals", "vars", "eval", "exec", "attrgetter", "__dict__"))
 SILENT = frozenset(("__init_subclass__", "__repr__", "__str__", "__reduce__", "__reduce_ex__", "__getstate__",
                     "__setstate__", "__del__", "__class_getitem__", "__subclasshook__"))  # fmt: skip
@@ -89,6 +90,7 @@ class Survey:
         self.seen: dict[int, int] = {}
         self.holders: list[Any] = []  # objects with attributes of their own, in the order met
         self.containers: list[Any] = []  # dicts, lists and deques
+        self.sets: list[Any] = []
         self.cells: list[Any] = []  # variables of closures
         self.scopes: list[tuple[dict[str, Any], Iterable[str] | None]] = []  # globals, and which of their names
         self.classes: list[type] = []  # other than torch's
@@ -157,7 +159,7 @@ def _module(survey: Survey, module: nn.Module, depth: int) -> None:
 
 def _object(survey: Survey, thing: Any, depth: int) -> None:
     fields = _fields(thing)
-    if fields is None or type(thing).__module__.partition(".")[0] in OPAQUE:
+    if fields is None or str(type(thing).__module__).partition(".")[0] in OPAQUE:
         survey.parts.append(Same(thing))
         return
     survey.holders.append(thing)
@@ -215,6 +217,7 @@ def _sequence(survey: Survey, sequence: Any, depth: int) -> None:
 
 def _set(survey: Survey, things: Any, depth: int) -> None:
     survey.parts.append(len(things))
+    survey.sets.append(things)
     for value in sorted(things, key=repr):
         survey.visit(value, depth + 1)
     _derived(survey, things, depth)
@@ -294,13 +297,27 @@ def _method(survey: Survey, method: types.MethodType, depth: int) -> None:
     survey.visit(method.__self__, depth)
 
 
+def _builtin(survey: Survey, function: Any, depth: int) -> None:
+    """A function of C's, with what it is bound to."""
+    owner = function.__self__
+    if owner is None or isinstance(owner, (types.ModuleType, type)) or type(owner).__module__.startswith("torch._C"):
+        survey.parts.append(function)
+    else:
+        survey.parts.append(function.__name__)
+        survey.visit(owner, depth + 1)
+
+
 def _partial(survey: Survey, call: functools.partial[Any], depth: int) -> None:
     for part in (call.func, call.args, call.keywords, vars(call)):
         survey.visit(part, depth + 1)
 
 
 def _array(survey: Survey, array: Any, depth: int) -> None:
-    survey.parts += (array.shape, str(array.dtype), array.tobytes() if array.dtype != object else Same(array))
+    survey.parts += (array.shape, str(array.dtype))
+    if array.dtype == object:
+        _sequence(survey, array.ravel().tolist(), depth)
+    else:
+        survey.parts.append(array.tobytes())
 
 
 def _member(survey: Survey, member: Enum, depth: int) -> None:
@@ -346,8 +363,15 @@ def _function(survey: Survey, function: types.FunctionType, depth: int) -> None:
         for name in names:
             if name in space:
                 _global(survey, name, space[name], names, met, depth)
-            elif name in sys.modules:  # imported inside the function
-                _global(survey, name, sys.modules[name], names, met, depth)
+            elif (module := _imported(name, space.get("__package__") or "")) is not None:
+                _global(survey, name, module, names, met, depth)
+
+
+def _imported(name: str, package: str) -> Any:
+    """The module that a function of this package imports by this name, in full or from where it is."""
+    while name not in sys.modules and package and f"{package}.{name}" not in sys.modules:
+        package = package.rpartition(".")[0]
+    return sys.modules.get(name) or sys.modules.get(f"{package}.{name}")
 
 
 def _global(survey: Survey, name: str, value: Any, names: Iterable[str], met: set[int], depth: int) -> None:
@@ -374,7 +398,7 @@ def _class(survey: Survey, cls: type, depth: int) -> None:
         if base is object or (base is not cls and id(base) in survey.seen):
             continue
         survey.seen.setdefault(id(base), len(survey.seen))
-        if base.__module__.partition(".")[0] in ("torch", "builtins", *OPAQUE):
+        if str(base.__module__).partition(".")[0] in ("torch", "builtins", *OPAQUE):
             survey.parts += (base, Same(vars(base).get("forward")))  # a replaced forward still shows
             continue
         survey.classes.append(base)
@@ -466,6 +490,7 @@ def _look_for(kind: type) -> Look:
         ((set, frozenset), _set),
         (types.FunctionType, _function),
         (types.MethodType, _method),
+        ((types.BuiltinFunctionType, types.MethodWrapperType), _builtin),
         (functools.partial, _partial),
         ((property, staticmethod, classmethod, functools.cached_property), _descriptor),
         (slice, _slice),

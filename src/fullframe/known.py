@@ -43,7 +43,11 @@ class Known:
         name = getattr(func, "__name__", "")
         if name in READERS and not strangers:
             with _disable_current_modes():
-                return getattr(self._twin(args[0]), name)(*args[1:])
+                found = getattr(self._twin(args[0]), name)(*args[1:])
+                if name in ("numpy", "__array__"):  # not the twin's own memory, which must not change unseen
+                    found = found.copy()
+                    found.flags.writeable = False
+                return found
         made = func(*args, **kwargs)
         if name == "__iter__":
             made = list(made)
@@ -52,8 +56,8 @@ class Known:
                 twin = func(*self._twin(args), **self._twin(kwargs))
                 twin = list(twin) if name == "__iter__" else twin
             self._pair(made, twin)
-        elif name not in LOOKS:
-            self._forget((args, kwargs))
+        elif name not in LOOKS or isinstance(made, torch.Tensor):
+            self.forget((args, kwargs))
         return iter(made) if name == "__iter__" else made
 
     def _twin(self, thing: Any) -> Any:
@@ -72,7 +76,7 @@ class Known:
             for a, b in zip(made, twin, strict=True):
                 self._pair(a, b)
 
-    def _forget(self, thing: Any) -> None:
+    def forget(self, thing: Any) -> None:
         if isinstance(thing, torch.Tensor):
             if thing in self:
                 memory = self._twin(thing).untyped_storage().data_ptr()
@@ -81,7 +85,7 @@ class Known:
                     del self.twins[key]
         elif isinstance(thing, (list, tuple, dict)):
             for x in thing.values() if isinstance(thing, dict) else thing:
-                self._forget(x)
+                self.forget(x)
 
 
 def _small(made: Any) -> bool:

@@ -14,7 +14,7 @@ from fullframe.call import Call, Pair, Tensors
 from fullframe.executor import Run
 from fullframe.graph import Value, followers
 from fullframe.plan import Plan
-from fullframe.program import Options, Program, compile_call
+from fullframe.program import Options, Program, compile_call, refuse_shared
 from fullframe.replay import Feed, Replays
 from fullframe.store import Arena, Arenas
 from fullframe.tracer import recording
@@ -63,6 +63,8 @@ class Tiled(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in OWN:
             self.__dict__[name] = value
+            if name == "training":  # as code does that puts back what it found
+                self.module.training = value
         else:
             setattr(self.module, name, value)
 
@@ -142,6 +144,7 @@ SMALL = 1 << 20  # bytes: cheaper to copy than to refuse a change of
 
 def _forward(kept: Kept, program: Program, call: Call) -> tuple[Tensors, Run, Arena | None, Guard]:
     graph, plan, device = program.graph, program.plan, call.device
+    refuse_shared(program.changed, call.tensors, call.names, program.unused)
     tensors, arenas = call.tensors, kept.arenas
     feeds = _feeds(program, call)
     arena: Arena | None = None

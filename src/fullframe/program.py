@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +10,7 @@ from threading import RLock
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from fullframe.budget import free_bytes
@@ -48,7 +49,8 @@ class Program:
     tensor; ``places`` say where the forward leaves tensors, and ``cut`` which of those handed out have lost a graph.
     ``lasting`` is False where the forward changes what it reads (a counter) or reads what nobody can look at (an
     iterator), so that the next call must be recorded anew. ``details`` are what it has read of tensors that former
-    calls left; None where it has read nothing of them. ``devices`` are where the outputs belong.
+    calls left; None where it has read nothing of them. ``devices`` are where the outputs belong, ``unused`` the
+    numbers of tensors that were met and not read.
     """
 
     graph: Graph
@@ -64,6 +66,7 @@ class Program:
     cut: tuple[bool, ...] = ()
     details: tuple[Any, ...] | None = None
     devices: tuple[torch.device, ...] = ()
+    unused: frozenset[int] = frozenset()
 
     @property
     def reached(self) -> list[int]:
@@ -153,6 +156,11 @@ class _Recorder:
             stand_ins = {id(old): t for t, old in zip(made, call.tensors, strict=True)}
             state = {k: stand_ins[id(t)] for k, t in (*call.parameters.items(), *call.buffers.items())}
             arguments = call.rebuild(made[len(made) - len(call.inputs) :])
+            given = pytree.tree_flatten(arguments)
+            for t, old in zip(made, call.tensors, strict=True):
+                if isinstance(old, nn.Parameter):
+                    vars(t)["_is_param"] = True  # as isinstance asks
+            marks = [dict(vars(t)) for t in made]
 
             def rest(returned: Any) -> Any:
                 outputs = self._take(returned)
@@ -168,6 +176,7 @@ class _Recorder:
                 outputs, grads, seeds = torch.func.functional_call(
                     call.pair, state, (*arguments, rest), tie_weights=True, strict=True
                 )
+        _refuse_changes(call, arguments, given, zip(made, marks, strict=True))
         kept = list(made)
         first = len(call.parameters)
         kept[first : first + len(call.buffers)] = [state[k] for k in call.buffers]  # they may be assigned anew
@@ -282,7 +291,8 @@ def _compile(call: Call, options: Options) -> Program:
         )
     watch = Watch(call.pair)
     recorder = _Recorder(call, watch)
-    before = Survey([call.pair]).key
+    before = Survey(call.roots)
+    _refuse_identities(call, before)
     numbers = [state_of(g) for g in call.survey.generators]
     # Recorded draws advance torch's generators, and plans would then change what is drawn afterwards.
     unmoved = torch.random.fork_rng([call.device] if call.device.type == "cuda" else [])
@@ -293,14 +303,16 @@ def _compile(call: Call, options: Options) -> Program:
         graph = capture(Recording(recorder, call.tensors, call.names, watch, call.device))
     if [state_of(g) for g in call.survey.generators] != numbers:
         raise CaptureError(f"the module or the loss drew from a generator of its own; {FROZEN}")
-    after = Survey([call.pair])
+    after = Survey(call.roots)
     if any(recorded(t) for t in after.tensors):
         raise CaptureError("the forward stores a tensor in an object that it can reach; return it as an output")
     outputs = len(recorder.differentiable)
     start = outputs + len(recorder.leaving.used)
     first_grad = start + len(call.tensors)
     changed = changes(graph, start, first_grad)
-    _refuse_shared(changed, call, watch.used)
+    others = {id(t) for t in call.others}
+    unused = frozenset(k for k, t in enumerate(call.tensors) if id(t) in others and id(t) not in watch.used)
+    refuse_shared(changed, call.tensors, call.names, unused)
     late = followers(graph.ops, graph.late)
     for k, value in changed.items():
         if value in late:
@@ -311,12 +323,51 @@ def _compile(call: Call, options: Options) -> Program:
     if graph.late:
         graph.early = first_grad
     request = _request(graph, call, options, first_grad)
+    lasting = after.key == before.key and _who(after) == _who(before) and call.survey.lasting
     return Program(
         graph, plan(graph, request), recorder.spec, tuple(recorder.fixed), outputs, start,
-        recorder.wanted, tuple(recorder.differentiable), after.key == before and call.survey.lasting,
+        recorder.wanted, tuple(recorder.differentiable), lasting,
         tuple(recorder.leaving.places), tuple(recorder.cut), call.details if _looked(call, watch) else None,
-        recorder.devices,
+        recorder.devices, unused,
     )  # fmt: skip
+
+
+def _refuse_changes(call: Call, arguments: Any, given: Any, marks: Iterable[tuple[torch.Tensor, Any]]) -> None:
+    """Refuse what the forward changed of its arguments' containers, or set on a tensor of the call."""
+    leaves, spec = pytree.tree_flatten(arguments)
+    if spec != given[1] or any(a is not b for a, b in zip(leaves, given[0], strict=True)):
+        raise CaptureError(
+            "the forward changes a list or dictionary among its arguments, which a recorded step would leave as it "
+            "is; return what it adds"
+        )
+    for (tensor, old), name in zip(marks, call.names, strict=True):
+        now = vars(tensor)
+        if now.keys() != old.keys() or any(now[k] is not old[k] for k in old):
+            raise CaptureError(
+                f"the forward sets an attribute of the tensor {name}, which a recorded step would not; keep it in "
+                "the module"
+            )
+
+
+def _refuse_identities(call: Call, survey: Survey) -> None:
+    """Refuse code that tells the call's tensors apart by identity: while it is recorded they have stand-ins."""
+    known = {id(t): name for t, name in zip(call.tensors, call.names, strict=True)}
+    own = {id(h.state) for h in survey.holders if isinstance(h, torch.optim.Optimizer)}
+    tables = (c for c in (*survey.containers, *survey.sets) if isinstance(c, (dict, set, frozenset)))
+    looked_up = (k for c in tables if id(c) not in own for k in c)
+    found = next((known[id(k)] for k in looked_up if isinstance(k, torch.Tensor) and id(k) in known), None)
+    found = found or next((known[n] for n in survey.parts if type(n) is int and n in known), None)
+    if found is not None:
+        raise CaptureError(
+            f"the step can reach a set, a dictionary or a number, as of id(), that tells {found} from other tensors "
+            "by its identity, and while it is recorded its tensors have stand-ins, which are other objects; tell "
+            "them apart by their names"
+        )
+
+
+def _who(survey: Survey) -> list[int]:
+    """Which objects a survey met: two of one kind that trade places have the same key."""
+    return [id(t) for t in (*survey.tensors, *survey.holders, *survey.cells)]
 
 
 def _looked(call: Call, watch: Watch) -> bool:
@@ -337,14 +388,20 @@ def _forgetful(caches: Sequence[Any]) -> Iterator[None]:
             cache.cache_clear()
 
 
-def _refuse_shared(changed: Iterable[int], call: Call, used: set[int]) -> None:
+def refuse_shared(
+    changed: Collection[int], tensors: Sequence[torch.Tensor], names: Sequence[str], unused: frozenset[int]
+) -> None:
     """Refuse changes in place of memory that two of the call's tensors share, if both are used."""
-    unused = {id(t) for t in call.others} - used
+    places: dict[int, list[int]] = {}
+    for k, t in enumerate(tensors if changed else ()):
+        if t.layout is torch.strided and k not in unused:
+            places.setdefault(t.untyped_storage().data_ptr(), []).append(k)
     for k in changed:
-        for j, other in enumerate(call.tensors):
-            if j != k and id(other) not in unused and _overlap(call.tensors[k], other):
+        strided = tensors[k].layout is torch.strided
+        for j in places.get(tensors[k].untyped_storage().data_ptr(), ()) if strided else ():
+            if j != k and _overlap(tensors[k], tensors[j]):
                 raise CaptureError(
-                    f"the step changes {call.names[k]} in place, and {call.names[j]} shares its memory; a recorded "
+                    f"the step changes {names[k]} in place, and {names[j]} shares its memory; a recorded "
                     "step keeps them apart. Give one of them memory of its own (clone)"
                 )
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx import Node
 from torch.fx import traceback as fx_traceback
@@ -24,14 +24,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fullframe.graph import CaptureError, Graph, Value, live_ops, verify
 from fullframe.ops import LOWERINGS, Builder
-from fullframe.watch import Watch
+from fullframe.watch import Watch, reads_data
 
 Function = Callable[..., "tuple[Sequence[torch.Tensor | None], Sequence[torch.Tensor]]"]
-DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 FROZEN = (
     "they would be frozen into the captured step. Draw them outside and pass them in, or use torch's random functions"
 )
-BLAME = "get value out of a tracing tensor"  # how make_fx reports a read of a tensor's numbers
 
 
 @dataclass
@@ -72,11 +70,13 @@ def _record(recording: Recording) -> Any:
                 f"in {recording.watch.current or 'the step'}, torch.utils.checkpoint with use_reentrant=True cannot "
                 "be recorded; use use_reentrant=False, or no checkpoint: a tiled step stores what fits its budget"
             ) from error
-        if not isinstance(error, DATA_DEPENDENT) and BLAME not in str(error):
+        if not reads_data(error):
             raise
         raise _data_dependent(recording.watch.current, error) from error
     finally:
         torch.clear_autocast_cache()
+    if recording.watch.failed is not None:  # and the step's own code went on as if nothing had been
+        raise _data_dependent(recording.watch.current, recording.watch.failed) from recording.watch.failed
     if random.getstate() != random_before or _numpy_state() != numpy_before:
         raise CaptureError(f"the module or the loss drew from Python's or NumPy's random numbers; {FROZEN}")
     return module
@@ -109,6 +109,8 @@ def _own_norms() -> Iterator[None]:
 
 
 def _data_dependent(path: str, error: Exception) -> CaptureError:
+    if isinstance(error, CaptureError):
+        return error
     op = str(getattr(error, "func", "")) or "the numbers of a tensor"
     return CaptureError(
         f"in {path or 'the step'}, the course of the computation depends on the data ({op}), so it cannot be "
@@ -144,7 +146,8 @@ def _lower(module: Any, names: Sequence[str], device: torch.device) -> Graph:
                 made[node] = tensor
                 continue
             made[node] = builder.value(tensor.shape, tensor.dtype, f"constant.{node.target}")
-            constants[made[node]] = tensor
+            # What lies in memory of NumPy's may be written without torch knowing.
+            constants[made[node]] = tensor if tensor.untyped_storage().resizable() else tensor.clone()
         elif node in late:
             meta = node.meta["val"]
             made[node] = builder.value(meta.shape, meta.dtype, f"grad_output{late.index(node)}")
@@ -175,6 +178,7 @@ def _lower_call(builder: Builder, node: Node, made: dict[Node, Any]) -> Any:
     builder.arguments, builder.keywords = args, kwargs
     builder.meta = [(tuple(m.shape), m.dtype) if isinstance(m, torch.Tensor) else None for m in metas]
     builder.path = node.meta.get("custom", {}).get("path", "")
+    builder.follow(node.meta.get("custom", {}).get("state", builder.state))
     builder.layouts = [_layout(n) for n in _nodes((*node.args, *node.kwargs.values()))]
     if isinstance(kwargs.get("generator"), torch.Generator):
         raise _own_generator(builder.path, builder.target)

@@ -13,19 +13,27 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import traceback as fx_traceback
 from torch.overrides import TorchFunctionMode
 
 from fullframe.graph import CaptureError
 from fullframe.known import MAKERS, READERS, Known
+from fullframe.states import States
 
 WRITERS = frozenset(("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__iand__",
                      "__ior__", "__ixor__", "__ifloordiv__", "__imod__"))  # fmt: skip
 
 
+GRAD: Any = tuple(getattr(torch.Tensor.grad, name) for name in ("__get__", "__set__", "__delete__"))
 SET_DATA: Any = torch.Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def reads_data(error: Exception) -> bool:
+    """Whether an operation failed because a recording has no numbers."""
+    dependent = isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
+    return dependent or "get value out of a tracing tensor" in str(error)  # as make_fx says it
 
 
 class Watch(TorchFunctionMode):
@@ -42,10 +50,22 @@ class Watch(TorchFunctionMode):
         self.known = Known()
         self.met = self.strangers = False  # whether the call's tensors have numbers; whether some have none
         self.owners: dict[Any, str] = {}  # autograd node -> path of the module that made it
+        self.failed: Exception | None = None  # what no code of the step's may catch and go on
+        self.states = States(lambda _: self._at(self.current))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return self._call(func, args, kwargs)
+        except Exception as error:
+            if self.failed is None and (isinstance(error, CaptureError) or reads_data(error)):
+                self.failed = error
+            raise
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = getattr(func, "__name__", "")
         self.met = self.strangers = False
+        if func in GRAD:
+            self._refuse_grad(args[0])
         args, kwargs = self._swap(args, name), self._swap(kwargs or {}, name)
         if name == "__set__" and func == SET_DATA:
             return self._assign(*args)
@@ -58,11 +78,20 @@ class Watch(TorchFunctionMode):
                     self._own(tensor.grad_fn)
         return made
 
+    def _refuse_grad(self, tensor: torch.Tensor) -> None:
+        """A recording does not have the gradients that lie at the call's tensors, nor could it change them."""
+        if id(tensor) in self.stand_ins or any(t is tensor for t in self.stand_ins.values()):
+            raise CaptureError(
+                f"in {self.current or 'the step'}, the forward reads or sets the .grad of one of the call's tensors; "
+                "do that outside the step, and pass in what it needs of it"
+            )
+
     def _assign(self, tensor: torch.Tensor, new: torch.Tensor) -> None:
         """``tensor.data = new`` as a change in place, which is followed."""
         if new.shape != tensor.shape or new.dtype != tensor.dtype:
             where = self.current or "the step"
             raise CaptureError(f"in {where}, a tensor's .data is given another shape or dtype; make a new tensor")
+        self.known.forget(tensor)
         tensor.data.copy_(new)
 
     def _swap(self, thing: Any, name: str) -> Any:
@@ -82,8 +111,11 @@ class Watch(TorchFunctionMode):
                 where = self.current or "the step"
                 raise CaptureError(f"in {where}, {name}() reads a tensor's data; stay with torch's own functions")
             return thing if found is None else found
-        if type(thing) in (list, tuple):
-            return type(thing)([self._swap(x, name) for x in thing])
+        if isinstance(thing, (list, tuple)):
+            found = [self._swap(x, name) for x in thing]
+            if all(a is b for a, b in zip(found, thing, strict=True)):
+                return thing
+            return found if isinstance(thing, list) else tuple(found)
         if type(thing) is dict:
             return {k: self._swap(v, name) for k, v in thing.items()}
         return thing
@@ -116,16 +148,22 @@ class Watch(TorchFunctionMode):
 
     def _at(self, path: str) -> None:
         self.current = path
-        fx_traceback.current_meta["custom"] = {"path": path}  # a field that nodes copy as they are made
+        # A field that nodes copy as they are made.
+        fx_traceback.current_meta["custom"] = {"path": path, "state": self.states.now}
 
     @contextmanager
     def replacing(self, stand_ins: dict[int, torch.Tensor]) -> Iterator[None]:
         """Inside, each tensor with one of these ids is replaced by its stand-in."""
         self.stand_ins = stand_ins
+        function: Any = torch.autograd.Function
+        own = function.__dict__["apply"]
+        # Which no mode sees.
+        function.apply = classmethod(lambda cls, *a, **k: own.__func__(cls, *self._swap(a, "apply"), **k))
         try:
-            with self:
+            with self, self.states.followed():
                 yield
         finally:
+            function.apply = own
             self.stand_ins, self.known = {}, Known()
 
     @contextmanager

@@ -15,6 +15,7 @@ from fullframe.ops.arguments import Recorded, frozen, memory_order, meta_of, rep
 from fullframe.ops.norm_rules import STACKED
 from fullframe.ops.rule import BaseRule, Whole
 from fullframe.ops.views import View, common, factors_of, laid_out, refine, solid, spans
+from fullframe.states import State
 
 RULES: dict[str, BaseRule] = {
     **pointwise.RULES,
@@ -61,7 +62,9 @@ class Builder:
         self.mean_of: dict[Value, Value] = {}  # what batch norms normalised, by the mean they took away
         self.centred: dict[Value, Value] = {}  # gradients whose sums are zero, by the sum that was taken away
         self.activated: dict[tuple[Value, float], Value] = {}  # leaky ReLUs, by what they are of and their slope
-        self._draws = count()
+        self._drawn: int | None = 0  # the number of the next draw; None: it is to follow a seed of the code's own
+        self._marks: list[int | None] = []  # and what it was when the state was asked for
+        self.state = State()
         self.seed: Value | None = None
 
     @property
@@ -425,7 +428,20 @@ class Builder:
         """Random numbers, uniform in [0, 1) or standard normal; each call has bits of its own."""
         if self.seed is None:
             self.seed = self.value((), torch.int64, "seed")
-        return self.emit("tile.random", (self.seed,), shape, dtype, args=(kind, next(self._draws)))
+        if self._drawn is None:
+            raise CaptureError(
+                f"in {self.path or 'the step'}, {self.target} draws after the random state was set inside the step, "
+                "to numbers that a recorded step does not have; draw outside and pass the numbers in"
+            )
+        number, self._drawn = self._drawn, self._drawn + 1
+        return self.emit("tile.random", (self.seed,), shape, dtype, args=(kind, number))
+
+    def follow(self, state: State) -> None:
+        """Go where the random state is: one that is put back has the numbers of before."""
+        self._marks += [self._drawn] * (state.marks - len(self._marks))
+        if state.sets != self.state.sets and state.source is not None:
+            self._drawn = self._marks[state.source] if state.source >= 0 else None
+        self.state = state
 
 
 def _letters() -> Any:

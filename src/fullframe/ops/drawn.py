@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fullframe import region as box
 from fullframe.ops import noise
 from fullframe.ops.lower_draws import DISTRIBUTIONS
+from fullframe.states import State, States
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def drawn(seed: int | None = None) -> Iterator[None]:
     default generator, as a step draws its own.
     """
     number = int(torch.randint(2**62, (), dtype=torch.int64)) if seed is None else seed
-    with _Draws(number):
+    with _Draws(number) as draws, draws.states.followed():
         yield
 
 
@@ -37,10 +38,20 @@ class _Draws(TorchDispatchMode):
         super().__init__()
         self.seed = torch.tensor(seed)
         self.device = self.seed.device
-        self.calls = 0
+        self.calls: int | None = 0
+        self.marks: list[int | None] = []
+        self.states = States(self._follow)
+
+    def _follow(self, state: State) -> None:
+        if state.marks > len(self.marks):
+            self.marks.append(self.calls)
+        elif state.source is not None:
+            self.calls = self.marks[state.source] if state.source >= 0 else None
 
     def _next(self, shape: Sequence[int], dtype: torch.dtype, kind: str = "uniform") -> torch.Tensor:
         make = noise.normal if kind == "normal" else noise.uniform
+        if self.calls is None:
+            raise NotImplementedError("the random state was set to numbers that this oracle does not have")
         made = make(self.seed.to(self.device), self.calls, tuple(shape), box.full(tuple(shape)))
         self.calls += 1
         return made.to(dtype) if kind == "normal" else noise.narrowed(made, dtype)
