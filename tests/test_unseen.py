@@ -374,3 +374,97 @@ def test_dropout_in_a_checkpoint_has_one_mask(as_module):
             b.backward()
         same(a, b)
         same(ours.weight.grad, plain.weight.grad)
+
+
+class Listed(nn.Module):
+    """Buffers and parameters in lists and tuples that the forward makes anew."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3, padding=1).double()
+        self.kind = kind
+        for k in (1, 2):
+            value = torch.full((1, 2, 1, 1), float(k), dtype=D)
+            if kind == "buffers":
+                self.register_buffer(f"m{k}", value)
+            else:
+                setattr(self, f"m{k}", nn.Parameter(value))
+        self.order = [self.m1, self.m2]
+        self.pair = self.m1, self.m2
+
+    def forward(self, x):
+        y = self.conv(x) * self.order[0] + self.pair[1]
+        self.order = self.order[::-1]
+        self.pair = self.pair[1], self.pair[0]
+        self.used = [self.m2]
+        return y
+
+
+@pytest.mark.parametrize("kind", ["buffers", "parameters"])
+def test_lists_of_parameters_and_buffers_in_another_order(kind):
+    agree(lambda: Listed(kind), calls=4)
+    net = Listed(kind)
+    tiled = fullframe.tile(net, loss=lambda y, _: y.square().mean() + sum(p.sum() for p in net.used), tile=5)
+    plain = copy.deepcopy(net)
+    for _ in range(3):
+        x = image()
+        a = tiled(x, x)
+        b = plain(x).square().mean() + sum(p.sum() for p in plain.used)
+        same(a, b)
+        a.backward()
+        b.backward()
+        for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+            same(p.grad, q.grad)
+    assert net.used[0] is net.m2
+
+
+def test_parameters_that_trade_places_are_refused():
+    def then(net, y):
+        net.p, net.q = net.q, net.p
+        return y * net.p
+
+    refused(lambda: Net(then, p=nn.Parameter(one(1)), q=nn.Parameter(one(2))), "another parameter")
+
+
+@pytest.mark.parametrize("way", ["none", "deleted"])
+def test_a_buffer_that_goes_is_refused(way):
+    def then(net, y):
+        if way == "none":
+            net.extra = None
+        else:
+            del net.extra
+        return y
+
+    def make():
+        net = Net(then)
+        net.register_buffer("extra", one(1))
+        return net
+
+    refused(make, "takes extra away")
+
+
+def test_a_lazy_module_says_what_to_do():
+    with pytest.raises(ValueError, match="call the plain module once"):
+        fullframe.tile(nn.LazyConv2d(2, 3))(image())
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore")
+def test_the_weight_of_an_older_norm_is_that_of_the_last_call(norm):
+    torch.manual_seed(3)
+    net = nn.Sequential(norm(nn.Conv2d(1, 2, 3).double()))
+    torch.manual_seed(3)
+    plain = nn.Sequential(norm(nn.Conv2d(1, 2, 3).double()))
+    tiled = fullframe.tile(net, tile=5)
+    for _ in range(3):
+        x = image()
+        for own, call in ((net, tiled), (plain, plain)):
+            for p in own.parameters():
+                p.grad = None
+            (call(x).square().mean() + 0.1 * own[0].weight.square().sum()).backward()
+            with torch.no_grad():
+                for p in own.parameters():
+                    p -= 0.1 * p.grad
+        same(net[0].weight.detach(), plain[0].weight.detach())
+        for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+            same(p.grad, q.grad)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.overrides
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from fullframe.fingerprint import Survey
@@ -58,6 +59,12 @@ class Call:
             if 0 in x.shape:
                 raise ValueError(f"input {k} has shape {tuple(x.shape)}, without elements; leave that batch out")
         self.parameters = dict(pair.named_parameters())
+        for name, t in (*self.parameters.items(), *pair.named_buffers()):
+            if is_lazy(t):
+                raise ValueError(
+                    f"{name.removeprefix('module.')} has no shape yet; call the plain module once, on a small input, "
+                    "before it is tiled"
+                )
         self.buffers = {k: v for k, v in pair.named_buffers() if v is not None}
         self.roots = [pair, args, kwargs, _everywhere()]
         self.survey = Survey(self.roots)

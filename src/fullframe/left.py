@@ -17,8 +17,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from fullframe.fingerprint import LEFT, Survey
@@ -68,8 +66,8 @@ class Leaving:
         self.given = {id(t): k for k, t in enumerate(self.tensors)}
         modules = [h for h in self.survey.holders if isinstance(h, nn.Module)]
         self.registered = {id(d) for m in modules for d in (m._parameters, m._buffers)}
+        self.parameter_spaces = {id(m._parameters) for m in modules}
         self.modules = {id(vars(m)) for m in modules}
-        self.derived = derived_weights(self.survey)
         self.holders = {id(h): k for k, h in enumerate(self.survey.holders)}
         self.collected: dict[tuple[Address, Any], Any] = {}
 
@@ -78,6 +76,7 @@ class Leaving:
         self.stand_ins = {id(t): k for k, t in enumerate(stand_ins)}
         self.results = list(outputs)
         for address, space in self.spaces.items():
+            self._refuse_exchange(address, space)
             changed = {} if id(space) in self.registered else dict(self._changed(address))
             if not changed:
                 continue
@@ -85,6 +84,16 @@ class Leaving:
             self.collected |= {(address, k): v for k, v in changed.items() if None in found or k in found}
             self.places += found.values()
         return self.results[len(outputs) :]
+
+    def _refuse_exchange(self, address: Address, space: Any) -> None:
+        """Parameters must be where they were: a recording puts none in another's place."""
+        for key, value in items_of(space).items() if id(space) in self.parameter_spaces else ():
+            number = self.stand_ins.get(id(value))
+            if number is not None and self.tensors[number] is not self.before[address].get(key):
+                raise CaptureError(
+                    f"the forward puts another parameter in the place of {self._name(address, key)}; leave "
+                    "parameters where they are, and choose among them in the forward"
+                )
 
     @property
     def used(self) -> set[int]:
@@ -149,18 +158,22 @@ class Leaving:
         return pytree.tree_leaves(value, is_leaf=lambda v: id(v) in self.known)
 
     def _updated(self, value: Any, address: Address, key: Any) -> bool:
-        """Whether nothing is to be put: an attribute updated in place, or weights made or listed again.
+        """Whether nothing is to be put: an attribute updated in place, or weights listed again.
 
         The new numbers of an attribute updated in place are an output of the recording that is copied into it.
         """
-        if (id(self.spaces[address]), key) in self.derived:
-            return True
         if recorded(value):
             number = self.stand_ins.get(id(value))
             return number is not None and self.tensors[number] is self.before[address].get(key)
+        if isinstance(value, torch.Tensor) or key not in self.before[address]:
+            return False
+        now, before = (self._numbers(v) for v in (value, self.before[address][key]))
+        return now == before and all(k is not None and k < self.parameters for k in now)
+
+    def _numbers(self, value: Any) -> list[int | None]:
+        """Which of the call's tensors a value holds, in its order."""
         leaves = [v() if isinstance(v, weakref.ref) else v for v in self._leaves(value)]
-        found = [self.stand_ins.get(id(v), self.given.get(id(v), self.parameters)) for v in leaves]
-        return not isinstance(value, torch.Tensor) and all(k < self.parameters for k in found)
+        return [self.stand_ins.get(id(v), self.given.get(id(v))) for v in leaves]
 
     def _recipe(self, value: Any, attribute: bool = False) -> Any:
         """How to make a value again; None where that cannot be said."""
@@ -242,13 +255,3 @@ class Leaving:
         """Where a tensor of the call was found."""
         found = (self._name(a, k) for a, s in self.before.items() for k, v in s.items() if v is tensor)
         return next(found, "an object it can reach")
-
-
-def derived_weights(survey: Survey) -> set[tuple[int, str]]:
-    """Weights that the hooks of the older weight and spectral norm make anew before every forward."""
-    found = set()
-    for holder in survey.holders:
-        for hook in (fields_of(holder).get("_forward_pre_hooks") or {}).values():
-            if isinstance(hook, (WeightNorm, SpectralNorm)):
-                found.add((id(holder.__dict__), hook.name))
-    return found

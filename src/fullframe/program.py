@@ -181,6 +181,11 @@ class _Recorder:
         first = len(call.parameters)
         kept[first : first + len(call.buffers)] = [state[k] for k in call.buffers]  # they may be assigned anew
         for name, new, old in zip(call.names, kept, call.tensors, strict=True):
+            if not isinstance(new, torch.Tensor):
+                raise CaptureError(
+                    f"the step takes {name} away, which a recorded step would not; give it a number that says so, or "
+                    "keep it in an attribute that is no buffer"
+                )
             if new.shape != old.shape or new.dtype != old.dtype:
                 raise CaptureError(
                     f"{name} changes from {tuple(old.shape)} {old.dtype} to {tuple(new.shape)} {new.dtype} in the "
