@@ -172,8 +172,9 @@ class Leaving:
 
     def _numbers(self, value: Any) -> list[int | None]:
         """Which of the call's tensors a value holds, in its order."""
-        leaves = [v() if isinstance(v, weakref.ref) else v for v in self._leaves(value)]
-        return [self.stand_ins.get(id(v), self.given.get(id(v))) for v in leaves]
+        leaves = pytree.tree_leaves(value, is_leaf=lambda v: v is not value and id(v) in self.known)
+        inside = (v() if isinstance(v, weakref.ref) else v for v in leaves)
+        return [self.stand_ins.get(id(v), self.given.get(id(v))) for v in inside]
 
     def _recipe(self, value: Any, attribute: bool = False) -> Any:
         """How to make a value again; None where that cannot be said."""
