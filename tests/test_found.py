@@ -506,3 +506,18 @@ def test_a_group_norm_of_channels_last_whose_bias_is_frozen():
     fullframe.tile(ours, loss=F.mse_loss)(image.to(memory_format=torch.channels_last), target).backward()
     torch.testing.assert_close(ours.weight.grad, plain.weight.grad, rtol=0, atol=1e-14)
     assert ours.bias.grad is None
+
+
+def test_what_reads_the_layout_of_a_norm_of_turned_images():
+    """Of such images fake tensors have other strides than real ones, and local response norm asks for a view."""
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv3d(1, 4, (2, 4, 1), padding=(0, 1, 0)), nn.BatchNorm3d(4)
+            self.after = nn.LocalResponseNorm(2)
+
+        def forward(self, x):
+            return self.after(self.norm(self.conv(x.transpose(3, 2)).transpose(3, 2)))
+
+    agree(Turned(), torch.randn(1, 1, 6, 7, 7), tile=5)

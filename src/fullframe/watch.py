@@ -36,6 +36,12 @@ def reads_data(error: Exception) -> bool:
     return dependent or "get value out of a tracing tensor" in str(error)  # as make_fx says it
 
 
+def _laid_out(made: torch.Tensor) -> torch.Tensor:
+    """What a batch norm makes, in a layout that the real one gives; of turned images fake tensors keep theirs."""
+    packed = {4: torch.channels_last, 5: torch.channels_last_3d}.get(made.dim(), torch.contiguous_format)
+    return made if made.is_contiguous(memory_format=packed) else made.contiguous()
+
+
 class Watch(TorchFunctionMode):
     """``replacing`` swaps tensors for their stand-ins; ``paths`` follows the modules at work."""
 
@@ -72,6 +78,8 @@ class Watch(TorchFunctionMode):
         if self.met or func in MAKERS:
             return self.known.call(func, args, kwargs, self.strangers)
         made = func(*args, **kwargs)
+        if name == "batch_norm":
+            made = _laid_out(made)
         if self.current:
             for tensor in made if isinstance(made, (list, tuple)) else (made,):
                 if isinstance(tensor, torch.Tensor) and tensor.requires_grad and name != "grad_fn":
