@@ -6,8 +6,10 @@ import copy
 import functools
 import gc
 import random
+import sys
 import types
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -216,6 +218,7 @@ def test_a_loss_scale_for_float16_gradients_is_refused():
 # What a forward reads elsewhere ---------------------------------------------------------------------
 
 GAIN = 1.0
+SETTINGS: Any = None
 KEPT: dict[int, torch.Tensor] = {}
 
 
@@ -252,13 +255,23 @@ def test_globals_by_string():
     changes_take_effect(lambda m, y: y * globals()["GAIN"], set_gain)
 
 
+def test_globals_and_settings_by_a_variable(monkeypatch):
+    name = "".join(("GA", "IN"))
+    changes_take_effect(lambda m, y: y * globals()[name], set_gain)
+    settings = types.ModuleType("settings")
+    monkeypatch.setitem(globals(), "SETTINGS", settings)
+    changes_take_effect(lambda m, y: y * getattr(SETTINGS, name), lambda k: setattr(settings, name, k))
+    changes_take_effect(lambda m, y: y * vars(SETTINGS)[name], lambda k: setattr(settings, name, k))
+
+
 def test_a_module_for_a_configuration():
     config = types.ModuleType("config")
     changes_take_effect(lambda m, y: y * config.gain, lambda k: setattr(config, "gain", k))
 
 
-def test_classes_of_a_notebook():
+def test_classes_of_a_notebook(monkeypatch):
     notebook = types.ModuleType("__main__")  # without a file
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
     exec("class Scale:\n def __call__(self, m, y): return y * GAIN", notebook.__dict__)
     changes_take_effect(notebook.__dict__["Scale"](), lambda k: setattr(notebook, "GAIN", k))
 

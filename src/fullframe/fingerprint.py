@@ -58,6 +58,7 @@ OPAQUE = frozenset(("logging", "threading", "_thread", "io", "_io"))
 # Others change it, or taking from it does.
 SHARED = ("_queue", "multiprocessing.sharedctypes", "multiprocessing.managers", "ctypes", "_ctypes", "mmap")
 BY_STRING = frozenset(("getattr", "hasattr", "globals", "vars", "eval", "exec", "attrgetter", "__dict__"))
+ANY_GLOBAL = frozenset(("globals", "eval", "exec"))
 SILENT = frozenset(("__init_subclass__", "__repr__", "__str__", "__reduce__", "__reduce_ex__", "__getstate__",
                     "__setstate__", "__del__", "__class_getitem__", "__subclasshook__"))  # fmt: skip
 
@@ -358,6 +359,8 @@ def _function(survey: Survey, function: types.FunctionType, depth: int) -> None:
     if not _installed(code.co_filename):
         space = function.__globals__
         names = global_names(code)
+        if not ANY_GLOBAL.isdisjoint(names):
+            names += tuple(n for n in space if not n.startswith("__"))
         survey.scopes.append((space, names))
         met: set[int] = set()
         for name in names:
@@ -375,9 +378,9 @@ def _imported(name: str, package: str) -> Any:
 
 
 def _global(survey: Survey, name: str, value: Any, names: Iterable[str], met: set[int], depth: int) -> None:
-    """A global; of a module, what in it has one of the names."""
+    """A global; of a module, what in it has one of the names, all of it where code may look up any name."""
     survey.parts.append(name)
-    if not isinstance(value, types.ModuleType):
+    if not isinstance(value, types.ModuleType) or not BY_STRING.isdisjoint(names):
         survey.visit(value, depth + 1)
     elif id(value) not in met and not _foreign(value):
         met.add(id(value))
