@@ -24,6 +24,7 @@ from uresnet import event, network
 import fullframe
 from fullframe import executor, kernels
 from fullframe.graph import Op
+from fullframe.kernels.kernel import HostCall
 from fullframe.plan import Plan
 from fullframe.section import tiled
 
@@ -112,7 +113,7 @@ def instrument(clock: Clock, plan: Plan) -> None:
     wrap(executor.Tasks, "task", "tasks made")
     wrap(executor.Summation, "add", "sums joined")
     wrap(executor.Summation, "finish", "sums joined")
-    wrap(kernels.Call, "_run", "pointwise kernels")
+    wrap(HostCall, "_run", "pointwise kernels")
     wrap(kernels.Plain, "run", "pointwise, not compiled")
     rules = {id(op.rule): op.rule for s in plan.steps for op in s.section.ops}
     for rule in rules.values():
