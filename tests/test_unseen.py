@@ -348,6 +348,20 @@ def test_a_module_imported_from_beside(monkeypatch):
     agree(lambda: Net(space["then"]), lambda net, k: setattr(settings, "gain", k + 1.0))
 
 
+def test_a_module_of_a_package_beside_a_name_by_string(monkeypatch):
+    package, settings = types.ModuleType("beside"), types.ModuleType("beside.settings")
+    settings.gain, package.settings = 1.0, settings
+    monkeypatch.setitem(globals(), "BESIDE", package)
+    agree(lambda: Net(by_name), lambda net, k: setattr(settings, "gain", k + 1.0))
+
+
+def by_name(net, y):
+    return getattr(y, "mul")(BESIDE.settings.gain)  # noqa: B009  # the name by string is what is tested
+
+
+BESIDE = None
+
+
 @pytest.mark.parametrize("as_module", [False, True])
 def test_dropout_in_a_checkpoint_has_one_mask(as_module):
     class Dropped(nn.Module):

@@ -380,14 +380,18 @@ def _imported(name: str, package: str) -> Any:
 def _global(survey: Survey, name: str, value: Any, names: Iterable[str], met: set[int], depth: int) -> None:
     """A global; of a module, what in it has one of the names, all of it where code may look up any name."""
     survey.parts.append(name)
-    if not isinstance(value, types.ModuleType) or not BY_STRING.isdisjoint(names):
+    module, whole = isinstance(value, types.ModuleType), not BY_STRING.isdisjoint(names)
+    if not module or whole:
         survey.visit(value, depth + 1)
-    elif id(value) not in met and not _foreign(value):
-        met.add(id(value))
+    if not module or id(value) in met or _foreign(value):
+        return
+    met.add(id(value))
+    if not whole:
         survey.scopes.append((vars(value), names))
-        for inner in names:
-            if inner in vars(value):
-                _global(survey, inner, vars(value)[inner], names, met, depth + 1)
+    for inner in names:
+        # Of the whole module all but the modules in it has been visited.
+        if inner in vars(value) and (not whole or isinstance(vars(value)[inner], types.ModuleType)):
+            _global(survey, inner, vars(value)[inner], names, met, depth + 1)
 
 
 def _class(survey: Survey, cls: type, depth: int) -> None:
