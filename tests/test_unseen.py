@@ -355,6 +355,15 @@ def test_a_module_of_a_package_beside_a_name_by_string(monkeypatch):
     agree(lambda: Net(by_name), lambda net, k: setattr(settings, "gain", k + 1.0))
 
 
+def test_a_setting_in_a_package_that_is_kept():
+    package, settings = types.ModuleType("beside"), types.ModuleType("beside.settings")
+    settings.gain, package.settings = 1.0, settings
+    agree(
+        lambda: Net(lambda net, y: y * net.kept.settings.gain, kept=package),
+        lambda net, k: setattr(settings, "gain", k + 1.0),
+    )
+
+
 def by_name(net, y):
     return getattr(y, "mul")(BESIDE.settings.gain)  # noqa: B009  # the name by string is what is tested
 

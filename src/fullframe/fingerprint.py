@@ -279,12 +279,12 @@ def _variable(survey: Survey, variable: ContextVar[Any], depth: int) -> None:
 
 
 def _python_module(survey: Survey, module: types.ModuleType, depth: int) -> None:
-    """The values in a module of the user's, such as a configuration; its classes and functions by identity."""
+    """The values in a module of the user's, such as a configuration, and in the modules in it."""
     survey.parts.append(Same(module))
     if not _foreign(module):
         survey.scopes.append((vars(module), None))
         for name, value in list(vars(module).items()):
-            if not name.startswith("__") and not isinstance(value, types.ModuleType):
+            if not name.startswith("__"):
                 survey.parts.append(name)
                 survey.visit(value, depth + 1)
 
@@ -380,18 +380,14 @@ def _imported(name: str, package: str) -> Any:
 def _global(survey: Survey, name: str, value: Any, names: Iterable[str], met: set[int], depth: int) -> None:
     """A global; of a module, what in it has one of the names, all of it where code may look up any name."""
     survey.parts.append(name)
-    module, whole = isinstance(value, types.ModuleType), not BY_STRING.isdisjoint(names)
-    if not module or whole:
+    if not isinstance(value, types.ModuleType) or not BY_STRING.isdisjoint(names):
         survey.visit(value, depth + 1)
-    if not module or id(value) in met or _foreign(value):
-        return
-    met.add(id(value))
-    if not whole:
+    elif id(value) not in met and not _foreign(value):
+        met.add(id(value))
         survey.scopes.append((vars(value), names))
-    for inner in names:
-        # Of the whole module all but the modules in it has been visited.
-        if inner in vars(value) and (not whole or isinstance(vars(value)[inner], types.ModuleType)):
-            _global(survey, inner, vars(value)[inner], names, met, depth + 1)
+        for inner in names:
+            if inner in vars(value):
+                _global(survey, inner, vars(value)[inner], names, met, depth + 1)
 
 
 def _class(survey: Survey, cls: type, depth: int) -> None:
