@@ -170,6 +170,41 @@ def test_retain_graph():
         output.backward()
 
 
+class Overwritten(nn.Module):
+    """A head on a map, and the map changed in place afterwards, which the head's backward needs as it was."""
+
+    def __init__(self, alone: bool):
+        super().__init__()
+        self.conv, self.head, self.alone = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 2, 1), alone
+
+    def forward(self, x):
+        y = self.conv(x)
+        early = self.head(y)
+        y.mul_(0.5)
+        return early if self.alone else (early, y * y)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_output_whose_backward_fails_fails_only_when_asked(alone):
+    net, twin, tiled = both(Overwritten(alone).double())
+    image = torch.randn(1, 1, 15, 17, dtype=torch.float64)
+    made, expected = tiled(image), net(image)
+    for mine, plain in zip((made,) if alone else made, (expected,) if alone else expected, strict=True):
+        close(mine, plain)
+        assert mine.requires_grad
+    if not alone:
+        made[1].sum().backward()
+        expected[1].sum().backward()
+        for mine, plain in zip(twin.parameters(), net.parameters(), strict=True):
+            assert (mine.grad is None) == (plain.grad is None)
+            if plain.grad is not None:
+                close(mine.grad, plain.grad)
+    for module in (net, tiled):
+        found = module(image)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            (found if alone else found[0]).sum().backward()
+
+
 def test_two_forwards_before_two_backwards():
     first, second = batch(18)[0], batch(18)[0] * 2
     net, twin, tiled = both(plain_net())

@@ -102,6 +102,7 @@ class Tiled(nn.Module):
         wanted = [call.tensors[k] for k in program.reached]
         with torch.inference_mode(False):
             made = _Function.apply(kept, program, call, *wanted) if wanted else _forward(kept, program, call)[0]
+        made = [_Lost.apply(t, program.lost[k], _leaf()) if k in program.lost else t for k, t in enumerate(made)]
         program.leave(call, made)
         return program.assemble(made)
 
@@ -288,6 +289,23 @@ class _Function(torch.autograd.Function):
         if unused:
             grads = _without(program, grads, set(late) - set(unused), unused)
         return None, None, None, *_reached(program, grads)
+
+
+class _Lost(torch.autograd.Function):
+    """An output whose backward fails in plain PyTorch, for something it needs was changed in place: it fails too."""
+
+    @staticmethod
+    def forward(ctx: Any, made: torch.Tensor, why: str, _leaf: torch.Tensor) -> torch.Tensor:
+        ctx.why = why
+        return made.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *_upstream: Any) -> Any:
+        raise RuntimeError(ctx.why)
+
+
+def _leaf() -> torch.Tensor:
+    return torch.empty(0, requires_grad=True)
 
 
 def _unchanged(guard: Guard) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from threading import RLock
 from typing import Any
@@ -50,7 +50,7 @@ class Program:
     ``lasting`` is False where the forward changes what it reads (a counter) or reads what nobody can look at (an
     iterator), so that the next call must be recorded anew. ``details`` are what it has read of tensors that former
     calls left; None where it has read nothing of them. ``devices`` are where the outputs belong, ``unused`` the
-    numbers of tensors that were met and not read.
+    numbers of tensors that were met and not read. ``lost`` are outputs that no gradient can be asked of, and why.
     """
 
     graph: Graph
@@ -67,6 +67,7 @@ class Program:
     details: tuple[Any, ...] | None = None
     devices: tuple[torch.device, ...] = ()
     unused: frozenset[int] = frozenset()
+    lost: dict[int, str] = field(default_factory=dict)
 
     @property
     def reached(self) -> list[int]:
@@ -140,6 +141,7 @@ class _Recorder:
         self.wanted: tuple[int, ...] = ()
         self.cut: list[bool] = []
         self.devices: tuple[torch.device, ...] = ()
+        self.lost: dict[int, str] = {}
         self.roots: dict[int, torch.Tensor] = {}  # of tensors that a former step left without the graph they had
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[list[Any], Tensors]:
@@ -242,16 +244,20 @@ class _Recorder:
         return outputs
 
     def _gradients(self, outputs: Tensors, wanted: Tensors) -> tuple[list[Any], Tensors]:
-        chosen = [t for t, yes in zip(outputs, self.differentiable, strict=True) if yes]
-        if not (wanted or self.roots) or not chosen:
+        if not (wanted or self.roots) or not any(self.differentiable):
             return [None] * len(wanted), []
+        leaves = [*wanted, *self.roots.values()]
         with ExitStack() as stack:
             for kind in ("cpu", "cuda"):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-            late = [] if self.criterion else [torch.empty_like(t) for t in chosen]
-            seeds = late or [torch.ones_like(chosen[0])]
             self.watch.follow_backward()
-            grads = torch.autograd.grad(chosen, [*wanted, *self.roots.values()], seeds, allow_unused=True)
+            try:
+                grads, seeds = self._backward(outputs, leaves)
+            except RuntimeError as error:
+                if self.criterion or "inplace operation" not in str(error):
+                    raise
+                self._leave_out(outputs, leaves)
+                grads, seeds = self._backward(outputs, leaves)
         for k, grad in zip(self.roots, grads[len(wanted) :], strict=True):
             if grad is not None:
                 name = self.leaving.name_of(self.call.tensors[k])
@@ -259,7 +265,25 @@ class _Recorder:
                     f"the step reads what its last call left under {name}, and its gradient would flow on into that "
                     "call, whose graph is gone; leave it detached (.detach())"
                 )
-        return list(grads[: len(wanted)]), late
+        return list(grads[: len(wanted)]), [] if self.criterion else seeds
+
+    def _backward(self, outputs: Tensors, leaves: Tensors) -> tuple[Sequence[torch.Tensor | None], Tensors]:
+        """The gradients of the leaves, and those of the outputs that they were made from."""
+        chosen = [t for t, yes in zip(outputs, self.differentiable, strict=True) if yes]
+        if not chosen:
+            return [None] * len(leaves), []
+        seeds = [torch.ones_like(t) if self.criterion else torch.empty_like(t) for t in chosen]
+        again = not self.criterion  # when it fails for one of several outputs
+        return torch.autograd.grad(chosen, leaves, seeds, allow_unused=True, retain_graph=again), seeds
+
+    def _leave_out(self, outputs: Tensors, leaves: Tensors) -> None:
+        """Outputs whose own backward fails, and why: as in PyTorch, that is an error only when it is asked for."""
+        for k, t in enumerate(outputs):
+            if self.differentiable[k]:
+                try:
+                    torch.autograd.grad(t, leaves, torch.empty_like(t), allow_unused=True, retain_graph=True)
+                except RuntimeError as error:
+                    self.differentiable[k], self.lost[k] = False, str(error)
 
 
 @contextmanager
@@ -333,7 +357,7 @@ def _compile(call: Call, options: Options) -> Program:
         graph, plan(graph, request), recorder.spec, tuple(recorder.fixed), outputs, start,
         recorder.wanted, tuple(recorder.differentiable), lasting,
         tuple(recorder.leaving.places), tuple(recorder.cut), call.details if _looked(call, watch) else None,
-        recorder.devices, unused,
+        recorder.devices, unused, recorder.lost,
     )  # fmt: skip
 
 
