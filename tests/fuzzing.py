@@ -162,17 +162,24 @@ class _Dense(torch.autograd.Function):
 
 @contextmanager
 def mended() -> Iterator[None]:
-    """PyTorch's norms of one image give wrong gradients where those they are given have their channels innermost."""
+    """Plain PyTorch without two faults of its norms where channels lie innermost.
+
+    Of one image they give wrong gradients; and the process ends where a group norm has a gradient and its input none.
+    """
 
     def dense(norm: Any) -> Any:
         return lambda *args, **kwargs: _Dense.apply(norm(*args, **kwargs))
 
-    usual = F.instance_norm, F.batch_norm
-    F.instance_norm, F.batch_norm = map(dense, usual)
+    def wanted(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        apart = torch.is_grad_enabled() and not x.requires_grad
+        return usual[2](x.detach().requires_grad_() if apart else x, *args, **kwargs)
+
+    usual = F.instance_norm, F.batch_norm, F.group_norm
+    F.instance_norm, F.batch_norm, F.group_norm = dense(usual[0]), dense(usual[1]), wanted
     try:
         yield
     finally:
-        F.instance_norm, F.batch_norm = usual
+        F.instance_norm, F.batch_norm, F.group_norm = usual
 
 
 def plain(case: Case) -> Any:
