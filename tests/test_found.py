@@ -11,6 +11,7 @@ from torch import nn
 
 import fullframe
 import fullframe.testing
+from fullframe.ops.taps import Spec, disputed, taps_at
 
 
 @pytest.fixture(autouse=True)
@@ -521,3 +522,26 @@ def test_what_reads_the_layout_of_a_norm_of_turned_images():
             return self.after(self.norm(self.conv(x.transpose(3, 2)).transpose(3, 2)))
 
     agree(Turned(), torch.randn(1, 1, 6, 7, 7), tile=5)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+def test_neighbours_of_which_plain_pytorch_has_two(mode):
+    """In float64 and contiguous memory its forward may take another pixel than its gradient; where, is known."""
+    for source in range(1, 60):
+        for given in ({"scale_factor": 2.3}, {"scale_factor": 1.7}, {"size": 94}, {"size": 2 * source + 1}):
+            line = torch.arange(float(source), dtype=torch.float64).view(1, 1, source)
+            plain = F.interpolate(line, mode=mode, **given)[0, 0].tolist()
+            spec = Spec(mode, source, len(plain), scale=given.get("scale_factor"))
+            found = disputed(spec)
+            ours = [taps_at(spec, k)[0][0] for k in range(len(plain))]
+            assert (ours == plain) == (found is None)
+            assert found is None or (ours[found[0]], plain[found[0]]) == found[1:]
+
+
+def test_neighbours_of_which_plain_pytorch_has_two_are_refused():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Upsample(scale_factor=2.3))
+    image = torch.randn(1, 1, 43, 43)
+    agree32 = fullframe.tile(net, tile=16)(image)
+    torch.testing.assert_close(agree32, net(image), rtol=0, atol=1e-5)
+    with pytest.raises(fullframe.CaptureError, match=r"in 1 \(Upsample\).*41 to 94 in float64.*use float32"):
+        fullframe.tile(net.double(), tile=16)(image.double())

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from fullframe.graph import Op, Value
+from fullframe.graph import CaptureError, Op, Value
 from fullframe.ops.build import Builder
 from fullframe.ops.normal import cast, lowers
 from fullframe.ops.pool import choice_dtype
-from fullframe.ops.taps import Spec
+from fullframe.ops.taps import Spec, disputed
 from fullframe.ops.views import solid
 
 aten = torch.ops.aten
@@ -281,7 +281,26 @@ def _specs(mode: str, rank: int, source: Any, target: Any, rest: Sequence[Any]) 
 def upsample(b: Builder, x: Value, size: Any, *rest: Any) -> Value:
     mode, rank = MODES[b.target.split(".")[1]]
     specs = _specs(mode, rank, x.shape, b.meta_shape, rest)
+    if x.dtype == torch.float64 and mode.startswith("nearest"):
+        _refuse_disputed(b, specs)
     return b.emit("tile.resample", (x,), b.meta_shape, x.dtype, args=(specs,))
+
+
+SMALL_PLANE = 128  # sum of the extents of a plane, up to which ATen has one way only
+
+
+def _refuse_disputed(b: Builder, specs: Sequence[Spec]) -> None:
+    """Refuse what plain PyTorch has two answers for."""
+    if len(specs) == 2 and sum(s.target for s in specs) <= SMALL_PLANE:
+        return
+    for spec in specs:
+        found = disputed(spec)
+        if found is not None:
+            raise CaptureError(
+                f"in {b.path or 'the step'}, {b.target} from {spec.source} to {spec.target} in float64: plain "
+                f"PyTorch takes pixel {found[0]} from {found[1]} or from {found[2]}, by the memory layout, and its "
+                "gradient always from the first; use float32, or a size or scale_factor without such a pixel"
+            )
 
 
 def upsample_backward(b: Builder, g: Value, out_size: Any, in_size: Any, *rest: Any) -> Value:

@@ -45,10 +45,29 @@ Taps = list[tuple[int, float]]
 def single(x: float) -> float:
     """A number rounded to float32, in which ATen computes the positions of nearest neighbours.
 
-    ATen's forward kernels for contiguous 1-D and 3-D float64 round differently at a few sizes, and so
-    disagree with its kernels for other layouts and with its own gradients; those are followed here.
+    But for one of its forward kernels for float64: see `disputed`.
     """
     return unpack("f", pack("f", x))[0]
+
+
+def nearest(spec: Spec, position: int, rate: float) -> int:
+    """The input index of one output position."""
+    at = position + 0.5 if spec.mode == "nearest-exact" else position
+    return min(floor(single(at * rate)), spec.source - 1)
+
+
+@lru_cache(maxsize=256)
+def disputed(spec: Spec) -> tuple[int, int, int] | None:
+    """The first output position that ATen takes from two places, if there is one, and those.
+
+    The step from one to the next is in float64 in its general forward kernel for float64, and in float32 in that for
+    channels innermost, in that for small images, and in every gradient. A few sizes show it.
+    """
+    for k in range(spec.target):
+        both = nearest(spec, k, single(step(spec))), nearest(spec, k, step(spec))
+        if both[0] != both[1]:
+            return k, *both
+    return None
 
 
 def step(spec: Spec) -> float:
@@ -69,10 +88,8 @@ def taps_at(spec: Spec, position: int) -> Taps:
             at = -at if at < 0 else (2 * last - at if at > last else at)
         return [(min(max(at, 0), last), 1.0)]
     rate = step(spec)
-    if spec.mode == "nearest":
-        return [(min(floor(single(position * single(rate))), last), 1.0)]
-    if spec.mode == "nearest-exact":
-        return [(min(floor(single((position + 0.5) * single(rate))), last), 1.0)]
+    if spec.mode.startswith("nearest"):
+        return [(nearest(spec, position, single(rate)), 1.0)]
     if spec.mode.endswith("-aa"):
         return _antialiased_taps(spec, position, rate)
     centre = position * rate if spec.align else (position + 0.5) * rate - 0.5
