@@ -258,7 +258,7 @@ def planned(case: Case) -> tuple[Tiled, Any, Program, planner.Request]:
     budget = int(smallest + case.tight * max(0, program.plan.projected_bytes - smallest))
     if case.tight < 1:
         program = replace(program, plan=planner.plan(program.graph, replace(request, budget=budget)))
-    return step, call.key(), program, request
+    return step, (call.key(), program.details), program, request
 
 
 def invariants(plan: fullframe.Plan) -> None:
@@ -312,6 +312,7 @@ def _tiled_sides(case: Case, state: State, expected: Results, record: Record) ->
     record.whole = list(program.plan.whole)
     invariants(program.plan)
     programs = step._fullframe["programs"]
+    assert key in programs or not program.lasting, "the planned program would not be the one that runs"
     programs[key] = program
     found = run_steps(case, state, tiled_run(case, step))
     worst, where = worst_of(expected, found)
