@@ -12,6 +12,7 @@ from networks import agree
 from torch import nn
 
 import fullframe
+from fullframe.section import made_once
 
 
 @pytest.fixture(autouse=True)
@@ -156,3 +157,34 @@ def test_a_map_compared_with_what_copies_it(copy):
         fullframe.tile(net, budget=1, tile=4).plan(image)
     for budget in (None, refused.value.smallest):
         agree(net, image, tile=4, budget=budget)
+
+
+class Siamese(nn.Module):
+    """The size of the difference of what a network makes of two images, as in change detection."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 4, 1)
+        )
+
+    def forward(self, x):
+        first, second = self.net(x[0]), self.net(x[1])
+        return (first - second).abs() + (first > second) * first
+
+
+def test_equal_parts_of_two_images_stay_equal():
+    # Made again for one image in other tiles, its numbers differed in the last bit: the difference had a sign.
+    net = Siamese().double()
+    for p in net.parameters():
+        nn.init.normal_(p)
+    first, second = torch.randn(2, 3, 1, 24, 19).double()
+    second[..., :12] = first[..., :12]
+    plan = fullframe.tile(net, tile=7).plan((first, second))
+    graph = plan.graph
+    subtracted = [op.inputs for op in graph.ops if op.target in ("aten.sub.Tensor", "aten.gt.Tensor")]
+    once = made_once(graph, plan.labels)
+    assert len(subtracted) >= 2 and all(v in once for pair in subtracted for v in pair)
+    with pytest.raises(fullframe.BudgetError) as refused:
+        fullframe.tile(net, budget=1, tile=7).plan((first, second))
+    agree(net, (first, second), tile=7, budget=refused.value.smallest)

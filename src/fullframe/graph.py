@@ -94,6 +94,7 @@ class Rule(Protocol):
     ``passes``      True where elements of the output may be elements of an input, to the last bit.
     ``decides``     True where the last bit of an input can change the output by much: comparisons, bends, steps.
     ``compares``    True where it compares the elements of two inputs.
+    ``opposes``     True where it compares or subtracts them.
 
     A reduction has ``driver``: the input whose own regions, a disjoint cover, are summed. Its
     ``grow`` and ``footprint`` take a region of the driver, ``run`` returns a partial result, and
@@ -123,6 +124,8 @@ class Rule(Protocol):
     def passes(self, op: Op) -> bool: ...
 
     def compares(self, op: Op) -> bool: ...
+
+    def opposes(self, op: Op) -> bool: ...
 
 
 @dataclass(frozen=True, eq=False)

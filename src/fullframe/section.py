@@ -217,20 +217,28 @@ def made_once(graph: Graph, labels: Labels) -> set[Value]:
     A value made again on another window may differ in its last bit, since libraries work in vectors of several
     lengths: then nothing reaches its maximum any more, and the maximum's gradient is lost. So a value is stored, and
     loaded by all that read it, where something decides (a comparison, the bend of an activation) between it and what
-    was selected from it (a maximum, a pooled map). Both may have gone through pointwise ops and views before.
+    was selected from it (a maximum, a pooled map). Both may have gone through pointwise ops and views before. So are
+    two values that the same function made of two images, where something decides between them: where the images are
+    alike, so must the values be (`_twins`).
     """
     found = {op.output for op in graph.ops if op.rule.once}
     maker = {op.output: op for op in graph.ops}
     selected: dict[Value, frozenset[Value]] = {}  # by value: selections it is made from, pointwise
+    twins: dict[Value, frozenset[Value]] = {}  # by value: twins of which it is, pointwise, the difference
     nothing: frozenset[Value] = frozenset()
+    forms = _forms(graph)
     for op in graph.ops:
         if op.rule.selects(op):
             selected[op.output] = frozenset([op.output])
         elif op.rule.kind in KEEPING:
             under = nothing.union(*(selected.get(v, nothing) for v in op.inputs))
-            selected[op.output] = under
-            if under and op.rule.decides(op):
-                found |= _shared(op, under, maker)
+            apart = nothing.union(*(twins.get(v, nothing) for v in op.inputs))
+            if op.rule.opposes(op):
+                apart |= _twins(op, forms, maker)
+            selected[op.output], twins[op.output] = under, apart
+            if op.rule.decides(op):
+                found |= apart
+                found |= _shared(op, under, maker) if under else nothing
     return {v for v in found if v in maker and tiled(v, labels)}
 
 
@@ -246,6 +254,38 @@ def _shared(op: Op, selections: Iterable[Value], maker: dict[Value, Op]) -> set[
         past = _above(origin, maker, lambda above: above.output not in here and _passes(above))
         found |= past & here
     return found
+
+
+def _forms(graph: Graph) -> dict[Value, int]:
+    """By value a number that two have in common if they are made alike of tensors alike in shape and type.
+
+    Of two parameters the numbers may be the same, too: a teacher begins as a copy of its student.
+    """
+    numbers: dict[Any, int] = {}
+    forms: dict[Value, int] = {}
+    made = {op.output for op in graph.ops}
+    for op in graph.ops:
+        for v in op.inputs:
+            if v not in made:
+                forms[v] = numbers.setdefault((v.shape, v.dtype), len(numbers))
+        form = (op.target, str(op.args), str(op.kwargs), *(forms[v] for v in op.inputs))
+        forms[op.output] = numbers.setdefault(form, len(numbers))
+    return forms
+
+
+def _twins(op: Op, forms: dict[Value, int], maker: dict[Value, Op]) -> frozenset[Value]:
+    """The nearest values on either side of a comparison or difference that have one of their form on the other."""
+    sides = [
+        _above(op.inputs[k : k + 1], maker, lambda above: above.rule.kind in KEEPING) & maker.keys() for k in (0, 1)
+    ]
+    known = [{forms[v] for v in side} for side in sides]
+    found: set[Value] = set()
+    for k in (0, 1):
+        other = known[1 - k]
+        near = _above(op.inputs[k : k + 1], maker, lambda above, other=other: forms[above.output] not in other
+                      and above.rule.kind in KEEPING)  # fmt: skip
+        found |= {v for v in near if v in maker and forms[v] in other and v not in sides[1 - k]}
+    return frozenset(found)
 
 
 def _passes(op: Op) -> bool:

@@ -46,6 +46,9 @@ class Pointwise(BaseRule):
     def compares(self, op: Op) -> bool:
         return op.target.split(".")[1] in ("eq", "ne", "ge", "gt", "le", "lt") and len(op.inputs) == 2
 
+    def opposes(self, op: Op) -> bool:
+        return self.compares(op) or (op.target == "aten.sub.Tensor" and len(op.inputs) == 2)
+
     def decides(self, op: Op) -> bool:
         if not any(v.dtype.is_floating_point for v in op.inputs):
             return False

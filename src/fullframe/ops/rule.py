@@ -46,6 +46,9 @@ class BaseRule:
     def compares(self, op: Op) -> bool:
         return False
 
+    def opposes(self, op: Op) -> bool:
+        return False
+
     def passes(self, op: Op) -> bool:
         return self.kind == "layout" or self.selects(op)
 
