@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,16 @@ class Pair(nn.Module):
             self.module(*args, **kwargs) if self.criterion is None else self.criterion(self.module(args[0]), args[1])
         )
         return made if then is None else then(made)
+
+
+# Switches of torch's backends that a forward may ask for.
+SWITCHES: tuple[Callable[[], Any], ...] = (
+    torch._C._get_mkldnn_enabled, torch._C._get_mkldnn_deterministic, torch._C._get_nnpack_enabled,
+    torch._C._get_cudnn_enabled, torch._C._get_cudnn_benchmark, torch._C._get_cudnn_deterministic,
+    torch.is_deterministic_algorithms_warn_only_enabled,
+    *(partial(torch._C._get_fp32_precision_getter, backend, op)
+      for backend in ("mkldnn", "cuda") for op in ("all", "conv", "matmul")),
+)  # fmt: skip
 
 
 def _everywhere() -> list[Any]:
@@ -110,7 +121,7 @@ class Call:
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")
         )
         modes = (self.grad, autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
-        return self.survey.key, str(self.spec), modes
+        return self.survey.key, str(self.spec), modes, tuple(read() for read in SWITCHES)
 
     @property
     def details(self) -> tuple[Any, ...]:

@@ -37,7 +37,7 @@ from fullframe.places import (
     write,
 )
 
-PLAIN = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device)
+PLAIN = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
 GROWN = 4  # calls that may add to a list that nobody empties
 MISSING = object()
 

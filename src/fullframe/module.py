@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from fullframe.budget import parse_bytes
 from fullframe.call import Call, Pair, Tensors
 from fullframe.executor import Run
-from fullframe.graph import Value, followers
+from fullframe.graph import CaptureError, Value, followers
 from fullframe.plan import Plan
 from fullframe.program import Options, Program, compile_call, refuse_shared
 from fullframe.replay import Feed, Replays
@@ -97,6 +98,7 @@ class Tiled(nn.Module):
         if recording():
             return pair(args, kwargs)  # part of a larger module that is being recorded
         call = Call(pair, args, kwargs)
+        _refuse_transforms(call)
         program = self._program(call)
         kept = Kept(self._fullframe["arenas"], self._fullframe["replays"])
         wanted = [call.tensors[k] for k in program.reached]
@@ -104,6 +106,7 @@ class Tiled(nn.Module):
             made = _Function.apply(kept, program, call, *wanted) if wanted else _forward(kept, program, call)[0]
         made = [_Lost.apply(t, program.lost[k], _leaf()) if k in program.lost else t for k, t in enumerate(made)]
         program.leave(call, made)
+        _revive(program, call, made)
         return program.assemble(made)
 
     def _program(self, call: Call) -> Program:
@@ -123,6 +126,18 @@ class Tiled(nn.Module):
         return found
 
 
+def _refuse_transforms(call: Call) -> None:
+    """Refuse torch.func's transforms and forward-mode gradients, which a recorded step would leave out."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if not transformed and forward_ad._current_level >= 0:
+        transformed = any(forward_ad.unpack_dual(t).tangent is not None for t in call.tensors)
+    if transformed:
+        raise CaptureError(
+            "torch.func's transforms (vmap, grad, vjp, jvp, jacrev) and forward-mode gradients do not reach into a "
+            "tiled module or step; use the plain module there, or backward() for gradients"
+        )
+
+
 KEPT = 16  # recordings kept; the least recently used goes first
 SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 OWN = frozenset(("training", *nn.Module().__dict__)) - frozenset(SHARED)
@@ -139,7 +154,7 @@ def _empty() -> dict[str, Any]:
     return {"programs": {}, "arenas": Arenas(), "replays": Replays()}
 
 
-Guard = list[tuple[str, torch.Tensor, int]]
+Guard = list[tuple[str, torch.Tensor, int, torch.Tensor | None]]
 SMALL = 1 << 20  # bytes: cheaper to copy than to refuse a change of
 
 
@@ -158,12 +173,34 @@ def _forward(kept: Kept, program: Program, call: Call) -> tuple[Tensors, Run, Ar
     outputs = _handed_out(program, run)
     guard = _guard(program, call, run, outputs) if graph.late else []
     _take_apart(program, run, [tensors[k] for k in program.changed])
+    _refuse_resized(program, call, run)
     for k, value in program.changed.items():
         with torch.inference_mode(tensors[k].is_inference()), torch.no_grad():
             tensors[k].copy_(run.values[value])
     if arena is not None and not graph.late:
         arenas.give(arena)
     return outputs, run, arena, guard
+
+
+def _refuse_resized(program: Program, call: Call, run: Run) -> None:
+    """Refuse what an op has given another shape as it ran, which the recording could not see."""
+    for k, value in program.changed.items():
+        new, old = run.values[value].shape, call.tensors[k].shape
+        if new != old:
+            raise CaptureError(
+                f"an op of the step changes {call.names[k]} from shape {tuple(old)} to {tuple(new)} while it runs, "
+                "as observers of quantisation do in their first call; call the plain module once before it is tiled"
+            )
+
+
+def _revive(program: Program, call: Call, made: Sequence[torch.Tensor]) -> None:
+    """Give what the forward changed the graph of its new contents; the old one is reached through the step."""
+    for k, number in program.alive.items():
+        tensor = call.tensors[k]
+        with torch.enable_grad():
+            if tensor.grad_fn is not None and not tensor._is_view():
+                tensor.detach_()
+            tensor.copy_(made[number])
 
 
 def _take_apart(program: Program, run: Run, changed: Tensors) -> None:
@@ -198,7 +235,8 @@ def _handed_out(program: Program, run: Run) -> Tensors:
 
 
 def _guard(program: Program, call: Call, run: Run, outputs: Tensors) -> Guard:
-    """What the backward of a module will read again and anyone may change: name, tensor and its version.
+    """What the backward of a module will read again and anyone may change: name, tensor and its version, and whose
+    memory it is, for that may get other ``data``.
 
     What the call itself changes, and anything small that is no parameter, is copied instead. Values that look into
     the memory of an input (a buffer seen as a row) count as it does.
@@ -209,9 +247,9 @@ def _guard(program: Program, call: Call, run: Run, outputs: Tensors) -> Guard:
     made = {_memory(t): k for k, t in enumerate(outputs)}
     guard: Guard = []
 
-    def watch(name: str, tensor: torch.Tensor) -> None:
+    def watch(name: str, tensor: torch.Tensor, owner: torch.Tensor | None = None) -> None:
         if not tensor.is_inference():
-            guard.append((name, tensor.detach(), tensor._version))  # an alias with the same version: no cycle
+            guard.append((name, tensor.detach(), tensor._version, owner))  # an alias with the same version: no cycle
 
     for value in program.read_late & run.values.keys():
         tensor = run.values[value]
@@ -223,7 +261,7 @@ def _guard(program: Program, call: Call, run: Run, outputs: Tensors) -> Guard:
         elif place in made:
             watch(f"output {made[place]}", outputs[made[place]])
         for k in owners if run.values[value] is tensor else ():
-            watch(call.names[k], call.tensors[k])
+            watch(call.names[k], call.tensors[k], call.tensors[k])
     return guard
 
 
@@ -253,6 +291,13 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
+        if all(g is None for g in upstream):  # of what an earlier call left in a buffer, and nothing has used
+            return (None,) * len(ctx.needs_input_grad)
+        if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in upstream):
+            raise RuntimeError(
+                "is_grads_batched=True asks for several gradients at once, which a tiled module does not have; ask "
+                "for them one after the other, of a forward each"
+            )
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "create_graph=True asks for gradients of gradients, which a tiled module or step does not have; use "
@@ -309,11 +354,11 @@ def _leaf() -> torch.Tensor:
 
 
 def _unchanged(guard: Guard) -> None:
-    for name, tensor, version in guard:
-        if tensor._version != version:
+    for name, tensor, version, owner in guard:
+        if tensor._version != version or (owner is not None and _memory(owner) != _memory(tensor)):
             raise RuntimeError(
-                f"{name} was changed in place between the forward and the backward of a tiled module, which reads it "
-                "again in its backward; change it afterwards, or change a clone"
+                f"{name} was changed in place, or given other data, between the forward and the backward of a tiled "
+                "module, which reads it again in its backward; change it afterwards, or change a clone"
             )
 
 

@@ -51,6 +51,7 @@ class Program:
     iterator), so that the next call must be recorded anew. ``details`` are what it has read of tensors that former
     calls left; None where it has read nothing of them. ``devices`` are where the outputs belong, ``unused`` the
     numbers of tensors that were met and not read. ``lost`` are outputs that no gradient can be asked of, and why.
+    ``alive`` are tensors of the call, by number, that have a graph when it ends, and the outputs that bring it.
     """
 
     graph: Graph
@@ -68,6 +69,7 @@ class Program:
     devices: tuple[torch.device, ...] = ()
     unused: frozenset[int] = frozenset()
     lost: dict[int, str] = field(default_factory=dict)
+    alive: dict[int, int] = field(default_factory=dict)
 
     @property
     def reached(self) -> list[int]:
@@ -142,6 +144,8 @@ class _Recorder:
         self.cut: list[bool] = []
         self.devices: tuple[torch.device, ...] = ()
         self.lost: dict[int, str] = {}
+        self.sources: Tensors = []  # of which gradients are asked
+        self.alive: dict[int, int] = {}
         self.roots: dict[int, torch.Tensor] = {}  # of tensors that a former step left without the graph they had
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[list[Any], Tensors]:
@@ -150,7 +154,9 @@ class _Recorder:
         # As in PyTorch, backward runs outside autocast, in the dtypes the forward chose.
         with torch.set_grad_enabled(call.grad):
             pairs = zip(tensors, call.tensors, strict=True)
-            made = [t.detach().requires_grad_(True) if old.requires_grad else t.clone() for t, old in pairs]
+            self.sources = [t.detach().requires_grad_(old.requires_grad) for t, old in pairs]
+            # What is no leaf may be changed in place, which a leaf may not.
+            made = [t if old.is_leaf else t.clone() for t, old in zip(self.sources, call.tensors, strict=True)]
             self._root(made)
             for t, old in zip(made, call.tensors, strict=True):
                 for key, value in old.__dict__.items():  # attributes that users gave it
@@ -163,13 +169,15 @@ class _Recorder:
                 if isinstance(old, nn.Parameter):
                     vars(t)["_is_param"] = True  # as isinstance asks
             marks = [dict(vars(t)) for t in made]
+            histories = [t.grad_fn for t in made]
 
             def rest(returned: Any) -> Any:
                 outputs = self._take(returned)
                 self.wanted = tuple(self._wanted()) if call.grad else ()
                 if not self.criterion:
                     outputs = self._leave(made, outputs)
-                grads, seeds = self._gradients(outputs, [made[k] for k in self.wanted])
+                    outputs = self._revive(made, histories, outputs)
+                grads, seeds = self._gradients(outputs, [self.sources[k] for k in self.wanted])
                 if self.criterion:  # whose backward may leave tensors too
                     outputs = self._leave(made, outputs)
                 return outputs, grads, seeds
@@ -205,7 +213,8 @@ class _Recorder:
         for k, old in enumerate(self.call.tensors):
             if self.call.grad and id(old) in others and LEFT.get(old, False):
                 self.roots[k] = made[k].detach().requires_grad_(True)
-                made[k] = self.roots[k].clone()
+                self.sources[k] = self.roots[k].clone()
+                made[k] = self.sources[k].clone()
 
     def _leave(self, made: Tensors, outputs: Tensors) -> Tensors:
         """The outputs, and with them what stays behind in attributes and the like."""
@@ -213,6 +222,20 @@ class _Recorder:
         self.differentiable += [t.requires_grad and not self.criterion for t in left]
         outputs = [*outputs, *left]
         self.cut = [t.requires_grad and not yes for t, yes in zip(outputs, self.differentiable, strict=True)]
+        return outputs
+
+    def _revive(self, made: Tensors, histories: Sequence[Any], outputs: Tensors) -> Tensors:
+        """The outputs, and with them the new contents of the call's tensors that have a gradient from now on."""
+        call, first = self.call, len(self.call.parameters)
+        now: list[torch.Tensor | None] = list(made)
+        registered = dict(call.pair.named_buffers(remove_duplicate=False))
+        now[first : first + len(call.buffers)] = [registered.get(k) for k in call.buffers]
+        for k, (t, history) in enumerate(zip(now, histories, strict=True)):
+            if isinstance(t, torch.Tensor) and t.grad_fn is not None and t.grad_fn is not history:
+                self.alive[k] = len(outputs)
+                outputs = [*outputs, t]
+        self.differentiable += [True] * len(self.alive)
+        self.cut += [False] * len(self.alive)
         return outputs
 
     def _wanted(self) -> Iterator[int]:
@@ -223,7 +246,7 @@ class _Recorder:
                 yield k
 
     def _take(self, returned: Any) -> Tensors:
-        leaves, self.spec = pytree.tree_flatten(returned)
+        leaves, self.spec = pytree.tree_flatten(returned, is_leaf=lambda x: isinstance(x, torch.Size))
         for leaf in leaves:
             if not isinstance(leaf, (torch.Tensor, *PLAIN)):
                 raise CaptureError(
@@ -357,7 +380,7 @@ def _compile(call: Call, options: Options) -> Program:
         graph, plan(graph, request), recorder.spec, tuple(recorder.fixed), outputs, start,
         recorder.wanted, tuple(recorder.differentiable), lasting,
         tuple(recorder.leaving.places), tuple(recorder.cut), call.details if _looked(call, watch) else None,
-        recorder.devices, unused, recorder.lost,
+        recorder.devices, unused, recorder.lost, recorder.alive,
     )  # fmt: skip
 
 

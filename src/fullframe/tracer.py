@@ -58,12 +58,23 @@ def _record(recording: Recording) -> Any:
     random_before = random.getstate()
     numpy_before = _numpy_state()
     try:
-        with _active(), recording.watch.paths(), fx_traceback.preserve_node_meta(), _uncompiled(), _own_norms():
+        with (
+            _active(), recording.watch.paths(), fx_traceback.preserve_node_meta(), _uncompiled(), _own_norms(),
+            torch.autograd.set_detect_anomaly(False),  # it looks for NaN, and here are no numbers
+        ):  # fmt: skip
             module = make_fx(dispatch_functionalize(recording.function))(*fakes)
     except NotImplementedError as error:
         if "Generator" not in str(error):  # which a recording of torch 2.11 cannot hold
             raise
         raise _own_generator(recording.watch.current, "the step") from error
+    except AssertionError as error:
+        if "effect" not in str(error):
+            raise
+        raise CaptureError(
+            f"in {recording.watch.current or 'the step'}, an op talks to other processes or has another effect "
+            "beside its result, which cannot be recorded; wrap the tiled module in DistributedDataParallel, not the "
+            "other way round"
+        ) from error
     except RuntimeError as error:
         if "use_reentrant" in str(error):
             raise CaptureError(
