@@ -128,18 +128,18 @@ def test_as_in_plain_pytorch(case):
     tiled = fullframe.tile(twin, tile=6)
     for _ in range(3):
         losses = use(net, net), use(tiled, twin)
-        close(losses[1], losses[0])
+        assert close(losses[1], losses[0])
         for loss, module in zip(losses, (net, twin), strict=True):
             module.zero_grad()
             loss.backward()
         for ours, plain in zip(twin.parameters(), net.parameters(), strict=True):
             assert (ours.grad is None) == (plain.grad is None)
             if plain.grad is not None:
-                close(ours.grad, plain.grad)
+                assert close(ours.grad, plain.grad)
         for name in ("kept", "buffer"):
             ours, plain = getattr(twin, name), getattr(net, name)
             assert ours.requires_grad == plain.requires_grad
-            close(ours.detach(), plain.detach())
+            assert close(ours.detach(), plain.detach())
 
 
 def test_switches_of_backends():
@@ -147,7 +147,7 @@ def test_switches_of_backends():
     tiled = fullframe.tile(net, tile=6)
     for enabled in (True, False, True):
         with torch.backends.mkldnn.flags(enabled=enabled):
-            close(tiled(image()), net(image()))
+            assert close(tiled(image()), net(image()))
 
 
 def test_data_replaced_before_the_backward():
@@ -172,7 +172,7 @@ def test_transforms_are_refused(use):
     tiled = fullframe.tile(net, tile=6)
     with pytest.raises(fullframe.CaptureError, match=r"torch.func.*use the plain module"):
         use(tiled)
-    close(tiled(image()), net(image()))
+    assert close(tiled(image()), net(image()))
 
 
 def test_several_gradients_at_once_are_refused():

@@ -190,7 +190,7 @@ def test_an_output_whose_backward_fails_fails_only_when_asked(alone):
     image = torch.randn(1, 1, 15, 17, dtype=torch.float64)
     made, expected = tiled(image), net(image)
     for mine, plain in zip((made,) if alone else made, (expected,) if alone else expected, strict=True):
-        close(mine, plain)
+        assert close(mine, plain)
         assert mine.requires_grad
     if not alone:
         made[1].sum().backward()
@@ -198,7 +198,7 @@ def test_an_output_whose_backward_fails_fails_only_when_asked(alone):
         for mine, plain in zip(twin.parameters(), net.parameters(), strict=True):
             assert (mine.grad is None) == (plain.grad is None)
             if plain.grad is not None:
-                close(mine.grad, plain.grad)
+                assert close(mine.grad, plain.grad)
     for module in (net, tiled):
         found = module(image)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -323,6 +323,14 @@ def test_eval_and_no_grad():
 
 
 # The rest of nn.Module -----------------------------------------------------------------------------
+
+
+def test_hooks_on_loading_as_part_of_another():
+    net, loaded = plain_net(), []
+    net.register_load_state_dict_post_hook(lambda module, keys: loaded.append(keys))
+    for outer in (nn.ModuleDict({"inner": net}), nn.ModuleDict({"inner": fullframe.tile(net)})):
+        outer.load_state_dict(outer.state_dict())
+    assert len(loaded) == 2
 
 
 def test_state_dict_round_trip():

@@ -139,7 +139,7 @@ def _refuse_transforms(call: Call) -> None:
 
 
 KEPT = 16  # recordings kept; the least recently used goes first
-SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_load_state_dict_post_hooks")
 OWN = frozenset(("training", *nn.Module().__dict__)) - frozenset(SHARED)
 
 
