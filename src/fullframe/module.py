@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from fullframe.budget import parse_bytes
@@ -128,7 +129,7 @@ class Tiled(nn.Module):
 
 def _refuse_transforms(call: Call) -> None:
     """Refuse torch.func's transforms and forward-mode gradients, which a recorded step would leave out."""
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    transformed = peek_interpreter_stack() is not None
     if not transformed and forward_ad._current_level >= 0:
         transformed = any(forward_ad.unpack_dual(t).tangent is not None for t in call.tensors)
     if transformed:
@@ -293,7 +294,7 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Any) -> Any:
         if all(g is None for g in upstream):  # of what an earlier call left in a buffer, and nothing has used
             return (None,) * len(ctx.needs_input_grad)
-        if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in upstream):
+        if any(g is not None and is_legacy_batchedtensor(g) for g in upstream):
             raise RuntimeError(
                 "is_grads_batched=True asks for several gradients at once, which a tiled module does not have; ask "
                 "for them one after the other, of a forward each"
