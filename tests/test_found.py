@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -545,3 +547,23 @@ def test_neighbours_of_which_plain_pytorch_has_two_are_refused():
     torch.testing.assert_close(agree32, net(image), rtol=0, atol=1e-5)
     with pytest.raises(fullframe.CaptureError, match=r"in 1 \(Upsample\).*41 to 94 in float64.*use float32"):
         fullframe.tile(net.double(), tile=16)(image.double())
+
+
+class Resized(nn.Module):
+    """The image by `torch.nn.functional.interpolate`."""
+
+    def __init__(self, **given: Any):
+        super().__init__()
+        self.given: dict[str, Any] = given
+
+    def forward(self, x):
+        return F.interpolate(x, **self.given)
+
+
+@pytest.mark.parametrize("mode, aligned", [("linear", True), ("bicubic", False), ("bicubic", True)])
+@pytest.mark.parametrize("sizes", [(10000, 25000), (20000, 12345)])
+def test_a_long_axis(mode, aligned, sizes):
+    """The pixel below a position is that of the position in float32, in plain PyTorch, even in float64."""
+    wide = () if mode == "linear" else (1,)
+    net = Resized(size=(*wide, sizes[1]), mode=mode, align_corners=aligned)
+    agree(net, torch.randn(1, 1, *wide, sizes[0]).requires_grad_(), tile=(*wide, 9000))

@@ -43,9 +43,9 @@ Taps = list[tuple[int, float]]
 
 
 def single(x: float) -> float:
-    """A number rounded to float32, in which ATen computes the positions of nearest neighbours.
+    """A number rounded to float32, as ATen does before it takes the pixel below a position, even in float64.
 
-    But for one of its forward kernels for float64: see `disputed`.
+    But for one of its forward kernels for nearest neighbours: see `disputed`.
     """
     return unpack("f", pack("f", x))[0]
 
@@ -95,10 +95,10 @@ def taps_at(spec: Spec, position: int) -> Taps:
     centre = position * rate if spec.align else (position + 0.5) * rate - 0.5
     if spec.mode == "linear":
         centre = max(centre, 0.0)
-        low = min(floor(centre), last)
+        low = min(floor(single(centre)), last)
         part = min(max(centre - low, 0.0), 1.0)
         return [(low, 1.0 - part), (min(low + 1, last), part)]
-    low = floor(centre)
+    low = floor(single(centre))
     t = min(max(centre - low, 0.0), 1.0)
     weights = (_cubic(t + 1), _cubic(t), _cubic(1 - t), _cubic(2 - t))
     return [(min(max(low - 1 + k, 0), n - 1), w) for k, w in enumerate(weights)]
