@@ -13,7 +13,7 @@ from torch import nn
 
 import fullframe
 import fullframe.testing
-from fullframe.ops.taps import Spec, disputed, taps_at
+from fullframe.ops.taps import Spec, disputed, settled, taps_at
 
 
 @pytest.fixture(autouse=True)
@@ -535,7 +535,7 @@ def test_neighbours_of_which_plain_pytorch_has_two(mode):
             plain = F.interpolate(line, mode=mode, **given)[0, 0].tolist()
             spec = Spec(mode, source, len(plain), scale=given.get("scale_factor"))
             found = disputed(spec)
-            ours = [taps_at(spec, k)[0][0] for k in range(len(plain))]
+            ours = [taps_at(settled(spec), k)[0][0] for k in range(len(plain))]
             assert (ours == plain) == (found is None)
             assert found is None or (ours[found[0]], plain[found[0]]) == found[1:]
 
@@ -558,6 +558,53 @@ class Resized(nn.Module):
 
     def forward(self, x):
         return F.interpolate(x, **self.given)
+
+
+@pytest.mark.parametrize("shape, factor, mode", [
+    ((60,), 1.01, "linear"), ((60, 30), (1.01, 1.7), "bilinear"), ((110, 64), 1.01, "bilinear"),
+    ((5, 110, 12), 1.01, "trilinear"), ((60, 30), (1.01, 1.7), "bicubic"), ((110, 12), 1.01, "bicubic"),
+    ((60, 30), 1.01, "nearest"), ((20, 21), 2.01, "nearest"), ((60, 80), 1.01, "nearest-exact"),
+])  # fmt: skip
+@pytest.mark.parametrize("aligned", [None, True])
+def test_a_scale_that_keeps_the_size_or_doubles_it(shape, factor, mode, aligned):
+    """Where ATen copies or doubles whatever the scale, so do we."""
+    aligned = None if "nearest" in mode else aligned
+    net = Resized(scale_factor=factor, mode=mode, align_corners=aligned)
+    for channels in (2, 5):
+        image = torch.randn(1, channels, *shape)
+        agree(net, image.requires_grad_(), tile=23)
+    if len(shape) == 2:
+        agree(net, image.detach().contiguous(memory_format=torch.channels_last).requires_grad_(), tile=23)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear", "bicubic", "bilinear-aa", "bicubic-aa"])
+@pytest.mark.parametrize("factor", [2.0, 1.5, 1.7, 0.5, 0.6, 3.0])
+def test_a_scale_that_plain_pytorch_minds_one_way(mode, factor):
+    net = Resized(scale_factor=factor, mode=mode.removesuffix("-aa"), antialias=mode.endswith("-aa"))
+    agree(net, torch.randn(1, 2, 50, 40).requires_grad_(), tile=23)
+
+
+@pytest.mark.parametrize("shape, given, says", [
+    ((60,), {"scale_factor": 1.01}, "from 60 to 60.*pixel 1 from 1 .*and from 0 "),
+    ((45, 44), {"scale_factor": 2.01}, "from 45 to 90.*recompute_scale_factor"),
+    ((60, 60), {"scale_factor": (1.01, 1.7)}, "from 60 to 60.*recompute_scale_factor"),
+    ((6, 20, 9), {"scale_factor": 1.01}, "from 6 to 6.*recompute_scale_factor"),
+    ((60, 30), {"scale_factor": 1.01, "mode": "bicubic"}, "60 to 60 by scale_factor=1.01: plain PyTorch's forward"),
+    ((60, 30), {"scale_factor": (1.01, 2.0), "mode": "bilinear", "antialias": True}, "60 to 60.*PyTorch's gradient"),
+    ((60, 30), {"scale_factor": (1.01, 2.0), "mode": "bicubic", "antialias": True}, "60 to 60.*PyTorch's gradient"),
+    ((9, 5), {"size": (4, 1), "mode": "bilinear", "antialias": True}, "9 to 4 rows and one column"),
+    ((9, 1), {"size": (13, 1), "mode": "bicubic", "antialias": True}, "9 to 13 rows and one column"),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_resampling_of_which_plain_pytorch_has_two_ways_is_refused(shape, given, says, dtype):
+    with pytest.raises(fullframe.CaptureError, match=rf"in module \(Resized\), aten\.\w+.*{says}"):
+        fullframe.tile(Resized(**given), tile=9)(torch.randn(1, 2, *shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("sizes", [((9, 5), (9, 1)), ((1, 5), (4, 1)), ((9, 5), (1, 1))])
+def test_antialiasing_to_one_column_of_which_there_is_one_way(sizes):
+    net = Resized(size=sizes[1], mode="bilinear", antialias=True)
+    agree(net, torch.randn(1, 2, *sizes[0]).requires_grad_(), tile=3)
 
 
 @pytest.mark.parametrize("mode, aligned", [("linear", True), ("bicubic", False), ("bicubic", True)])

@@ -12,7 +12,7 @@ from fullframe.graph import CaptureError, Op, Value
 from fullframe.ops.build import Builder
 from fullframe.ops.normal import cast, lowers
 from fullframe.ops.pool import choice_dtype
-from fullframe.ops.taps import Spec, disputed
+from fullframe.ops.taps import Spec, disputed, rescaled, settled
 from fullframe.ops.views import solid
 
 aten = torch.ops.aten
@@ -271,7 +271,8 @@ MODES = {
 }
 
 
-def _specs(mode: str, rank: int, source: Any, target: Any, rest: Sequence[Any]) -> tuple[Any, ...]:
+def _specs(mode: str, rank: int, source: Any, target: Any, rest: Sequence[Any]) -> tuple[Spec, ...]:
+    """One for each axis, with the scales as they were given."""
     aligned = "nearest" not in mode and bool(rest[0])
     scales = list(rest[0 if "nearest" in mode else 1 :]) + [None] * rank
     axes = zip(source[-rank:], target[-rank:], scales, strict=False)
@@ -281,32 +282,71 @@ def _specs(mode: str, rank: int, source: Any, target: Any, rest: Sequence[Any]) 
 def upsample(b: Builder, x: Value, size: Any, *rest: Any) -> Value:
     mode, rank = MODES[b.target.split(".")[1]]
     specs = _specs(mode, rank, x.shape, b.meta_shape, rest)
-    if x.dtype == torch.float64 and mode.startswith("nearest"):
-        _refuse_disputed(b, specs)
-    return b.emit("tile.resample", (x,), b.meta_shape, x.dtype, args=(specs,))
+    if mode.startswith("nearest"):
+        _refuse_disputed(b, specs, x.dtype == torch.float64)
+    _refuse_scale(b, specs)
+    _refuse_column(b, specs)
+    return b.emit("tile.resample", (x,), b.meta_shape, x.dtype, args=(tuple(map(settled, specs)),))
 
 
 SMALL_PLANE = 128  # sum of the extents of a plane, up to which ATen has one way only
 
 
-def _refuse_disputed(b: Builder, specs: Sequence[Spec]) -> None:
-    """Refuse what plain PyTorch has two answers for."""
+def _refuse_disputed(b: Builder, specs: Sequence[Spec], wide: bool) -> None:
+    """Refuse nearest neighbours for which plain PyTorch has two answers."""
     if len(specs) == 2 and sum(s.target for s in specs) <= SMALL_PLANE:
         return
     for spec in specs:
-        found = disputed(spec)
+        found = disputed(spec, wide)
         if found is not None:
-            raise CaptureError(
-                f"in {b.path or 'the step'}, {b.target} from {spec.source} to {spec.target} in float64: plain "
-                f"PyTorch takes pixel {found[0]} from {found[1]} or from {found[2]}, by the memory layout, and its "
-                "gradient always from the first; use float32, or a size or scale_factor without such a pixel"
+            other = "float32, " if disputed(spec, False) is None else ""
+            raise _refusal(
+                b,
+                spec,
+                f"{' in float64' if wide else ''}: plain PyTorch takes pixel {found[0]} from {found[1]} in its "
+                f"gradient and from {found[2]} in its forward of contiguous memory; use {other}"
+                "recompute_scale_factor=True, or a size or scale_factor without such a pixel",
             )
+
+
+def _refuse_scale(b: Builder, specs: Sequence[Spec]) -> None:
+    """Refuse a scale_factor that keeps the size, where plain PyTorch minds it one way only."""
+    mode, whole = specs[0].mode, all(s.source == s.target for s in specs)
+    if mode.endswith("-aa"):
+        minds, copies = "gradient", "forward"
+    elif mode == "cubic" and whole:
+        minds, copies = "forward", "gradient"
+    else:
+        return
+    for spec in filter(rescaled, specs):
+        raise _refusal(
+            b,
+            spec,
+            f" by scale_factor={spec.scale:g}: plain PyTorch's {minds} moves the pixels by that factor, its {copies} "
+            "does not; use size=, recompute_scale_factor=True or another factor",
+        )
+
+
+def _refuse_column(b: Builder, specs: Sequence[Spec]) -> None:
+    """Refuse antialiasing to one column: where memory is contiguous plain PyTorch weighs its rows wrongly."""
+    rows = specs[0]
+    if rows.mode.endswith("-aa") and specs[-1].target == 1 and 1 < rows.target != rows.source > 1:
+        raise _refusal(
+            b,
+            rows,
+            " rows and one column: plain PyTorch makes other numbers in contiguous memory than with channels "
+            "innermost, and than its gradient is of; use antialias=False, or more columns",
+        )
+
+
+def _refusal(b: Builder, spec: Spec, why: str) -> CaptureError:
+    return CaptureError(f"in {b.path or 'the step'}, {b.target} from {spec.source} to {spec.target}{why}")
 
 
 def upsample_backward(b: Builder, g: Value, out_size: Any, in_size: Any, *rest: Any) -> Value:
     mode, rank = MODES[b.target.split(".")[1].removesuffix("_backward")]
     specs = _specs(mode, rank, in_size, g.shape, rest)
-    return b.emit("tile.resample_grad", (g,), b.meta_shape, g.dtype, args=(specs,))
+    return b.emit("tile.resample_grad", (g,), b.meta_shape, g.dtype, args=(tuple(map(settled, specs)),))
 
 
 for _name in MODES:

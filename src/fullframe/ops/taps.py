@@ -56,18 +56,32 @@ def nearest(spec: Spec, position: int, rate: float) -> int:
     return min(floor(single(at * rate)), spec.source - 1)
 
 
+def settled(spec: Spec) -> Spec:
+    """Without scale and alignment where ATen copies, or doubles, whatever was given."""
+    copied = spec.mode in ("nearest", "linear") and spec.source == spec.target
+    doubled = spec.mode == "nearest" and spec.target == 2 * spec.source
+    return spec._replace(scale=None, align=False) if copied or doubled else spec
+
+
 @lru_cache(maxsize=256)
-def disputed(spec: Spec) -> tuple[int, int, int] | None:
+def disputed(spec: Spec, wide: bool = True) -> tuple[int, int, int] | None:
     """The first output position that ATen takes from two places, if there is one, and those.
 
-    The step from one to the next is in float64 in its general forward kernel for float64, and in float32 in that for
-    channels innermost, in that for small images, and in every gradient. A few sizes show it.
+    The step from one to the next is in float64 in its general forward kernel for float64 (``wide``), and in float32
+    in that for channels innermost, in that for small images, and in every gradient. A few sizes show it. And the
+    general kernel alone minds a scale where the others copy or double (see `settled`).
     """
+    rate, other = single(step(settled(spec))), step(spec) if wide else single(step(spec))
     for k in range(spec.target):
-        both = nearest(spec, k, single(step(spec))), nearest(spec, k, step(spec))
+        both = nearest(spec, k, rate), nearest(spec, k, other)
         if both[0] != both[1]:
             return k, *both
     return None
+
+
+def rescaled(spec: Spec) -> bool:
+    """Whether the scale that was given makes something else than a copy of an axis that keeps its size."""
+    return spec.source == spec.target > 1 and step(spec) != 1.0
 
 
 def step(spec: Spec) -> float:
@@ -87,6 +101,8 @@ def taps_at(spec: Spec, position: int) -> Taps:
         if spec.mode == "reflect":
             at = -at if at < 0 else (2 * last - at if at > last else at)
         return [(min(max(at, 0), last), 1.0)]
+    if spec.mode == "linear" and n == spec.target:
+        return [(position, 1.0), (position, 0.0)]  # so ATen copies: what is infinite is no number then
     rate = step(spec)
     if spec.mode.startswith("nearest"):
         return [(nearest(spec, position, single(rate)), 1.0)]
