@@ -614,3 +614,32 @@ def test_a_long_axis(mode, aligned, sizes):
     wide = () if mode == "linear" else (1,)
     net = Resized(size=(*wide, sizes[1]), mode=mode, align_corners=aligned)
     agree(net, torch.randn(1, 1, *wide, sizes[0]).requires_grad_(), tile=(*wide, 9000))
+
+
+@pytest.mark.parametrize("resample", [
+    lambda x: F.adaptive_avg_pool2d(x, 7), lambda x: F.avg_pool2d(x, 3, 2, 1), lambda x: F.avg_pool2d(x, 3, 1, 1),
+    lambda x: F.interpolate(x, size=(7, 9), mode="area"), lambda x: F.pad(x, (3, 2, 4, 1), mode="reflect"),
+    lambda x: F.pad(x, (3, 2, 4, 1), mode="replicate"), Resized(scale_factor=1.7), Resized(scale_factor=2.0),
+    *(Resized(mode=mode, align_corners=aligned, antialias=wide, **given)
+      for mode in ("bilinear", "bicubic") for aligned in (False, True) for wide in (False, True)
+      for given in ({"scale_factor": 2.0}, {"scale_factor": 1.7}, {"size": (33, 22)}, {"size": (21, 22)})),
+])  # fmt: skip
+@pytest.mark.parametrize("worst", [float("inf"), float("nan")])
+def test_a_pixel_that_is_not_finite_spoils_what_reads_it_only(resample, worst):
+    # What filled up short lists of pixels was multiplied by 0; and plain PyTorch's own zeros in gradients were left out.
+    class Net(nn.Module):
+        def forward(self, x):
+            return resample(x)
+
+    image = torch.randn(2, 2, 21, 22, dtype=torch.float64)
+    image[0, 0, [0, 9, 20], [0, 10, 4]] = worst
+    gradient = torch.randn_like(resample(image))
+    gradient[1, 1, 0, 0] = gradient[1, 0, gradient.shape[2] // 2, 3] = worst
+    found = []
+    for run in (resample, fullframe.tile(Net(), tile=9)):
+        x = image.clone().requires_grad_()
+        y = run(x)
+        y.backward(gradient)
+        found.append([y.detach(), x.grad])
+    for ours, plain in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10, equal_nan=True)

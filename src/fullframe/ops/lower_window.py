@@ -346,6 +346,8 @@ def _refusal(b: Builder, spec: Spec, why: str) -> CaptureError:
 def upsample_backward(b: Builder, g: Value, out_size: Any, in_size: Any, *rest: Any) -> Value:
     mode, rank = MODES[b.target.split(".")[1].removesuffix("_backward")]
     specs = _specs(mode, rank, in_size, g.shape, rest)
+    if mode == "cubic" and all(s.source == s.target for s in specs):  # ATen copies, in this direction only
+        specs = tuple(Spec("nearest", s.source, s.target) for s in specs)
     return b.emit("tile.resample_grad", (g,), b.meta_shape, g.dtype, args=(tuple(map(settled, specs)),))
 
 

@@ -20,7 +20,7 @@ from fullframe.ops.rule import BaseRule
 from fullframe.ops.taps import Spec, readers, reads
 from fullframe.region import Interval, Region
 
-NO_CHANGE = ("nearest", "nearest-exact", "linear", "cubic", "adaptive")
+NO_CHANGE = ("nearest", "nearest-exact", "adaptive")  # others multiply by 0, which shows where numbers are infinite
 
 
 def unchanged(spec: Spec) -> bool:
@@ -30,9 +30,14 @@ def unchanged(spec: Spec) -> bool:
     return spec.mode in NO_CHANGE and spec.source == spec.target and spec.scale in (None, 1.0)
 
 
+def copied(spec: Spec) -> bool:
+    """Whether the forward leaves this axis alone: ATen's antialiasing does so, though its gradient does not."""
+    return unchanged(spec) or (spec.mode.endswith("-aa") and spec.source == spec.target)
+
+
 def sources(spec: Spec, low: int, high: int) -> Interval:
     """Inputs that these outputs are windows of."""
-    return (low, high) if unchanged(spec) else reads(spec, low, high)
+    return (low, high) if copied(spec) else reads(spec, low, high)
 
 
 def users(spec: Spec, low: int, high: int) -> Interval:
@@ -71,6 +76,9 @@ class Resample(BaseRule):
     def interval(self, spec: Spec, low: int, high: int) -> Interval:
         return sources(spec, low, high)
 
+    def skips(self, spec: Spec) -> bool:
+        return copied(spec)
+
     def table(self, spec: Spec, region: Interval, dtype: torch.dtype, device: torch.device) -> taps.Table:
         return taps.forward_table(spec, *region, dtype, device)
 
@@ -95,7 +103,7 @@ class Resample(BaseRule):
         lead, specs = self.lead(op), op.args[1]
         wide = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
         y = self.before(x.to(wide), specs, region[lead:])
-        axes = [a for a in range(lead, len(region)) if not unchanged(specs[a - lead])]
+        axes = [a for a in range(lead, len(region)) if not self.skips(specs[a - lead])]
         growth = {a: (region[a][1] - region[a][0]) / x.shape[a] for a in axes}
         for axis in sorted(axes, key=growth.__getitem__):
             table = self.table(specs[axis - lead], region[axis], wide, x.device)
@@ -133,6 +141,9 @@ class ResampleGrad(Resample):
 
     def after(self, y: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor:
         return y
+
+    def skips(self, spec: Spec) -> bool:
+        return unchanged(spec)
 
     def table(self, spec: Spec, region: Interval, dtype: torch.dtype, device: torch.device) -> taps.Table:
         return taps.backward_table(spec, *region, dtype, device)

@@ -239,11 +239,13 @@ def _reflected_readers(spec: Spec, low: int, high: int) -> tuple[int, int]:
 
 class Table(NamedTuple):
     """Output i is the sum over k of ``weight[k][i]`` times input ``where[k][i]``, counted from the
-    first input read; ``weight[k]`` is None where all are 1, ``run`` where the indices are consecutive."""
+    first input read; ``weight[k]`` is None where all are 1, ``run[k]`` unless the indices are consecutive.
+    The outputs ``spare[k]`` have no more inputs: what stands there for one adds nothing, infinite or not."""
 
     where: tuple[torch.Tensor, ...]
     weight: tuple[torch.Tensor | None, ...]
     run: tuple[int | None, ...]
+    spare: tuple[torch.Tensor | None, ...]
 
 
 @table
@@ -260,7 +262,7 @@ def backward_table(spec: Spec, low: int, high: int, dtype: torch.dtype, device: 
     rows: list[Taps] = [[] for _ in range(low, high)]
     for out in range(first, last):
         for index, weight in taps_at(spec, out):
-            if low <= index < high and weight != 0.0:
+            if low <= index < high:
                 rows[index - low].append((out, weight))
     return _table(rows, first, dtype, device)
 
@@ -268,15 +270,18 @@ def backward_table(spec: Spec, low: int, high: int, dtype: torch.dtype, device: 
 def _table(rows: list[Taps], origin: int, dtype: torch.dtype, device: torch.device) -> Table:
     most = max((len(r) for r in rows), default=0)
     filler = min((i for r in rows for i, _ in r), default=0)
-    index, weight, run = [], [], []
+    index, weight, run, spare = [], [], [], []
     for k in range(most):
-        column = [r[k] if k < len(r) else (filler, 0.0) for r in rows]
+        column = [r[k] if k < len(r) else (filler, 1.0) for r in rows]
+        short = [row for row, r in enumerate(rows) if k >= len(r)]
         where = [i - origin for i, _ in column]
         index.append(torch.tensor(where, device=device))
-        run.append(where[0] if where == list(range(where[0], where[0] + len(where))) else None)
+        consecutive = not short and where == list(range(where[0], where[0] + len(where)))
+        run.append(where[0] if consecutive else None)
         plain = all(w == 1.0 for _, w in column)
         weight.append(None if plain else torch.tensor([w for _, w in column], dtype=dtype, device=device))
-    return Table(tuple(index), tuple(weight), tuple(run))
+        spare.append(torch.tensor(short, device=device) if short else None)
+    return Table(tuple(index), tuple(weight), tuple(run), tuple(spare))
 
 
 def apply(x: torch.Tensor, axis: int, table: Table, length: int) -> torch.Tensor:
@@ -286,9 +291,11 @@ def apply(x: torch.Tensor, axis: int, table: Table, length: int) -> torch.Tensor
     shape = [1] * x.dim()
     shape[axis] = -1
     out: torch.Tensor | None = None
-    for index, weight, start in zip(table.where, table.weight, table.run, strict=True):
+    for index, weight, start, spare in zip(*table, strict=True):
         part = x.index_select(axis, index) if start is None else x.narrow(axis, start, len(index))
         if weight is not None:
             part = part * weight.view(shape)
+        if spare is not None:  # not a run, so this is memory of its own
+            part.index_fill_(axis, spare, 0)
         out = part if out is None else out + part
     return x.new_zeros([*x.shape[:axis], length, *x.shape[axis + 1 :]]) if out is None else out
