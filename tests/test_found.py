@@ -643,3 +643,18 @@ def test_a_pixel_that_is_not_finite_spoils_what_reads_it_only(resample, worst):
         found.append([y.detach(), x.grad])
     for ours, plain in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10, equal_nan=True)
+
+
+def test_a_difference_of_nothing():
+    """Every other image of a batch of one: the sum over no images was made by no tile."""
+
+    class Pairs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            y = self.second(self.first(x).relu())
+            return (y[0::2] - y[1::2]).abs(), y
+
+    agree(Pairs(), torch.randn(1, 1, 20, 17), tile=8)

@@ -259,17 +259,24 @@ def _shared(op: Op, selections: Iterable[Value], maker: dict[Value, Op]) -> set[
 def _forms(graph: Graph) -> dict[Value, int]:
     """By value a number that two have in common if they are made alike of tensors alike in shape and type.
 
-    Of two parameters the numbers may be the same, too: a teacher begins as a copy of its student.
+    Of two parameters the numbers may be the same, too: a teacher begins as a copy of its student. And what is done to
+    an image element by element, or which part of it is taken, tells nothing about the numbers.
     """
     numbers: dict[Any, int] = {}
     forms: dict[Value, int] = {}
     made = {op.output for op in graph.ops}
+    given: set[Value] = set()
     for op in graph.ops:
-        for v in op.inputs:
-            if v not in made:
+        given.update(v for v in op.inputs if v not in made)
+        out = op.output
+        if op.rule.kind in KEEPING and given.issuperset(op.inputs):
+            given.add(out)
+        for v in (*op.inputs, out):
+            if v in given and v not in forms:
                 forms[v] = numbers.setdefault((v.shape, v.dtype), len(numbers))
-        form = (op.target, str(op.args), str(op.kwargs), *(forms[v] for v in op.inputs))
-        forms[op.output] = numbers.setdefault(form, len(numbers))
+        if out not in given:
+            form = (op.target, str(op.args), str(op.kwargs), *(forms[v] for v in op.inputs))
+            forms[out] = numbers.setdefault(form, len(numbers))
     return forms
 
 

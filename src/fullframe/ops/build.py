@@ -387,8 +387,10 @@ class Builder:
         return self.reshape(self.emit(target, (y,), left, dtype, args=(fine, keepdim)), kept)
 
     def sum(self, x: Value, axes: Sequence[int], keepdim: bool, dtype: torch.dtype) -> Value:
+        kept = [1 if a in axes else n for a, n in enumerate(x.shape) if keepdim or a not in axes]
+        if 0 in x.shape and 0 not in kept:  # no tile would add anything
+            return self.full(kept, 0, dtype)
         if prod(x.shape[a] for a in axes) == 1 and x.dtype == dtype:
-            kept = [1 if a in axes else n for a, n in enumerate(x.shape) if keepdim or a not in axes]
             return self.reshape(x, kept)
         return self.reduce("tile.sum", x, axes, keepdim, dtype)
 
