@@ -31,6 +31,7 @@ class Net(nn.Module):
         super().__init__()
         self.conv, self.gain = nn.Conv2d(3, 4, 3, padding=1), nn.Parameter(torch.tensor(1.5))
         self.register_buffer("buffer", torch.zeros(()))
+        self.register_buffer("row", torch.zeros(4).view(1, 4, 1, 1))
         self.kept, self.what = torch.zeros(()), what
 
     def forward(self, *args: torch.Tensor) -> Any:
@@ -85,6 +86,12 @@ def assigned(net: Any, x: torch.Tensor) -> torch.Tensor:
     return y.sigmoid()
 
 
+def assigned_row(net: Any, x: torch.Tensor) -> torch.Tensor:
+    y = net.conv(x)
+    net.row = 0.9 * net.row.detach() + 0.1 * y.mean((0, 2, 3), keepdim=True)
+    return y - net.row
+
+
 def averaged(net: Any, x: torch.Tensor) -> torch.Tensor:
     y = net.conv(x)
     net.buffer = 0.9 * net.buffer + 0.1 * y.mean()
@@ -102,6 +109,7 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., torch.Tensor]]] = {
     "a map scaled": (scaled, made_by_layers),
     "an attribute": (kept_in_place, lambda step, net: step(image()).mean() + net.kept),
     "a buffer": (assigned, lambda step, net: step(image()).mean() + net.buffer),
+    "a buffer that is a view": (assigned_row, lambda step, net: step(image()).mean() + net.row.square().sum()),
     "a mean that nobody uses": (averaged, plainly),
     "relu of a map": (lambda net, x: net.conv(torch.relu_(x)), made_by_layers),
     "asks for a leaf": (lambda net, x: net.conv(x if x.is_leaf else 2 * x), made_by_layers),
@@ -140,6 +148,34 @@ def test_as_in_plain_pytorch(case):
             ours, plain = getattr(twin, name), getattr(net, name)
             assert ours.requires_grad == plain.requires_grad
             assert close(ours.detach(), plain.detach())
+
+
+def parted(net: Any, x: torch.Tensor) -> torch.Tensor:
+    net.buffer = net.buffer + net.conv(x).mean()
+    return net.conv(x) * net.buffer * net.other
+
+
+def test_one_of_two_names_of_a_buffer_is_not_assigned_alone():
+    net = Net(parted)
+    net.register_buffer("other", net.buffer)
+    with pytest.raises(fullframe.CaptureError, match="one of buffer and other anew"):
+        fullframe.tile(net, tile=6)(image())
+
+
+def test_a_leaf_is_not_assigned_anew():
+    net = Net(assigned)
+    net.register_buffer("buffer", torch.ones((), requires_grad=True))
+    with pytest.raises(fullframe.CaptureError, match="gives buffer, of which a gradient is asked"):
+        fullframe.tile(net, tile=6)(image())
+    assert net.buffer == 1
+
+
+def test_a_gradient_kept_of_what_is_changed_in_place():
+    net = Net(lambda net, x: net.conv(torch.relu_(x)))
+    x = image().requires_grad_() * 2
+    x.retain_grad()
+    with pytest.raises(fullframe.CaptureError, match=r"changes input0 in place.*retain_grad.*clone"):
+        fullframe.tile(net, tile=6)(x)
 
 
 def test_switches_of_backends():

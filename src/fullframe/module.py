@@ -101,6 +101,7 @@ class Tiled(nn.Module):
         call = Call(pair, args, kwargs)
         _refuse_transforms(call)
         program = self._program(call)
+        _refuse_retained(program, call)
         kept = Kept(self._fullframe["arenas"], self._fullframe["replays"])
         wanted = [call.tensors[k] for k in program.reached]
         with torch.inference_mode(False):
@@ -183,6 +184,15 @@ def _forward(kept: Kept, program: Program, call: Call) -> tuple[Tensors, Run, Ar
     return outputs, run, arena, guard
 
 
+def _refuse_retained(program: Program, call: Call) -> None:
+    for k in program.alive:
+        if call.tensors[k].retains_grad:
+            raise CaptureError(
+                f"the forward changes {call.names[k]} in place, of which retain_grad() asks for the gradient before "
+                "that; give the module a clone"
+            )
+
+
 def _refuse_resized(program: Program, call: Call, run: Run) -> None:
     """Refuse what an op has given another shape as it ran, which the recording could not see."""
     for k, value in program.changed.items():
@@ -196,11 +206,14 @@ def _refuse_resized(program: Program, call: Call, run: Run) -> None:
 
 def _revive(program: Program, call: Call, made: Sequence[torch.Tensor]) -> None:
     """Give what the forward changed the graph of its new contents; the old one is reached through the step."""
+    buffers = range(len(call.parameters), len(call.parameters) + len(call.buffers))
     for k, number in program.alive.items():
         tensor = call.tensors[k]
+        # A view has the graph of what it looks into; in that of a buffer are only former calls' values of it.
+        whole = tensor._base if k in buffers and tensor._is_view() else tensor
         with torch.enable_grad():
-            if tensor.grad_fn is not None and not tensor._is_view():
-                tensor.detach_()
+            if whole is not None and whole.grad_fn is not None and not whole._is_view():
+                whole.detach_()
             tensor.copy_(made[number])
 
 

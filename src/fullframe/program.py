@@ -170,9 +170,11 @@ class _Recorder:
                     vars(t)["_is_param"] = True  # as isinstance asks
             marks = [dict(vars(t)) for t in made]
             histories = [t.grad_fn for t in made]
+            registered = dict(call.pair.named_buffers(remove_duplicate=False))
 
             def rest(returned: Any) -> Any:
                 outputs = self._take(returned)
+                self._refuse_parted(registered)
                 self.wanted = tuple(self._wanted()) if call.grad else ()
                 if not self.criterion:
                     outputs = self._leave(made, outputs)
@@ -224,6 +226,20 @@ class _Recorder:
         self.cut = [t.requires_grad and not yes for t, yes in zip(outputs, self.differentiable, strict=True)]
         return outputs
 
+    def _refuse_parted(self, before: dict[str, torch.Tensor]) -> None:
+        """Refuse a buffer of two names that is two after the forward."""
+        names: dict[int, list[str]] = {}
+        for name, t in before.items():
+            names.setdefault(id(t), []).append(name)
+        now = dict(self.call.pair.named_buffers(remove_duplicate=False))
+        for same in names.values():
+            if len({id(now.get(name)) for name in same}) > 1:
+                parted = " and ".join(name.removeprefix("module.") for name in same)
+                raise CaptureError(
+                    f"the forward assigns one of {parted} anew, which are the same buffer; change it in place, or "
+                    "register two"
+                )
+
     def _revive(self, made: Tensors, histories: Sequence[Any], outputs: Tensors) -> Tensors:
         """The outputs, and with them the new contents of the call's tensors that have a gradient from now on."""
         call, first = self.call, len(self.call.parameters)
@@ -232,6 +248,11 @@ class _Recorder:
         now[first : first + len(call.buffers)] = [registered.get(k) for k in call.buffers]
         for k, (t, history) in enumerate(zip(now, histories, strict=True)):
             if isinstance(t, torch.Tensor) and t.grad_fn is not None and t.grad_fn is not history:
+                if call.tensors[k].requires_grad and call.tensors[k].is_leaf:
+                    raise CaptureError(
+                        f"the forward gives {call.names[k]}, of which a gradient is asked, a new value that has a "
+                        "graph; keep the new value in another attribute, or detach it"
+                    )
                 self.alive[k] = len(outputs)
                 outputs = [*outputs, t]
         self.differentiable += [True] * len(self.alive)

@@ -6,6 +6,7 @@ that a rule links carry the same label. A value with no labelled axis is *untile
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -224,21 +225,23 @@ def made_once(graph: Graph, labels: Labels) -> set[Value]:
     found = {op.output for op in graph.ops if op.rule.once}
     maker = {op.output: op for op in graph.ops}
     selected: dict[Value, frozenset[Value]] = {}  # by value: selections it is made from, pointwise
-    twins: dict[Value, frozenset[Value]] = {}  # by value: twins of which it is, pointwise, the difference
+    twins: dict[Value, frozenset[Value]] = {}  # by value: twins whose difference it is made of
     nothing: frozenset[Value] = frozenset()
     forms = _forms(graph)
     for op in graph.ops:
+        apart = nothing.union(*(twins.get(v, nothing) for v in op.inputs))
+        if op.rule.opposes(op):
+            apart |= _twins(op, forms, maker)
+        twins[op.output] = apart
+        if op.rule.decides(op):
+            found |= apart
         if op.rule.selects(op):
             selected[op.output] = frozenset([op.output])
         elif op.rule.kind in KEEPING:
             under = nothing.union(*(selected.get(v, nothing) for v in op.inputs))
-            apart = nothing.union(*(twins.get(v, nothing) for v in op.inputs))
-            if op.rule.opposes(op):
-                apart |= _twins(op, forms, maker)
-            selected[op.output], twins[op.output] = under, apart
-            if op.rule.decides(op):
-                found |= apart
-                found |= _shared(op, under, maker) if under else nothing
+            selected[op.output] = under
+            if under and op.rule.decides(op):
+                found |= _shared(op, under, maker)
     return {v for v in found if v in maker and tiled(v, labels)}
 
 
@@ -247,7 +250,7 @@ KEEPING = ("pointwise", "layout")  # ops that make an element of one element of 
 
 def _shared(op: Op, selections: Iterable[Value], maker: dict[Value, Op]) -> set[Value]:
     """The values nearest to what selections were made of that the op reads past the selections too."""
-    here = _above(op.inputs, maker, lambda above: above.rule.kind in KEEPING)
+    here = _above(op.inputs, maker, _keeps)
     found: set[Value] = set()
     for selection in selections:
         origin = maker[selection].inputs[:1]
@@ -282,21 +285,27 @@ def _forms(graph: Graph) -> dict[Value, int]:
 
 def _twins(op: Op, forms: dict[Value, int], maker: dict[Value, Op]) -> frozenset[Value]:
     """The nearest values on either side of a comparison or difference that have one of their form on the other."""
-    sides = [
-        _above(op.inputs[k : k + 1], maker, lambda above: above.rule.kind in KEEPING) & maker.keys() for k in (0, 1)
-    ]
-    known = [{forms[v] for v in side} for side in sides]
+    sides = [_above(op.inputs[k : k + 1], maker, _keeps) & maker.keys() for k in (0, 1)]
+    both = Counter(forms[v] for v in sides[0] & sides[1])  # as where slices of a stack are compared
     found: set[Value] = set()
     for k in (0, 1):
-        other = known[1 - k]
-        near = _above(op.inputs[k : k + 1], maker, lambda above, other=other: forms[above.output] not in other
-                      and above.rule.kind in KEEPING)  # fmt: skip
-        found |= {v for v in near if v in maker and forms[v] in other and v not in sides[1 - k]}
+        other = {forms[v] for v in sides[1 - k] - sides[k]}
+        wanted = {forms[v] for v in sides[k] - sides[1 - k]} & other | {form for form, n in both.items() if n > 1}
+        near = _above(
+            op.inputs[k : k + 1],
+            maker,
+            lambda above, wanted=wanted: forms[above.output] not in wanted and _keeps(above),
+        )
+        found |= {v for v in near if v in maker and forms[v] in wanted}
     return frozenset(found)
 
 
+def _keeps(op: Op) -> bool:
+    return op.rule.kind in KEEPING
+
+
 def _passes(op: Op) -> bool:
-    return op.rule.kind in KEEPING or op.rule.selects(op)
+    return _keeps(op) or op.rule.selects(op)
 
 
 def _above(values: Iterable[Value], maker: dict[Value, Op], beyond: Callable[[Op], bool]) -> set[Value]:

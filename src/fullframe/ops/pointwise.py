@@ -47,7 +47,9 @@ class Pointwise(BaseRule):
         return op.target.split(".")[1] in ("eq", "ne", "ge", "gt", "le", "lt") and len(op.inputs) == 2
 
     def opposes(self, op: Op) -> bool:
-        return self.compares(op) or (op.target == "aten.sub.Tensor" and len(op.inputs) == 2)
+        name, two = op.target.split(".")[1], len(op.inputs) == 2
+        less = name in ("sub", "rsub", "div") or (name == "add" and op.kwargs.get("alpha", 1) < 0)
+        return self.compares(op) or (less and two)
 
     def decides(self, op: Op) -> bool:
         if not any(v.dtype.is_floating_point for v in op.inputs):
