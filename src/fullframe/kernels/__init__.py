@@ -16,6 +16,7 @@ from .gradient import weight_grad
 from .group import Group, Node, Operand, Reduction, Ref
 from .kernel import Kernel, Plain, build, build_many, plain
 from .table import SUPPORTED, supports
+from .tape import Tape, Taped, run, taping
 
 __all__ = [
     "SUPPORTED",
@@ -28,9 +29,13 @@ __all__ = [
     "Plain",
     "Reduction",
     "Ref",
+    "Tape",
+    "Taped",
     "build",
     "build_many",
     "plain",
+    "run",
     "supports",
+    "taping",
     "weight_grad",
 ]

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import compiler
+from .tape import current
 
 ENTRY = "fullframe_weight_grad"
 LEAST = 16  # channels of a vector, on the widest processor
@@ -57,6 +58,8 @@ def weight_grad(
     form = _form((tuple(g.shape), g.stride()), (tuple(x.shape), x.stride()), geometry, (*shape[:2], groups))
     made = g.new_zeros(form.made)
     function(form.words, *(ctypes.c_void_p(t.data_ptr()) for t in (g, x, made)))
+    if (tape := current()) is not None:
+        tape.weight_grad(function, form.words, (g, x, made))
     if not form.swapped:
         return made.movedim(-1, 1)
     return made.movedim(-1, 1).flatten(0, 1).movedim(-1, 1)

@@ -79,15 +79,20 @@ def _reduced(value: torch.Tensor, kind: str, axes: tuple[int, ...]) -> torch.Ten
 class HostCall(Call):
     """A kernel for the CPU on tensors of known layout."""
 
-    __slots__ = ("_function", "_geometry", "_words")
+    __slots__ = ("_function", "geometry", "words")
 
     def __init__(self, function: Callable[..., int], geometry: Geometry) -> None:
-        self._function, self._geometry = function, geometry
-        self._words = (ctypes.c_int64 * len(geometry.words))(*geometry.words)
+        self._function, self.geometry = function, geometry
+        self.words = (ctypes.c_int64 * len(geometry.words))(*geometry.words)
+
+    @property
+    def entry(self) -> int:
+        """The address of the machine code."""
+        return ctypes.cast(self._function, ctypes.c_void_p).value or 0  # pyright: ignore[reportArgumentType]
 
     def __call__(self, places: Sequence[int]) -> list[torch.Tensor]:
         """As `Call`."""
-        geometry = self._geometry
+        geometry = self.geometry
         if not geometry.shapes:
             self._run(places, None)
             return []
@@ -97,10 +102,10 @@ class HostCall(Call):
         return [partials.as_strided(shape, stride, start) for shape, stride, start in rest]
 
     def _run(self, places: Sequence[int], partials: int | None) -> None:
-        if 0 in self._geometry.extents:
+        if 0 in self.geometry.extents:
             return
         pointers = (ctypes.c_void_p * len(places))(*places)
-        if self._function(self._words, pointers, ctypes.c_void_p(partials)):
+        if self._function(self.words, pointers, ctypes.c_void_p(partials)):
             raise MemoryError("no memory for the scratch of a kernel")
 
 

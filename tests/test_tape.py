@@ -1,0 +1,149 @@
+"""Tapes: the same bits as in Python, and what has no instruction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fullframe.kernels import Group, Operand, Reduction, Ref, Tape, build, taping
+
+pytestmark = pytest.mark.skipif(
+    not taping(), reason="no compiler, or a PyTorch without the functions that tapes call"
+)
+
+
+ATEN = torch.ops.aten
+
+
+def _run(work, *bases):
+    """What a function makes of arrays in Python, and from its tape."""
+    tape = Tape([torch.empty(0), *bases])
+    with torch.no_grad(), tape:
+        made = work(*bases)
+    taped = tape.finish([made])
+    assert taped is not None, tape.refused
+    again = taped.run([0, *(b.data_ptr() for b in bases)])
+    assert again is not None
+    return made, again[0]
+
+
+def _packed(*shape):
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x, w: torch.convolution(x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
+        lambda x, w: torch.convolution(x[:, :, 2:-1], w, w.new_zeros(5), [2, 1], [0], [1, 2], False, [0], 1),
+        lambda x, w: torch.convolution(F.pad(x, (1, 0, -1, 2)), w, None, [1], [0], [1], False, [0], 1),
+        lambda x, w: x.contiguous().add_(x)[:, :, ::2, 1:].clone(),
+        lambda x, w: x.new_zeros(2, 4, 9, 12).copy_(x).add_(x[:1]),
+        lambda x, w: F.pad(x, (0, 0, 1, 3))[..., 2:],
+    ],
+)
+def test_calls_on_tape(work):
+    x, w = _packed(2, 4, 9, 12), _packed(5, 4, 3, 3)
+    made, again = _run(work, x, w)
+    assert torch.equal(made, again)
+
+
+@pytest.mark.parametrize("mask", [[True, False, False], [False, True, False]])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_on_tape(mask, transposed):
+    x, w = _packed(2, 4, 9, 12), _packed(4, 4, 3, 3)
+    rest = ([1, 1], [1, 1], [1, 1], transposed, [0, 0], 1)
+    g = torch.randn_like(torch.convolution(x, w, None, *rest))
+
+    def work(g, x, w):
+        return ATEN.convolution_backward(g, x, w, None, *rest, mask)[mask.index(True)]
+
+    made, again = _run(work, g, x, w)
+    assert torch.equal(made, again)
+
+
+@pytest.mark.parametrize(
+    ("work", "why"),
+    [
+        (lambda x: x.sin(), "aten.sin.default"),
+        (lambda x: F.pad(x, (1, 1), value=2.0), "padding with 2.0"),
+        (lambda x: x.new_zeros(3, 4, dtype=torch.float64).copy_(x), "another type"),
+        (lambda x: x.clone().add_(OTHER), "elsewhere"),
+    ],
+)
+def test_what_has_no_word_is_refused(work, why):
+    x = torch.randn(3, 4)
+    tape = Tape([x])
+    with torch.no_grad(), tape:
+        made = work(x)
+    assert tape.finish([made]) is None
+    assert why in tape.refused
+
+
+OTHER = torch.randn(3, 4)
+
+
+def test_arrays_that_share_memory_are_refused():
+    x = torch.randn(4, 4)
+    assert Tape([x, x[1:]]).refused
+
+
+def test_many_axes_are_refused():
+    x = torch.randn([2] * 12)
+    tape = Tape([x])
+    with torch.no_grad(), tape:
+        made = x.permute(*reversed(range(12))).contiguous()
+    assert tape.finish([made]) is None and "12 axes" in tape.refused
+
+
+@pytest.mark.parametrize("how", ["conjugate", "negative", "inference", "new"])
+def test_what_looks_like_a_copy_and_is_not(how):
+    with torch.inference_mode(how == "inference"):
+        x = torch.randn(4, 6, dtype=torch.complex64 if how == "conjugate" else torch.float32)
+    tape = Tape([x])
+    with torch.no_grad(), tape:
+        if how == "conjugate":
+            made = x.conj().clone()
+        elif how == "negative":
+            made = torch.empty_like(x).copy_(torch._neg_view(x))
+        elif how == "inference":
+            made = x.t().contiguous()
+        else:
+            made = x.clone().add_(torch.tensor(1.0))
+    assert tape.finish([made]) is None
+
+
+def test_a_sum_that_nobody_kept_is_forgotten():
+    group = Group(2, (Operand(torch.float64, (False,) * 2),), (), (), (Reduction(Ref(0), "sum", (0,)),))
+    kernel: Any = build(group)
+    x, w = torch.randn(7, 4096, dtype=torch.float64), torch.randn(4096, dtype=torch.float64)
+    for _ in range(20):  # until the library gives out the same memory again
+        tape = Tape([x, w])
+        call, places = kernel.call([x], []), [x.data_ptr()]
+        sums = call(places)
+        tape.kernel(call, [x], places, [], sums)
+        address = sums[0].data_ptr()
+        del sums
+        with torch.no_grad(), tape:
+            made = w.clone()
+        taped = tape.finish([made])
+        assert taped is not None
+        again = taped.run([x.data_ptr(), w.data_ptr()])
+        assert again is not None and torch.equal(again[0], made)
+        if made.data_ptr() == address:
+            return
+
+
+def test_small_results_do_not_keep_large_ones():
+    x = torch.randn(200, 300)
+    tape = Tape([x])
+    with torch.no_grad(), tape:
+        made = [x.clone(), x[:3, :4].clone()]
+    taped = tape.finish(made)
+    assert taped is not None
+    large, small = taped.run([x.data_ptr()]) or made
+    assert torch.equal(large, made[0]) and torch.equal(small, made[1])
+    assert small.untyped_storage().nbytes() == small.nbytes < large.nbytes
