@@ -16,6 +16,7 @@ import torch
 
 from fullframe import region as box
 from fullframe.graph import Kind, Link, Op
+from fullframe.ops import picks
 from fullframe.ops.rule import BaseRule
 from fullframe.ops.tables import table
 from fullframe.ops.taps import Spec, readers, reads
@@ -31,6 +32,12 @@ def geometry(args: Sequence[Any]) -> list[Axis]:
 
 def lowest(dtype: torch.dtype) -> float:
     return float("-inf") if dtype.is_floating_point else torch.iinfo(dtype).min
+
+
+def _small(x: torch.Tensor, axes: Sequence[Axis]) -> bool:
+    """Whether windows are better pooled by our own kernels."""
+    few = prod(a.kernel for a in axes) <= picks.MOST
+    return few and x.dtype.is_floating_point and x.device.type == "cpu" and bool(x.numel())
 
 
 class Pool(BaseRule):
@@ -61,8 +68,11 @@ class Pool(BaseRule):
         return [(*region[:lead], *(box.clip(r, n) for r, n in spans))]
 
     def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
-        axes = self.axes(op)
-        pads = outside(self.reads(op, region), op.inputs[0].shape[self.lead(op) :])
+        axes, lead = self.axes(op), self.lead(op)
+        pads = outside(self.reads(op, region), op.inputs[0].shape[lead:])
+        if _small(windows[0], axes) and not any(n for pair in pads for n in pair):
+            parts = picks.taps(windows[0], axes, box.shape_of(region[lead:]))
+            return picks.maximum(parts, op.output.dtype if self.once else None)
         x = pad_window(windows[0], pads, lowest(windows[0].dtype))
         kernel, stride, dilation = ([a[k] for a in axes] for k in (0, 1, 3))
         return self.pooled(op, region, _POOLS[len(axes)](x, kernel, stride, 0, dilation, False))
@@ -191,6 +201,12 @@ class PoolGrad(BaseRule):
         if any(high <= low for low, high in outs):
             return g.new_zeros(box.shape_of(region))
         spans = [box.window_reads(o, *a) for o, a in zip(outs, axes, strict=True)]
+        tiles = all(a.kernel == a.stride and a.dilation == 1 for a in axes)  # no pixel is in two windows, or in none
+        if tiles and spans == [*region[lead:]] and _small(g, axes):
+            made = g.new_empty((*g.shape[: lead - 1], *box.shape_of(region[lead:]), g.shape[lead - 1]))
+            made = made.movedim(-1, lead - 1)
+            picks.chosen(g, choice, picks.taps(made, axes, g.shape[lead:]))
+            return made
         made = picked(g, choice, axes, box.shape_of(tuple(spans)))
         return pad_window(made, [(r[0] - w[0], w[1] - r[1]) for w, r in zip(region[lead:], spans, strict=True)])
 
