@@ -30,6 +30,9 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=100_000)
     parser.add_argument("--count", type=int, default=2_000)
     parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument(
+        "--compile-every", type=int, default=20, metavar="N", help="compile each Nth network's kernels"
+    )
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--report", type=Path, nargs="+")
     options = parser.parse_args()
@@ -38,7 +41,8 @@ def main() -> None:
     if options.report:
         tally = Tally([r for path in options.report for r in read(path)])
     else:
-        tally = search(options.first, options.count, checkpoint=options.checkpoint)
+        tally = search(options.first, options.count, checkpoint=options.checkpoint,
+                       compile_every=options.compile_every)  # fmt: skip
     write("fuzz", report(tally))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 from torch import nn
 
 import fullframe
-from fullframe import executor, task
+from fullframe import task
 from fullframe.graph import Op, Value
 from fullframe.ops.reduce import RULES
 from fullframe.ready import ready
@@ -70,23 +68,6 @@ def test_joined_partials_are_those_added_one_by_one(name):
     rule.combine(op, at_once, rule.join(op, torch.stack(partials)))
     # The mean is rounded at 1e6: the squares about it can agree no better.
     torch.testing.assert_close(at_once, one_by_one, rtol=1e-9 if name == "tile.moments" else 1e-12, atol=0)
-
-
-@pytest.mark.parametrize("mine", [True, False], ids=["caller", "other"])
-def test_an_error_in_any_thread_stops_the_rest_and_reaches_the_caller(mine):
-    done, met, caller = [], threading.Barrier(2), threading.get_ident()
-
-    def job(k: int) -> None:
-        if k < 2:  # one in each thread
-            met.wait(30)
-        if (threading.get_ident() == caller) is mine:
-            raise ValueError(str(k))
-        time.sleep(0.05)
-        done.append(k)
-
-    with pytest.raises(ValueError):
-        executor._share(2, 1000, job)
-    assert len(done) < 10
 
 
 def test_a_stored_part_that_is_a_window_too_is_looked_up_every_time():

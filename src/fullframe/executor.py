@@ -5,27 +5,30 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from copy import copy
 from functools import cached_property
-from itertools import count
 from math import prod
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
+from fullframe.flow import Flow, Work, waits_of
 from fullframe.fusion import Unit
 from fullframe.graph import Op, Value
-from fullframe.kernels import DeviceKernel, Kernel, Plain
+from fullframe.kernels import DeviceKernel, Kernel, Plain, Tape, taping
 from fullframe.lowering import build
 from fullframe.plan import Plan, Step
 from fullframe.ready import Ready, ready
 from fullframe.section import tiled
 from fullframe.store import Arena, empty_map
+from fullframe.taped import TapedTask, apart, fit
 from fullframe.task import Job, Part, Read, Store, Sum, Target, Task, Tasks
 from fullframe.tiers import Lanes, fetch, put
 
+MOVED = "a tensor whose layout has changed"
 Kernels = dict[Unit, Kernel | DeviceKernel | Plain]
 _POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
 _RUNTIMES: WeakKeyDictionary[Plan, Runtime] = WeakKeyDictionary()
@@ -44,7 +47,11 @@ class Runtime:
         self.maps = {v for s in plan.steps for v in s.section.outputs if tiled(v, plan.labels)}
         self.slots = {v: slot for v, slot in plan.slots.items() if v not in outputs}
         self.kept = self.maps - outputs
-        self.wide = [len(step.grid) == 1 and _dear(step) for step in plan.steps]
+        self.taping = device.type == "cpu" and not plan.away and taping()
+        self.dear = [_dear(step) for step in plan.steps]
+        self.counts = [len(step.grid) for step in plan.steps]
+        self.waits = waits_of(plan, self.dear)
+        self.wide = [a and b and n == 1 for a, b, n in zip(self.dear, self.waits.lonely, self.counts, strict=True)]
         self.lanes = Lanes(device, plan.workers) if plan.away and device.type == "cuda" else None
 
 
@@ -115,39 +122,79 @@ class Run:
     def advance(self, end: int) -> None:
         """Run the steps up to ``end``; grad mode and autocast are off inside."""
         threads = torch.get_num_threads()
+        flowing = self.plan.workers > 1 and self.device.type == "cpu" and not self.plan.away
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             try:
-                for number in range(self.position, end):
-                    self._threads(threads if self.runtime.wide[number] else 1)
-                    self._step(number)
+                if flowing and any(step.parallel for step in self.plan.steps[self.position : end]):
+                    self._flow(end, threads)
+                else:
+                    for number in range(self.position, end):
+                        alone = self.runtime.dear[number] and self.runtime.counts[number] == 1
+                        self._threads(threads if alone else 1)
+                        self._step(number)
             finally:
                 self._threads(threads)
         self.position = end
 
     def _threads(self, count: int) -> None:
         """Threads inside the ops of this thread. After each such op they wait busily for the next, in the way of
-        the workers; so only steps that are dear and not cut into tiles have them, whatever the number of workers."""
+        the workers; so only dear steps, not cut into tiles and alone, have them, whatever the number of workers."""
         if self.device.type == "cpu" and torch.get_num_threads() != count:
             torch.set_num_threads(count)
 
+    def _flow(self, end: int, threads: int) -> None:
+        """Steps on several threads, of which the calling one is one."""
+        runtime = self.runtime
+        work = Work(self._begin, lambda number, k: self._tile(self._task(number, k)), _add, self._end, self._free)
+        steps, most = range(self.position, end), 2 * self.plan.workers
+        flow = Flow(steps, runtime.counts, runtime.waits, runtime.wide, self.plan.ahead, most, work)
+        self._threads(1)
+
+        def wide(make: Callable[[], None]) -> None:
+            self._threads(threads)
+            make()
+            self._threads(1)
+
+        others: list[Future[None]] = []
+        try:
+            for _ in range(self.plan.workers - 1):
+                others.append(pool(self.plan.workers - 1).submit(flow.run))
+            flow.run(wide)
+        except BaseException:
+            flow.fail()
+            raise
+        finally:
+            # One that has not begun, behind another step of this process, is not needed any more.
+            begun = [other for other in others if not other.cancel()]
+            wait(begun)
+        for other in begun:
+            other.result()
+
     def _step(self, number: int) -> None:
-        step = self.plan.steps[number]
-        for value in step.section.saves:
-            if value in self.runtime.maps or 0 in value.shape:  # no job makes what is empty
-                self.values[value] = self._allocate(value)
-        count = len(step.grid)
-        sums = {op: Summation(op, self.device, alone=count == 1) for op in step.section.sums}
-        if step.parallel and self.plan.workers > 1 and self.device.type == "cpu":
-            in_order = InOrder(lambda partials: _add(sums, partials))
-            _share(self.plan.workers, count, lambda k: in_order.put(k, self._tile(self._task(number, k))))
-        elif step.parallel and self.runtime.lanes:
+        sums, count = self._begin(number), self.runtime.counts[number]
+        if self.plan.steps[number].parallel and self.runtime.lanes:
             self.runtime.lanes.run(count, lambda k: self._tile(self._task(number, k)), lambda p: _add(sums, p))
         else:
             for k in range(count):
                 _add(sums, self._tile(self._task(number, k)))
+        self._end(number, sums)
+        self._free(number)
+
+    def _begin(self, number: int) -> dict[Op, Summation]:
+        """Room for what a step makes, and its sums, empty."""
+        step = self.plan.steps[number]
+        for value in step.section.saves:
+            if value in self.runtime.maps or 0 in value.shape:  # no job makes what is empty
+                self.values[value] = self._allocate(value)
+        return {op: Summation(op, self.device, alone=self.runtime.counts[number] == 1) for op in step.section.sums}
+
+    def _end(self, number: int, sums: dict[Op, Summation]) -> None:
+        """Keep what a step has added up."""
         for op, total in sums.items():
             self.values[op.output] = self._keep(op.output, self._apart(total.finish()))
-        for value in step.frees:
+
+    def _free(self, number: int) -> None:
+        for value in self.plan.steps[number].frees:
             del self.values[value]
 
     def _task(self, number: int, k: int) -> Task:
@@ -164,11 +211,37 @@ class Run:
 
     def _tile(self, task: Task) -> Partials:
         """Make one tile; returns its partial result of each sum."""
+        taped = task.taped
+        if taped:
+            partials = taped.run(self.values, self.arena)
+            if partials is not None:
+                return partials
+        elif taped is None and self.runtime.taping and fit(task):
+            return self._written(task)
+        return self._jobs(task)
+
+    def _written(self, task: Task) -> Partials:
+        """Make one tile, and put it on tape."""
+        others = apart(task, self.values, self.arena)
+        tape = Tape([self.arena.block, *(self.values[v] for v in others)])
+        partials = self._jobs(task, tape)
+        taped = tape.finish([made for _, made in partials])
+        strides = [self.values[v].stride() for v in others]
+        if taped is not None:
+            task.taped = TapedTask(taped, others, strides, [place for place, _ in partials])
+        elif tape.refused != MOVED:
+            task.taped = False
+        return partials
+
+    def _jobs(self, task: Task, tape: Tape | None = None) -> Partials:
         windows = {f.value: fetch(_part(self.values[f.value], f.part), self.device) for f in task.fetches}
         partials: Partials = []
         for job in task.jobs:
-            run = self._fused if job.unit.fused else self._single
-            run(job, windows, partials)
+            if job.unit.fused:
+                self._fused(job, windows, partials, tape)
+            else:
+                with tape or nullcontext():
+                    self._single(job, windows, partials)
             for value in job.drops:
                 del windows[value]
         return partials
@@ -205,13 +278,22 @@ class Run:
             self._store(store, made)
         windows[op.output] = made
 
-    def _fused(self, job: Job, windows: dict[Value, torch.Tensor], partials: Partials) -> None:
+    def _fused(self, job: Job, windows: dict[Value, torch.Tensor], partials: Partials, tape: Tape | None) -> None:
         made: dict[Value, torch.Tensor] = {}
         known: Ready | None = job.ready
         places = known.places(self.values, windows, made, self.device) if known else None
-        sums = self._first(job, windows, made) if known is None or places is None else known.call(places)
-        for store in job.stores:
-            self._store(store, made[store.value])
+        if known is None or places is None:
+            sums = self._first(job, windows, made)
+            if tape:
+                tape.refused = MOVED
+        else:
+            sums = known.call(places)
+            if tape:
+                tensors = known.tensors(self.values, windows, made)
+                tape.kernel(known.call, tensors, places, [*made.values()], sums)
+        with tape or nullcontext():
+            for store in job.stores:
+                self._store(store, made[store.value])
         for place, partial in zip(job.sums, sums, strict=True):
             if place.counted:
                 partials.append((place, partial.view(place.shape)))
@@ -297,48 +379,3 @@ class Summation:
     def finish(self) -> torch.Tensor:
         self._join()
         return self.rule.finish(self.op, self.total)
-
-
-class InOrder:
-    """Hands results on in the order of their numbers, whichever thread brings them first.
-
-    The order of a sum is then fixed, and with it every bit of the result, for any number of
-    workers; results waiting are at most as many as there are workers, give or take one.
-    """
-
-    def __init__(self, take: Callable[[Any], None]):
-        self._take, self._next = take, 0
-        self._waiting: dict[int, Any] = {}
-        self._lock = threading.Lock()
-
-    def put(self, number: int, result: Any) -> None:
-        with self._lock:
-            self._waiting[number] = result
-            while self._next in self._waiting:
-                self._take(self._waiting.pop(self._next))
-                self._next += 1
-
-
-def _share(workers: int, jobs: int, job: Callable[[int], None]) -> None:
-    """Run jobs 0..n-1 on the workers, in order of their number, each as soon as one is free.
-
-    The calling thread is one of the workers: of the others one fewer has to be woken for every step.
-    """
-    numbers = count()
-
-    def work() -> None:
-        try:
-            while (k := next(numbers)) < jobs:
-                job(k)
-        except BaseException:
-            while next(numbers) < jobs:  # nobody needs the rest
-                pass
-            raise
-
-    others = [pool(workers - 1).submit(work) for _ in range(min(workers, jobs) - 1)]
-    try:
-        work()
-    finally:
-        wait(others)
-    for other in others:
-        other.result()

@@ -36,6 +36,18 @@ class Lifetimes:
             used.append(total)
         return used
 
+    def lingering(self, steps: int, sizes: dict[Value, int], by: int) -> Lifetimes:
+        """With values of these sizes alive for up to so many steps more, where the peak allows it."""
+        used, last = self.usage(steps, sizes), dict(self.last)
+        peak = max(used, default=0)
+        for value in sorted((v for v in self.first if v in sizes), key=self.last.__getitem__):
+            for k in range(self.last[value] + 1, min(self.last[value] + by, steps - 1) + 1):
+                if used[k] + sizes[value] > peak:
+                    break
+                used[k] += sizes[value]
+                last[value] = k
+        return Lifetimes(self.first, last)
+
 
 def lifetimes(steps: Sequence[Section], kept: Iterable[Value]) -> Lifetimes:
     """When each stored value is made and last read; ``kept`` values live to the end."""

@@ -12,6 +12,8 @@ from fullframe.fusion import Unit, work_of
 from fullframe.graph import Graph, Value
 from fullframe.section import Labels, Section, Span, Tile, tiled
 
+LARGE = 1 << 20  # bytes of untiled values, from which on a step that makes them waits until all before it are done
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -46,13 +48,15 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One section with its tiles, and the stored values that are not needed after it."""
+    """One section with its tiles, and the stored values that are not needed after it. ``window``: bytes of windows of
+    a tile; ``sums``: bytes of sums in progress."""
 
     section: Section
     units: tuple[Unit, ...]
     grid: Grid
     frees: tuple[Value, ...]
-    scratch: int
+    window: int
+    sums: int
     parallel: bool
 
 
@@ -86,7 +90,8 @@ class Bytes:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Immutable; printable. ``steps[:early]`` make the outputs that are handed out first."""
+    """Immutable; printable. ``steps[:early]`` make the outputs that are handed out first; of ``ahead`` steps in a row
+    any may be in work at the same time, if they need not wait for each other."""
 
     graph: Graph
     labels: Labels
@@ -97,6 +102,7 @@ class Plan:
     budget: int
     workers: int
     whole: tuple[str, ...] = ()
+    ahead: int = 1
 
     @property
     def away(self) -> Collection[Value]:

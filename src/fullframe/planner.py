@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from fullframe import region as box
+from fullframe.alternate import alternate
 from fullframe.fusion import Fusable, Unit, units_of, work_of
 from fullframe.graph import BudgetError, Graph, UnsupportedOpError, Value
 from fullframe.memory import lifetimes, place, rounded
-from fullframe.plan import Bytes, Grid, Plan, Slot, Step
+from fullframe.plan import LARGE, Bytes, Grid, Plan, Slot, Step
 from fullframe.recompute import Draft, drop_until
 from fullframe.schedule import orders
 from fullframe.section import (
@@ -41,7 +42,8 @@ class Request:
     whether a pointwise op or a sum has a place in a fused unit. ``window``: bytes that the largest window
     of a tile may have at least. ``host``: bytes of a second tier, in which the stored maps may live where they do
     not fit in the budget; 0 where there is none. ``fixed``: bytes that are taken whatever the plan; None: an estimate
-    of what recording, plan and libraries take, which lie in the same memory."""
+    of what recording, plan and libraries take, which lie in the same memory. ``ahead``: how many steps in a row may
+    be in work at the same time where the budget has room for it."""
 
     budget: int
     workers: int
@@ -52,6 +54,7 @@ class Request:
     window: int = 0
     host: int = 0
     fixed: int | None = None
+    ahead: int = 1
 
 
 def plan(graph: Graph, request: Request) -> Plan:
@@ -97,15 +100,27 @@ def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
     helped = True
     steps: dict[Section, Step] = {}
     while True:
-        made = _finish(graph, draft, request, steps, fixed)
+        made = _finish(graph, draft, replace(request, ahead=1), steps, fixed)
         over = max(made.projected_bytes - request.budget, made.bytes.host - request.host)
         if over <= 0:
-            return made
+            return _abreast(graph, draft, request, steps, fixed) or made
         if smallest is None or made.projected_bytes < smallest.projected_bytes:
             smallest = made
         if not helped:
             raise _refusal(smallest, request)
         helped = drop_until(draft, draft.peak() - over)
+
+
+def _abreast(graph: Graph, draft: Draft, request: Request, known: dict[Section, Step], fixed: int) -> Plan | None:
+    """A plan of the same sections with as many in work at once as fit, those of several branches in turns."""
+    if request.ahead == 1:
+        return None
+    draft = replace(draft, steps=alternate(draft.steps, draft.early, draft.kept, draft.sizes))
+    for ahead in (request.ahead, 2):
+        made = _finish(graph, draft, replace(request, ahead=ahead), known, fixed, ahead - 1)
+        if made.projected_bytes <= request.budget and not request.host:
+            return made
+    return None
 
 
 def _fixed(graph: Graph) -> int:
@@ -140,12 +155,14 @@ def _refusal(plan: Plan, request: Request) -> Exception:
 # Tiles, scratch and places -------------------------------------------------------------------------
 
 
-def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, Step], fixed: int) -> Plan:
-    """The plan of a draft; ``known`` keeps the steps of sections that an earlier draft had too."""
+def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, Step], fixed: int,
+            linger: int = 0) -> Plan:  # fmt: skip
+    """The plan of a draft; ``known`` keeps the steps of sections that an earlier draft had too. For ``linger`` steps
+    more no other map gets the place of one, where the peak allows it: nobody need then wait for its readers."""
     labels, sizes = draft.cuts.labels, draft.sizes
     lives = draft.lifetimes()
     maps = {v: n for v, n in sizes.items() if tiled(v, labels)}
-    offsets, arena = place(lives, maps)
+    offsets, arena = place(lives.lingering(len(draft.steps), maps, linger), maps)
     frees: list[list[Value]] = [[] for _ in draft.steps]
     kept = set(draft.kept)
     for value, last in lives.last.items():
@@ -157,8 +174,14 @@ def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, S
     steps = tuple(replace(known[s], frees=tuple(f)) for s, f in zip(draft.steps, frees, strict=True))
     small = {v: n for v, n in sizes.items() if v not in maps}
     usage = lives.usage(len(steps), small)
-    untiled = max((u + s.scratch for u, s in zip(usage, steps, strict=True)), default=0)
-    scratch = max((s.scratch for s in steps), default=0)
+    loose = [sum(small.get(v, 0) for v in s.section.outputs) for s in steps]
+    taken = [
+        _scratch(steps[k : k + request.ahead], request.workers)
+        + sum(n for n in loose[k + 1 : k + request.ahead] if n <= LARGE)
+        for k in range(len(steps))
+    ]
+    untiled = max((u + n for u, n in zip(usage, taken, strict=True)), default=0)
+    scratch = max(taken, default=0)
     given = set(graph.inputs) | request.free
     outputs = sum(v.nbytes for v in draft.kept if v not in given)
     whole = tuple(f"{op.target} ({op.path or 'in the step'})" for s in steps for op in s.section.ops
@@ -166,16 +189,23 @@ def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, S
     slots = {v: Slot(offsets[v], maps[v]) for v in offsets}
     here, away = (0, arena) if request.host else (arena, 0)
     total = Bytes(here, max(0, untiled - scratch), scratch, outputs, fixed, away)
-    return Plan(graph, labels, steps, draft.early, slots, total, request.budget, request.workers, whole)
+    return Plan(graph, labels, steps, draft.early, slots, total, request.budget, request.workers, whole,
+                request.ahead)  # fmt: skip
+
+
+def _scratch(steps: Sequence[Step], workers: int) -> int:
+    """Most bytes of windows and sums while these steps are in work: of as many tiles as there are workers."""
+    windows = [s.window for s in steps for _ in range(min(workers, len(s.grid)))]
+    return sum(sorted(windows)[-workers:]) + sum(sorted(s.sums for s in steps)[-workers:])
 
 
 def _step(section: Section, labels: Labels, request: Request, away: frozenset[Value]) -> Step:
     grid = choose_grid(section, labels, request)
     units = units_of(section, labels, request.fusable)
-    scratch = max(window_bytes(section, units, labels, tile, away) for tile in grid.samples())
+    window = max(window_bytes(section, units, labels, tile, away) for tile in grid.samples())
     running = min(request.workers, len(grid))
     sums = sum(prod(op.output.shape) * 8 * (1 + running) for op in section.sums)
-    return Step(section, units, grid, (), scratch * running + sums, len(grid) > 1)
+    return Step(section, units, grid, (), window, sums, len(grid) > 1)
 
 
 def window_bytes(section: Section, units: Sequence[Unit], labels: Labels, tile: Tile,

@@ -27,6 +27,7 @@ from fullframe.tracer import FROZEN, Recording, capture
 from fullframe.watch import Watch
 
 WINDOWS = 32  # so many of the largest windows fit in the budget of a device
+AHEAD = 8  # steps that may be in flight: two or three sections of each of two branches, and small ones between
 TENSOR = object()  # stands for a tensor among the leaves of a program's outputs
 
 
@@ -512,7 +513,8 @@ def _request(graph: Graph, call: Call, options: Options, first_grad: int) -> Req
     free = frozenset(v for v in graph.outputs[first_grad:] if v is not None)
     tile = None if forced is None else tuple(forced)
     if call.device.type == "cpu":
-        return Request(budget, options.workers, roots, fusable, tile, free)
+        ahead = AHEAD if options.workers > 1 else 1
+        return Request(budget, options.workers, roots, fusable, tile, free, ahead=ahead)
     # A device's caches are small beside its memory, and it wants much to do at once: tiles as large as may be.
     host = free_bytes(torch.device("cpu"))
     # What a recorded run keeps besides: its inputs, and what it makes, to be copied out.

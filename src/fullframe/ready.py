@@ -67,6 +67,11 @@ class Ready(NamedTuple):
                 windows[target.value] = tensor
         return found
 
+    def tensors(self, values: Tensors, windows: Tensors, made: Tensors) -> list[torch.Tensor]:
+        """The tensors of the call, once `places` has made the new windows."""
+        reads = [windows[p.value] if p.window else values[p.value] for p in self.reads]
+        return reads + [values[t.value] if isinstance(t, Place) else made[t.value] for t in self.targets]
+
 
 def ready(job: Job, call: Call, values: Tensors, windows: Tensors, parts: Sequence[torch.Tensor],
           made: Tensors) -> Ready | None:  # fmt: skip

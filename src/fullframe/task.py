@@ -84,12 +84,13 @@ class Fetch:
     part: Part
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class Task:
-    """The jobs of a tile, in runnable order, and what is to be fetched first."""
+    """The jobs of a tile, in runnable order, and what is to be fetched first; ``taped`` is the executor's."""
 
     fetches: tuple[Fetch, ...]
     jobs: tuple[Job, ...]
+    taped: Any = None
 
 
 class Tasks:
@@ -114,7 +115,9 @@ class Tasks:
         if found is None:
             step = plan.steps[number]
             found = task_of(plan, step, tile_at(step, k))
-            if kept is not None:
+            if kept is None:
+                found.taped = False  # what is made anew each time is not worth a tape
+            else:
                 kept[k] = found
         return found
 
