@@ -33,6 +33,7 @@ Kernels = dict[Unit, Kernel | DeviceKernel | Plain]
 _POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
 _RUNTIMES: WeakKeyDictionary[Plan, Runtime] = WeakKeyDictionary()
 _LOCK = threading.Lock()
+_WRITING = threading.Lock()  # one tile at a time is put on tape, and no other waits for that: its turn comes later
 
 
 class Runtime:
@@ -216,8 +217,11 @@ class Run:
             partials = taped.run(self.values, self.arena)
             if partials is not None:
                 return partials
-        elif taped is None and self.runtime.taping and fit(task):
-            return self._written(task)
+        elif taped is None and self.runtime.taping and fit(task) and _WRITING.acquire(blocking=False):
+            try:
+                return self._written(task)
+            finally:
+                _WRITING.release()
         return self._jobs(task)
 
     def _written(self, task: Task) -> Partials:

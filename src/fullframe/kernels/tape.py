@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from threading import Lock, local
+from threading import local
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +35,6 @@ MADE = {ATEN.empty.memory_format: 0, ATEN.empty_strided.default: 0, ATEN.new_emp
         ATEN.new_empty_strided.default: 0, ATEN.empty_like.default: 0, ATEN.new_zeros.default: 1,
         ATEN.zeros.default: 1, ATEN.zeros_like.default: 1}  # fmt: skip
 _CURRENT = local()
-_ONE_AT_A_TIME = Lock()
 
 
 class Result(NamedTuple):
@@ -69,7 +68,10 @@ class Taped:
 
 
 class Tape(TorchDispatchMode):
-    """Notes what is done to some arrays, the ``bases``; ``refused`` says what it has no word for."""
+    """Notes what is done to some arrays, the ``bases``; ``refused`` says what it has no word for.
+
+    One at a time in a process: torch keeps in one place that there is a mode, and what there was before.
+    """
 
     def __init__(self, bases: Sequence[torch.Tensor]):
         super().__init__()
@@ -90,23 +92,12 @@ class Tape(TorchDispatchMode):
             self._origin[k] = tensor.data_ptr()
 
     def __enter__(self) -> Any:
-        _ONE_AT_A_TIME.acquire()  # torch keeps for the whole process that there is a mode, and what it was before
-        try:
-            _CURRENT.tape = self
-            return super().__enter__()
-        except BaseException:
-            self._leave()
-            raise
+        _CURRENT.tape = self
+        return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        try:
-            super().__exit__(*error)
-        finally:
-            self._leave()
-
-    def _leave(self) -> None:
-        _ONE_AT_A_TIME.release()
         _CURRENT.tape = None
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
