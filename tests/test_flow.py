@@ -86,7 +86,7 @@ def test_every_tile_once_and_none_before_what_it_waits_for(seed):
         before.append(tuple(j for j in recent if draws.random() < 0.4))
     wide = [n == 1 and draws.random() < 0.2 for n in counts]
     log, start = _Log(counts, seed), 5
-    flow = Flow(range(start, steps), counts, Waits(tuple(before), (True,) * steps), wide, ahead, 4, log.work())
+    flow = Flow(range(start, steps), Waits(tuple(before), tuple(counts), tuple(wide)), ahead, 4, log.work())
     _go(flow, others)
     assert log.most <= 4
     when: dict[tuple[str, int, int], int] = {event: n for n, event in enumerate(log.events)}
@@ -112,7 +112,7 @@ def test_an_error_in_any_thread_stops_the_rest_and_is_raised(mine):
         done.append(k)
 
     work = Work(lambda _: None, tile, lambda *_: None, lambda *_: None, lambda _: None)
-    flow = Flow(range(3), [1000, 1, 1], Waits(((), (0,), (1,)), (True,) * 3), [False] * 3, 2, 10, work)
+    flow = Flow(range(3), Waits(((), (0,), (1,)), (1000, 1, 1), (False,) * 3), 2, 10, work)
     raised = []
 
     def other() -> None:

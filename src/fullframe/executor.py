@@ -24,7 +24,7 @@ from fullframe.plan import Plan, Step
 from fullframe.ready import Ready, ready
 from fullframe.section import tiled
 from fullframe.store import Arena, empty_map
-from fullframe.taped import TapedTask, apart, fit
+from fullframe.taped import Partials, TapedTask, apart, fit
 from fullframe.task import Job, Part, Read, Store, Sum, Target, Task, Tasks
 from fullframe.tiers import Lanes, fetch, put
 
@@ -50,9 +50,7 @@ class Runtime:
         self.kept = self.maps - outputs
         self.taping = device.type == "cpu" and not plan.away and taping()
         self.dear = [_dear(step) for step in plan.steps]
-        self.counts = [len(step.grid) for step in plan.steps]
         self.waits = waits_of(plan, self.dear)
-        self.wide = [a and b and n == 1 for a, b, n in zip(self.dear, self.waits.lonely, self.counts, strict=True)]
         self.lanes = Lanes(device, plan.workers) if plan.away and device.type == "cuda" else None
 
 
@@ -130,7 +128,7 @@ class Run:
                     self._flow(end, threads)
                 else:
                     for number in range(self.position, end):
-                        alone = self.runtime.dear[number] and self.runtime.counts[number] == 1
+                        alone = self.runtime.dear[number] and self.runtime.waits.counts[number] == 1
                         self._threads(threads if alone else 1)
                         self._step(number)
             finally:
@@ -145,10 +143,9 @@ class Run:
 
     def _flow(self, end: int, threads: int) -> None:
         """Steps on several threads, of which the calling one is one."""
-        runtime = self.runtime
         work = Work(self._begin, lambda number, k: self._tile(self._task(number, k)), _add, self._end, self._free)
         steps, most = range(self.position, end), 2 * self.plan.workers
-        flow = Flow(steps, runtime.counts, runtime.waits, runtime.wide, self.plan.ahead, most, work)
+        flow = Flow(steps, self.runtime.waits, self.plan.ahead, most, work)
         self._threads(1)
 
         def wide(make: Callable[[], None]) -> None:
@@ -172,7 +169,7 @@ class Run:
             other.result()
 
     def _step(self, number: int) -> None:
-        sums, count = self._begin(number), self.runtime.counts[number]
+        sums, count = self._begin(number), self.runtime.waits.counts[number]
         if self.plan.steps[number].parallel and self.runtime.lanes:
             self.runtime.lanes.run(count, lambda k: self._tile(self._task(number, k)), lambda p: _add(sums, p))
         else:
@@ -187,7 +184,7 @@ class Run:
         for value in step.section.saves:
             if value in self.runtime.maps or 0 in value.shape:  # no job makes what is empty
                 self.values[value] = self._allocate(value)
-        return {op: Summation(op, self.device, alone=self.runtime.counts[number] == 1) for op in step.section.sums}
+        return {op: Summation(op, self.device, alone=len(step.grid) == 1) for op in step.section.sums}
 
     def _end(self, number: int, sums: dict[Op, Summation]) -> None:
         """Keep what a step has added up."""
@@ -330,9 +327,6 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
     tensor = tensor if type(tensor) is torch.Tensor else tensor.as_subclass(torch.Tensor)
     return tensor.resolve_conj().resolve_neg()
-
-
-Partials = list[tuple[Sum, torch.Tensor]]
 
 
 def aligned(tensor: torch.Tensor, rank: int) -> torch.Tensor:

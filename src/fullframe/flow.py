@@ -16,10 +16,12 @@ from fullframe.plan import LARGE, Plan, Slot, Step
 
 
 class Waits(NamedTuple):
-    """Per step, which of the few steps before it must be done first, and those that nothing dear runs beside."""
+    """Per step, which of the few steps before it must be done first, how many tiles it has, and whether its one tile
+    is worth more than one thread, with nothing dear beside it."""
 
     before: tuple[tuple[int, ...], ...]
-    lonely: tuple[bool, ...]
+    counts: tuple[int, ...]
+    wide: tuple[bool, ...]
 
 
 def waits_of(plan: Plan, dear: Sequence[bool]) -> Waits:
@@ -37,12 +39,13 @@ def waits_of(plan: Plan, dear: Sequence[bool]) -> Waits:
         before.append(tuple(recent) if _large(plan, step) else tuple(wanted))
         through = set(before[k]).union(*(ordered[j] for j in before[k]))
         ordered.append({j for j in through if j > k - ahead})
-    lonely = []
+    counts = tuple(len(step.grid) for step in steps)
+    wide = []
     for k in range(len(steps)):
         near = range(max(0, k - ahead + 1), min(len(steps), k + ahead))
-        beside = (j for j in near if j != k and dear[j] and min(j, k) not in ordered[max(j, k)])
-        lonely.append(next(beside, None) is None)
-    return Waits(tuple(before), tuple(lonely))
+        beside = any(dear[j] and min(j, k) not in ordered[max(j, k)] for j in near if j != k)
+        wide.append(dear[k] and counts[k] == 1 and not beside)
+    return Waits(tuple(before), counts, tuple(wide))
 
 
 def _slots(plan: Plan, values: Sequence[Value]) -> list[Slot]:
@@ -73,16 +76,15 @@ class Work(NamedTuple):
 
 
 class Flow:
-    """Runs the ``steps``, of which step k has ``counts[k]`` tiles.
+    """Runs the ``steps``.
 
-    Every thread that helps calls `run`; one of them with ``own``, through which it makes the steps with ``wide`` set,
-    which no other thread takes. No tile is begun that is ``most`` after one whose result is not there yet: results
+    Every thread that helps calls `run`; one of them with ``own``, through which it makes the wide steps, which no
+    other thread takes. No tile is begun that is ``most`` after one whose result is not there yet: results
     that wait for their turn take memory.
     """
 
-    def __init__(self, steps: range, counts: Sequence[int], waits: Waits, wide: Sequence[bool], ahead: int, most: int,
-                 work: Work):  # fmt: skip
-        self.stop, self.counts, self.before, self.wide = steps.stop, counts, waits.before, wide
+    def __init__(self, steps: range, waits: Waits, ahead: int, most: int, work: Work):
+        self.stop, self.before, self.counts, self.wide = steps.stop, waits.before, waits.counts, waits.wide
         self.ahead, self.most, self.work = ahead, most, work
         self.base = steps.start  # all steps before it are done
         self.done: set[int] = set()  # and these

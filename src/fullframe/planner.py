@@ -118,7 +118,7 @@ def _abreast(graph: Graph, draft: Draft, request: Request, known: dict[Section, 
     draft = replace(draft, steps=alternate(draft.steps, draft.early, draft.kept, draft.sizes))
     for ahead in (request.ahead, 2):
         made = _finish(graph, draft, replace(request, ahead=ahead), known, fixed, ahead - 1)
-        if made.projected_bytes <= request.budget and not request.host:
+        if made.projected_bytes <= request.budget:
             return made
     return None
 

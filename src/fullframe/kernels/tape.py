@@ -38,12 +38,12 @@ _CURRENT = local()
 
 
 class Result(NamedTuple):
-    """A partial result: where it lies among all of a tile, and how."""
+    """A partial result: how it lies among all of a tile, and from which of its numbers on."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    offset: int  # bytes
+    start: int
 
 
 class Taped:
@@ -52,7 +52,7 @@ class Taped:
     def __init__(self, words: Sequence[int], slots: int, nbytes: int, results: Sequence[Result], held: Any):
         self._words = (ctypes.c_int64 * len(words))(*words)
         self._slots, self._size, self._held = slots, nbytes // 8, held
-        self._results = [(r.dtype, r.shape, r.stride, r.offset // r.dtype.itemsize) for r in results]
+        self._results = results
 
     def run(self, bases: Sequence[int]) -> list[torch.Tensor] | None:
         """The partial results, of a tile whose arrays are at these addresses; None where the library failed."""
@@ -294,11 +294,11 @@ class Tape(TorchDispatchMode):
         start = self._partials.get(_memory(made))
         if start is not None:
             at = start + made.data_ptr() - _memory(made)
-            return Result(made.dtype, tuple(made.shape), made.stride(), at)
+            return Result(made.dtype, tuple(made.shape), made.stride(), at // made.itemsize)
         # In the layout it has, if that leaves no gaps: how it is added up depends on it.
         span = 1 + sum((n - 1) * step for n, step in zip(made.shape, made.stride(), strict=True))
         stride = made.stride() if span == made.numel() else contiguous(made.shape)
-        result = Result(made.dtype, tuple(made.shape), stride, self._size)
+        result = Result(made.dtype, tuple(made.shape), stride, self._size // made.itemsize)
         self._move([COPY, made.itemsize], made.shape, ((self._results, self._size), stride), made)
         self._size += -(-made.numel() * made.itemsize // 8) * 8
         return result
