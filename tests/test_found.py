@@ -297,8 +297,8 @@ def test_recording_leaves_the_random_numbers_of_the_step_alone():
 
 def test_a_random_activation_in_place_is_drawn_by_the_oracle_too():
     # The test kit's random numbers reached only the activation that makes a new map.
-    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.RReLU(inplace=True))
-    image = torch.randn(1, 1, 18, 18)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.RReLU(inplace=True)).double()
+    image = torch.randn(1, 1, 18, 18, dtype=torch.float64)
     tiled = fullframe.tile(net, tile=7)
     torch.manual_seed(1)
     found = tiled(image)

@@ -1,9 +1,9 @@
-"""Convolutions with windows of one pixel, which run as large batches: same numbers, any shape."""
+"""Convolutions with windows of one pixel, whose gradients run as large batches: same numbers, any shape."""
 
 import pytest
 import torch
 
-from fullframe.ops import window
+from fullframe.ops import convolve
 from fullframe.ops.pool import FEW, passed
 
 SHAPES = [(1, 5, 48), (1, 4, 6, 20), (3, 4, 6, 20), (1, 4, 3, 8, 6), (1, 4, 7, 13), (2, 4, 1, 3), (0, 4, 6, 6)]
@@ -29,7 +29,7 @@ def test_a_convolution_of_one_pixel(shape, groups):
     x = innermost(torch.randn(shape))[:, :cin]
     weight, bias = torch.randn(6, cin // groups, *[1] * rank), torch.randn(6)
     geometry = ([1] * rank, [0] * rank, [1] * rank, False, [0] * rank, groups)
-    made = window.convolve(x, weight, bias, *geometry)
+    made = convolve.convolve(x, weight, bias, *geometry)
     truth = torch.convolution(x.double(), weight.double(), bias.double(), *geometry)
     assert made.shape == truth.shape and made.dtype == torch.float32
     torch.testing.assert_close(made.double(), truth, rtol=0, atol=1e-5)
@@ -37,16 +37,16 @@ def test_a_convolution_of_one_pixel(shape, groups):
 
 def test_a_strip_of_rows_needs_no_copy():
     rows = innermost(torch.randn(1, 8, 30, 24))[:, :, 3:21]
-    pieces = window.in_pieces(rows)
-    assert pieces is not None and pieces[0].shape[0] >= window.BATCH
+    pieces = convolve.in_pieces(rows)
+    assert pieces is not None and pieces[0].shape[0] >= convolve.BATCH
     assert pieces[0].data_ptr() == rows.data_ptr()
-    assert window.in_pieces(rows[..., 1:-1]) is None  # lies with gaps: left as it is
+    assert convolve.in_pieces(rows[..., 1:-1]) is None  # lies with gaps: left as it is
 
 
 def test_what_is_left_as_it_is():
-    assert window.in_pieces(innermost(torch.randn(1, 3, 1, 1021))) is None  # no equal pieces
-    assert window.in_pieces(innermost(torch.randn(1, 3, 2, 3))) is None  # too few pixels
-    assert window.in_pieces(torch.randn(1, 3, 8, 8, dtype=torch.float64)) is None
+    assert convolve.in_pieces(innermost(torch.randn(1, 3, 1, 1021))) is None  # no equal pieces
+    assert convolve.in_pieces(innermost(torch.randn(1, 3, 2, 3))) is None  # too few pixels
+    assert convolve.in_pieces(torch.randn(1, 3, 8, 8, dtype=torch.float64)) is None
 
 
 @pytest.mark.parametrize("count", [1, 4, FEW, FEW + 1, 60])

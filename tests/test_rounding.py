@@ -8,7 +8,7 @@ from torch import nn
 
 import fullframe
 from fullframe import kernels
-from fullframe.ops import window
+from fullframe.ops import convolve
 
 
 def gradients(net: nn.Module, image: torch.Tensor, target: torch.Tensor, *, tiled: bool, half: bool) -> dict:
@@ -40,10 +40,10 @@ def test_bias_before_a_norm_is_not_the_rounding_of_its_terms(seed):
 
 @pytest.mark.parametrize("native", [False, True])
 def test_a_bfloat16_convolution_rounds_once(native, monkeypatch):
-    monkeypatch.setattr(window, "_has_bfloat16", lambda: native)
+    monkeypatch.setattr(convolve, "_has_bfloat16", lambda: native)
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(s).bfloat16() for s in ((1, 16, 12, 14), (8, 16, 3, 3), (8,)))
-    made = window.convolve(x, weight, bias, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    made = convolve.convolve(x, weight, bias, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
     truth = nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1)
     assert made.dtype == torch.bfloat16
     # One rounding to 8 binary places, and what float32 sums of 145 terms may lose.
@@ -71,7 +71,7 @@ def test_a_wide_convolution_rounds_as_little_as_in_the_layout_of_torch(
     weight = torch.randn(16, channels, *[kernel] * rank)
     geometry = ([stride] * rank, [padding] * rank, [dilation] * rank, False, [0] * rank, 1)
     truth = torch.convolution(x.double(), weight.double(), bias.double(), *geometry)
-    made = window.convolve(x.contiguous(memory_format=packed), weight, bias, *geometry)
+    made = convolve.convolve(x.contiguous(memory_format=packed), weight, bias, *geometry)
     assert made.shape == truth.shape and made.stride(1) == 1
     plain = torch.convolution(x, weight, bias, *geometry)
     assert rms(made.double(), truth) <= 1.5 * rms(plain.double(), truth)
@@ -84,7 +84,7 @@ def test_a_wide_convolution_of_a_small_image_rounds_as_little(shape):
     x, weight, bias = torch.randn(n, cin, rows, columns), torch.randn(cout, cin, 3, 3), torch.randn(cout)
     geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
     truth = torch.convolution(x.double(), weight.double(), bias.double(), *geometry)
-    made = window.convolve(x.contiguous(memory_format=torch.channels_last), weight, bias, *geometry)
+    made = convolve.convolve(x.contiguous(memory_format=torch.channels_last), weight, bias, *geometry)
     assert rms(made.double(), truth) <= 1.5 * rms(torch.convolution(x, weight, bias, *geometry).double(), truth)
 
 

@@ -226,9 +226,9 @@ def window_bytes(section: Section, units: Sequence[Unit], labels: Labels, tile: 
         copies = 0
         if any(op.rule.heavy for op in (*unit.ops, *unit.sums)):
             # What a convolution reads may be copied, for padding and its layout, and then to float32; so is what
-            # it makes of a narrow type.
+            # it makes of another type than that.
             copies = sum(box.size(r) * _copied(v) for v, r in zip(unit.reads, work.reads, strict=True))
-            copies += box.size(work.region) * max((_copied(v) for v in unit.makes if v.itemsize < 4), default=0)
+            copies += box.size(work.region) * max((_copied(v) for v in unit.makes if v.itemsize != 4), default=0)
         most = max(most, sum(alive.values()) + copies)
         for value in (*unit.reads, *(v for v in unit.saves if v in away)):
             if last.get(value, k) == k:
@@ -237,8 +237,8 @@ def window_bytes(section: Section, units: Sequence[Unit], labels: Labels, tile: 
 
 
 def _copied(value: Value) -> int:
-    """Bytes an element of a copy takes; of one in a narrow type there may be two, the other in float32."""
-    return value.itemsize if value.itemsize >= 4 else value.itemsize + 4
+    """Bytes an element of a copy takes; there may be two but in float32, of a narrow type the other in float32."""
+    return value.itemsize if value.itemsize == 4 else value.itemsize + max(4, value.itemsize)
 
 
 def choose_grid(section: Section, labels: Labels, request: Request) -> Grid:

@@ -21,11 +21,17 @@ struct Library {
     Failed (*backward)(Handle, Handle, Handle, const int64_t **, int64_t, const int64_t *, int64_t, const int64_t *,
                        int64_t, const int64_t *, int64_t, int32_t, const int64_t *, int64_t, int64_t, const int32_t *,
                        int64_t, Handle *, Handle *, Handle *);
+    Failed (*direct)(Handle, Handle, Handle *, const int64_t *, int64_t, const int64_t *, int64_t, const int64_t *,
+                     int64_t, int64_t, const char *, const double **, int64_t, const char **, Handle *);
+    Failed (*direct_transposed)(Handle, Handle, Handle *, const int64_t *, int64_t, const int64_t *, int64_t,
+                                const int64_t *, int64_t, const int64_t *, int64_t, int64_t, const char *,
+                                const double **, int64_t, const char **, Handle *);
 };
 
 typedef int (*Kernel)(const int64_t *geometry, void *const *tensors, double *partials);
 typedef int (*WeightGrad)(const int64_t *words, const float *g, const float *x, float *out);
 
+enum Way { CHOSEN, CHOSEN_TRANSPOSED, DIRECT, DIRECT_TRANSPOSED };  // by the library, or oneDNN's
 enum Code { END, KERNEL, NEW, DROP, CONVOLUTION, BACKWARD, COPY, ADD, WEIGHT_GRAD };
 
 struct Slot {
@@ -83,7 +89,7 @@ static bool convolve(Tape &tape, bool back) {
     const bool biased = !back && tape.take();
     int64_t n[4];
     const int64_t *stride = tape.list(n[0]), *padding = tape.list(n[1]), *dilation = tape.list(n[2]);
-    const int64_t *more = tape.list(n[3]), transposed = tape.take(), groups = tape.take();
+    const int64_t *more = tape.list(n[3]), way = tape.take(), groups = tape.take();
     Handle given[3], made[3] = {nullptr, nullptr, nullptr};
     const int count = back ? 3 : 2 + biased;
     bool good = true;
@@ -91,10 +97,20 @@ static bool convolve(Tape &tape, bool back) {
     if (good && back) {
         const int32_t mask[3] = {wanted == 0, wanted == 1, 0};
         good = !tape.library.backward(given[0], given[1], given[2], nullptr, 0, stride, n[0], padding, n[1], dilation,
-                                      n[2], (int32_t)transposed, more, n[3], groups, mask, 3, made, made + 1, made + 2);
+                                      n[2], way == CHOSEN_TRANSPOSED, more, n[3], groups, mask, 3, made, made + 1,
+                                      made + 2);
     } else if (good) {
-        good = !tape.library.convolution(given[0], given[1], biased ? given + 2 : nullptr, stride, n[0], padding, n[1],
-                                         dilation, n[2], (int32_t)transposed, more, n[3], groups, made);
+        Handle *bias = biased ? given + 2 : nullptr;
+        const Library &library = tape.library;
+        if (way == DIRECT)
+            good = !library.direct(given[0], given[1], bias, padding, n[1], stride, n[0], dilation, n[2], groups,
+                                   "none", nullptr, 0, nullptr, made);
+        else if (way == DIRECT_TRANSPOSED)
+            good = !library.direct_transposed(given[0], given[1], bias, padding, n[1], more, n[3], stride, n[0],
+                                              dilation, n[2], groups, "none", nullptr, 0, nullptr, made);
+        else
+            good = !library.convolution(given[0], given[1], bias, stride, n[0], padding, n[1], dilation, n[2],
+                                        way == CHOSEN_TRANSPOSED, more, n[3], groups, made);
     }
     for (int k = 0; k < count; k++)
         if (given[k]) tape.library.remove(given[k]);

@@ -28,6 +28,7 @@ from .kernel import HostCall, Kernel, Plain
 ENTRY = "fullframe_tape"
 END, KERNEL, NEW, DROP, CONVOLUTION, BACKWARD, COPY, ADD, WEIGHT_GRAD = range(9)
 MOST, AXES = 64, 8  # tensors of a kernel, and axes of a copy, as the source has them
+DIRECT, DIRECT_TRANSPOSED = 2, 3  # in place of whether a convolution is transposed: it is oneDNN's
 SMALL = 1024  # numbers of a partial result
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ATEN: Any = torch.ops.aten
@@ -213,6 +214,21 @@ class Tape(TorchDispatchMode):
         given = [x, weight] if bias is None else [x, weight, bias]
         self._library([CONVOLUTION], [int(bias is not None)], geometry, given, made)
 
+    def _direct(self, made: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+                padding: Sequence[int], *rest: Any) -> None:  # fmt: skip
+        stride, dilation, groups, attr, *_ = rest
+        self._by_onednn(made, [x, weight, bias], (stride, padding, dilation, DIRECT, [], groups), attr)
+
+    def _direct_transposed(self, made: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+                           padding: Sequence[int], more: Sequence[int], *rest: Any) -> None:  # fmt: skip
+        stride, dilation, groups, attr, *_ = rest
+        self._by_onednn(made, [x, weight, bias], (stride, padding, dilation, DIRECT_TRANSPOSED, more, groups), attr)
+
+    def _by_onednn(self, made: torch.Tensor, given: Sequence[Any], geometry: Any, attr: str) -> None:
+        if attr != "none":
+            raise _Unknown(f"a convolution with {attr}")
+        self._convolution(made, *given, *geometry)
+
     def _backward(self, made: Any, g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, sizes: Any,
                   *rest: Any) -> None:  # fmt: skip
         *geometry, mask = rest
@@ -325,6 +341,9 @@ CALLS: dict[Any, Callable[..., None]] = {
     ATEN.copy_.default: Tape._copy,
     ATEN.add_.Tensor: Tape._sum,
 }
+if torch.backends.mkldnn.is_available():
+    CALLS[torch.ops.mkldnn._convolution_pointwise.default] = Tape._direct
+    CALLS[torch.ops.mkldnn._convolution_transpose_pointwise.default] = Tape._direct_transposed
 
 
 def run(kernel: Kernel | Plain, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
@@ -367,7 +386,8 @@ def _entry() -> tuple[Callable[..., int], Any] | None:
 
 
 FUNCTIONS = ("create_tensor_from_blob", "delete_tensor_object", "get_data_ptr", "get_strides", "cpu_convolution",
-             "cpu_convolution_backward")  # fmt: skip
+             "cpu_convolution_backward", "cpu_mkldnn__convolution_pointwise",
+             "cpu_mkldnn__convolution_transpose_pointwise")  # fmt: skip
 
 
 def _torch() -> ctypes.CDLL:

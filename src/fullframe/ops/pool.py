@@ -17,10 +17,11 @@ import torch
 from fullframe import region as box
 from fullframe.graph import Kind, Link, Op
 from fullframe.ops import picks
+from fullframe.ops.convolve import pad_window, spread
 from fullframe.ops.rule import BaseRule
 from fullframe.ops.tables import table
 from fullframe.ops.taps import Spec, readers, reads
-from fullframe.ops.window import Axis, outside, pad_window, spread
+from fullframe.ops.window import Axis, outside
 from fullframe.region import Interval, Region
 
 

@@ -7,16 +7,15 @@ of one spatial axis is (kernel, stride, padding, dilation).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from fullframe import region as box
 from fullframe.graph import Kind, Link, Op
 from fullframe.kernels import weight_grad
+from fullframe.ops.convolve import DOT, convolve, in_pieces, pad_window, spread
 from fullframe.ops.rule import BaseRule, Reduction
 from fullframe.region import Interval, Region
 
@@ -28,118 +27,10 @@ class Axis(NamedTuple):
     dilation: int
 
 
-def spread(value: Sequence[int] | int, rank: int) -> list[int]:
-    """One number per spatial axis, from a list of one or ``rank`` numbers."""
-    values = [value] if isinstance(value, int) else list(value)
-    return values * rank if len(values) == 1 else values
-
-
-def pad_window(x: torch.Tensor, pads: Sequence[Interval], value: float = 0.0) -> torch.Tensor:
-    """Pad the trailing axes by (before, after) pairs given first axis first."""
-    flat = [n for pair in reversed(pads) for n in pair]
-    return F.pad(x, flat, value=value) if any(flat) else x
-
-
 def outside(region: Sequence[Interval], extents: Sequence[int]) -> list[Interval]:
     """How much of each (unclipped) interval lies before and after its axis."""
     pairs = zip(region, extents, strict=True)
     return [(min(high, 0) - min(low, 0), max(high, n) - max(low, n)) for (low, high), n in pairs]
-
-
-@cache
-def _has_bfloat16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-_DOT = ([1, 1], [0, 0], [1, 1], False, [0, 0])  # the geometry of one pixel
-BATCH = 16  # images, from which on torch gives convolutions of one pixel to its fast library
-
-
-@cache
-def _pieces(pixels: int) -> int:
-    """The least number of equal pieces that makes a batch; 0 where there is none."""
-    return next((k for k in range(BATCH, min(pixels, BATCH * BATCH) + 1) if pixels % k == 0), 0)
-
-
-def in_pieces(*maps: torch.Tensor) -> list[torch.Tensor] | None:
-    """Maps of the same pixels, channels innermost, as batches of `BATCH` images or more; None where not needed.
-
-    A convolution of one pixel does not care where its pixels lie. In one thread torch runs it by a general
-    matrix product, at half the speed, unless the batch is large; so it is made to look large.
-    """
-    flat = [x.movedim(1, -1) for x in maps]
-    pixels = maps[0].numel() // max(maps[0].shape[1], 1)
-    slow = maps[0].dtype == torch.float32 and maps[0].device.type == "cpu" and torch.get_num_threads() == 1
-    if not slow or maps[0].shape[0] >= BATCH or not _pieces(pixels) or not all(x.is_contiguous() for x in flat):
-        return None
-    return [x.view(_pieces(pixels), 1, -1, x.shape[-1]).movedim(-1, 1) for x in flat]
-
-
-CHAIN = 144  # products that the library may add up one after the other: 16 channels of 3 x 3
-
-
-def in_chains(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Sequence[Any]) -> Any:
-    """A float32 convolution whose sums are added up in parts; None where they are short anyway.
-
-    With channels innermost the library adds up all products of an output in one chain, and its rounding error grows
-    with the chain: for 192 channels of 3 x 3 it is three times that of the layout of plain PyTorch. So a wide
-    convolution is made in parts, or, where its weights outweigh its image, in that layout.
-    """
-    taps, groups = prod(weight.shape[2:]), geometry[-1]
-    innermost = x.dim() in (4, 5) and x.stride(1) == 1 < x.shape[1]
-    if x.dtype != torch.float32 or x.device.type != "cpu" or not innermost:
-        return None
-    if taps == 1 or taps * weight.shape[1] <= CHAIN:
-        return None
-    packed = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    if groups > 1 or x.numel() < 2 * weight.numel():
-        made = torch.convolution(x.contiguous(), weight.contiguous(), bias, *geometry)
-        return made.contiguous(memory_format=packed)
-    return _in_parts(x, weight, bias, geometry, packed)
-
-
-def _in_parts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Sequence[Any],
-              packed: torch.memory_format) -> torch.Tensor | None:  # fmt: skip
-    """The sum of convolutions by some rows of the window each, and by some channels where a row has too many.
-
-    What some rows read is a view of the image, what some channels read is a copy.
-    """
-    rank, (_, deep, rows, *rest) = x.dim() - 2, weight.shape
-    stride, padding, dilation = (spread(n, rank) for n in geometry[:3])
-    x = pad_window(x, [(padding[0], padding[0]), *[(0, 0)] * (rank - 1)])
-    height = (x.shape[2] - dilation[0] * (rows - 1) - 1) // stride[0] + 1
-    some = max(1, CHAIN // (prod(rest) * deep))
-    step = deep if some > 1 else max(16, CHAIN // prod(rest) // 16 * 16)
-    made = None
-    for c in range(0, deep, step):
-        part = x if step >= deep else x[:, c : c + step].contiguous(memory_format=packed)
-        for r in range(0, rows, some):
-            taps = weight[:, c : c + step, r : r + some]
-            read = (height - 1) * stride[0] + (taps.shape[2] - 1) * dilation[0] + 1
-            view = part.narrow(2, r * dilation[0], read)
-            more = torch.convolution(view, taps, bias, stride, [0, *padding[1:]], dilation, *geometry[3:])
-            made, bias = more if made is None else made.add_(more), None
-    return made
-
-
-def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *geometry: Any) -> torch.Tensor:
-    """`torch.convolution`, but for windows of one pixel (`in_pieces`), long sums (`in_chains`), and bfloat16 on a
-    processor without such arithmetic.
-
-    With the last it adds up in float32 and rounds once, as processors that have it do; the library's way there takes
-    ten to thirty times as long.
-    """
-    stride, padding, _, transposed, _, groups = geometry
-    plain = not transposed and all(n == 1 for n in (*weight.shape[2:], *stride)) and not any(padding)
-    if plain and (pieces := in_pieces(x)) is not None:
-        made = torch.convolution(pieces[0], weight.view(*weight.shape[:2], 1, 1), bias, *_DOT, groups)
-        return made.movedim(1, -1).reshape(x.shape[0], *x.shape[2:], -1).movedim(-1, 1)
-    if not transposed and (made := in_chains(x, weight, bias, geometry)) is not None:
-        return made
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or _has_bfloat16():
-        return torch.convolution(x, weight, bias, *geometry)
-    wide = torch.convolution(x.float(), weight.float(), None if bias is None else bias.float(), *geometry)
-    return wide.to(torch.bfloat16)
 
 
 class Conv(BaseRule):
@@ -302,7 +193,7 @@ class ConvWeightGrad(Reduction):
         if all(a.kernel == a.stride == 1 for a in axes) and not any(padding):
             pieces = in_pieces(g, x)
             if pieces is not None:
-                (g, x), shape, geometry = pieces, (*shape[:2], 1, 1), _DOT
+                (g, x), shape, geometry = pieces, (*shape[:2], 1, 1), DOT
         weight = g.new_empty(1).expand(shape)
         grads = torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, groups, [False, True, False])
         return grads[1].view(op.output.shape)
