@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fullframe
-from fullframe.memory import lifetimes
+from fullframe.graph import Value
+from fullframe.memory import Lifetimes, lifetimes, place
 from fullframe.section import own_region, tiled
 
 
@@ -89,6 +90,15 @@ def test_maps_alive_together_do_not_overlap(case):
         for b, second in placed[k + 1 :]:
             apart = lives.last[a] < lives.first[b] or lives.last[b] < lives.first[a]
             assert apart or first.offset + first.nbytes <= second.offset
+
+
+def test_places_leave_no_gap_that_another_order_fills():
+    # (first step, last step, size); by the first step alone they take 4.
+    maps = [(5, 5, 2), (4, 5, 1), (0, 3, 1), (1, 4, 1), (0, 1, 1)]
+    values = [Value(str(k), (1,), torch.float32, 4) for k in range(len(maps))]
+    first, last, size = ({v: m[k] for v, m in zip(values, maps, strict=True)} for k in range(3))
+    offsets, arena = place(Lifetimes(first, last), size)
+    assert arena == 3 and all(offsets[v] + size[v] <= arena for v in values)
 
 
 @pytest.mark.parametrize("tile", [None, 13, (32, 7)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -68,12 +69,25 @@ def lifetimes(steps: Sequence[Section], kept: Iterable[Value]) -> Lifetimes:
 def place(lives: Lifetimes, sizes: dict[Value, int]) -> tuple[dict[Value, int], int]:
     """Offsets in one arena such that values alive together do not overlap, and the arena's size.
 
-    Largest first, each at the lowest gap among the values that it overlaps in time.
+    Largest first, each at the lowest gap among the values that it overlaps in time; of those of one size the first to
+    be made, the last to be read or the longest alive, whichever needs the least.
     """
+    found: tuple[dict[Value, int], int] | None = None
+    mapped = [v for v in lives.first if v in sizes]
+    least = max(lives.usage(1 + max(lives.last.values(), default=0), sizes), default=0)
+    for rank in (lives.first.__getitem__, lambda v: -lives.last[v], lambda v: lives.first[v] - lives.last[v]):
+        made = _in_order(sorted(mapped, key=lambda v: (-sizes[v], rank(v))), lives, sizes)
+        found = made if found is None or made[1] < found[1] else found
+        if found[1] == least:
+            break
+    assert found is not None
+    return found
+
+
+def _in_order(order: Sequence[Value], lives: Lifetimes, sizes: dict[Value, int]) -> tuple[dict[Value, int], int]:
     placed: list[tuple[int, int, Value]] = []  # (offset, end, value), sorted by offset
     offsets: dict[Value, int] = {}
     top = 0
-    order = sorted((v for v in lives.first if v in sizes), key=lambda v: (-sizes[v], lives.first[v]))
     for value in order:
         first, last, size = lives.first[value], lives.last[value], sizes[value]
         at = 0
@@ -85,6 +99,5 @@ def place(lives: Lifetimes, sizes: dict[Value, int]) -> tuple[dict[Value, int], 
             at = max(at, end)
         offsets[value] = at
         top = max(top, at + size)
-        placed.append((at, at + size, value))
-        placed.sort(key=lambda p: p[0])
+        insort(placed, (at, at + size, value), key=lambda p: p[0])
     return offsets, top
