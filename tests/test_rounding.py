@@ -88,6 +88,16 @@ def test_a_wide_convolution_of_a_small_image_rounds_as_little(shape):
     assert rms(made.double(), truth) <= 1.5 * rms(torch.convolution(x, weight, bias, *geometry).double(), truth)
 
 
+@pytest.mark.parametrize("channels, kernel", [(64, 3), (256, 3), (64, 9), (16, 3)])
+def test_a_wide_convolution_along_one_axis_rounds_as_little(channels, kernel):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, channels, 200), torch.randn(channels, channels, kernel)
+    geometry = ([1], [1], [1], False, [0], 1)
+    truth = torch.convolution(x.double(), weight.double(), None, *geometry)
+    made = convolve.convolve(x.movedim(1, -1).contiguous().movedim(-1, 1), weight, None, *geometry)
+    assert rms(made.double(), truth) <= 1.2 * rms(torch.convolution(x, weight, None, *geometry).double(), truth)
+
+
 @pytest.mark.parametrize("compile", [True, False], ids=["compiled", "plain"])
 @pytest.mark.parametrize("number", [0.1, -3.3e5, 1e-7])
 def test_the_mean_of_equal_numbers_is_that_number(compile, number):

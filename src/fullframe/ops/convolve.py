@@ -89,14 +89,15 @@ def _in_chains(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
 
     With channels innermost the library adds up all products of an output in one chain, and its rounding error grows
     with the chain: for 192 channels of 3 x 3 it is three times that of the layout of plain PyTorch. So a wide
-    convolution is made in parts, or, where it has groups, in that layout.
+    convolution is made in parts, or, where it has groups or one spatial axis, in that layout.
     """
     taps = prod(weight.shape[2:])
-    if how.transposed or x.dim() < 4 or taps == 1 or taps * weight.shape[1] <= CHAIN:
-        return _by_onednn(innermost(x), weight, bias, how)
-    if how.groups > 1:
+    wide = taps > 1 and taps * weight.shape[1] > CHAIN and not how.transposed
+    if wide and how.groups == 1 and x.dim() > 3:
+        return _in_parts(innermost(x), weight, bias, how)
+    if wide:
         return innermost(_by_onednn(x.contiguous(), weight.contiguous(), bias, how))
-    return _in_parts(innermost(x), weight, bias, how)
+    return _by_onednn(innermost(x), weight, bias, how)
 
 
 def _in_parts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: _Geometry) -> torch.Tensor:
@@ -126,7 +127,7 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     """A convolution as `torch.convolution` makes large ones: it gives small ones, and small windows, to others."""
     stride, padding, dilation, transposed, groups = how
     if x.dim() == 3:
-        flat = _Geometry([1, *stride], [0, *padding], [1, *dilation], transposed, groups)
+        flat = how._replace(stride=[1, *stride], padding=[0, *padding], dilation=[1, *dilation])
         return _by_onednn(x.unsqueeze(2), weight.unsqueeze(2), bias, flat).squeeze(2)
     if transposed:
         direct = torch.ops.mkldnn._convolution_transpose_pointwise
