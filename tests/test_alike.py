@@ -14,13 +14,7 @@ from fullframe.ops.convolve import convolve
 SIZES = [(5, 7), (7, 7), (4, 4), (11, 13), (16, 16), (17, 19), (30, 37), (64, 64), (47, 101)]
 GEOMETRIES = [(k, s, d, t) for k, s, d, t in product((1, 2, 3), (1, 2), (1, 2), (False, True)) if s == 2 or not t]
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def outputs(size, channels, geometry, groups, dtype, packed):

@@ -4,21 +4,12 @@ import pytest
 import torch
 
 from fullframe.ops import convolve
+from fullframe.ops.convolve import innermost
 from fullframe.ops.pool import FEW, passed
 
 SHAPES = [(1, 5, 48), (1, 4, 6, 20), (3, 4, 6, 20), (1, 4, 3, 8, 6), (1, 4, 7, 13), (2, 4, 1, 3), (0, 4, 6, 6)]
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def innermost(x: torch.Tensor) -> torch.Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("groups", [1, 2])
