@@ -43,6 +43,12 @@ def _packed(*shape):
         lambda x, w: x.contiguous().add_(x)[:, :, ::2, 1:].clone(),
         lambda x, w: x.new_zeros(2, 4, 9, 12).copy_(x).add_(x[:1]),
         lambda x, w: F.pad(x, (0, 0, 1, 3))[..., 2:],
+        lambda x, w: F.interpolate(x, size=(13, 20), mode="bilinear"),
+        lambda x, w: F.interpolate(x, scale_factor=2.5, mode="bilinear", recompute_scale_factor=False),
+        lambda x, w: x.log_softmax(1),
+        lambda x, w: x.sin(),
+        lambda x, w: torch.stack([x, x.cos()], 1),
+        lambda x, w: x.topk(2, 1)[0],
     ],
 )
 def test_calls_on_tape(work):
@@ -68,7 +74,9 @@ def test_gradients_on_tape(mask, transposed):
 @pytest.mark.parametrize(
     ("work", "why"),
     [
-        (lambda x: x.sin(), "aten.sin.default"),
+        (lambda x: x * 2.5, "an argument that is a Tensor"),
+        (lambda x: x.sin_(), "aten.sin_.default"),
+        (lambda x: torch.rand_like(x), "aten.rand_like.default"),
         (lambda x: F.pad(x, (1, 1), value=2.0), "padding with 2.0"),
         (lambda x: x.new_zeros(3, 4, dtype=torch.float64).copy_(x), "another type"),
         (lambda x: x.clone().add_(OTHER), "elsewhere"),

@@ -1,4 +1,4 @@
-// The work on a tile as a list of instructions, run in one call: kernels, the library's convolutions, copies.
+// The work on a tile as a list of instructions, run in one call: kernels, the library's ops, copies.
 //
 // A list is made of numbers. A place in memory is a slot and a distance in bytes; slots are the arrays that the
 // caller gives, then what the instructions make. A view is a place with type, extents and strides, as the library
@@ -16,23 +16,18 @@ struct Library {
     Failed (*remove)(Handle);
     Failed (*address)(Handle, void **);
     Failed (*strides)(Handle, int64_t **);
-    Failed (*convolution)(Handle, Handle, Handle *, const int64_t *, int64_t, const int64_t *, int64_t, const int64_t *,
-                          int64_t, int32_t, const int64_t *, int64_t, int64_t, Handle *);
-    Failed (*backward)(Handle, Handle, Handle, const int64_t **, int64_t, const int64_t *, int64_t, const int64_t *,
-                       int64_t, const int64_t *, int64_t, int32_t, const int64_t *, int64_t, int64_t, const int32_t *,
-                       int64_t, Handle *, Handle *, Handle *);
-    Failed (*direct)(Handle, Handle, Handle *, const int64_t *, int64_t, const int64_t *, int64_t, const int64_t *,
-                     int64_t, int64_t, const char *, const double **, int64_t, const char **, Handle *);
-    Failed (*direct_transposed)(Handle, Handle, Handle *, const int64_t *, int64_t, const int64_t *, int64_t,
-                                const int64_t *, int64_t, const int64_t *, int64_t, int64_t, const char *,
-                                const double **, int64_t, const char **, Handle *);
+    Failed (*new_list)(size_t, Handle *);
+    Failed (*push)(Handle, uint64_t);
+    Failed (*new_value)(uint64_t **);
+    Failed (*new_text)(const char *, size_t, Handle *);
+    Failed (*call)(const char *, const char *, uint64_t *);
 };
 
 typedef int (*Kernel)(const int64_t *geometry, void *const *tensors, double *partials);
 typedef int (*WeightGrad)(const int64_t *words, const float *g, const float *x, float *out);
 
-enum Way { CHOSEN, CHOSEN_TRANSPOSED, DIRECT, DIRECT_TRANSPOSED };  // by the library, or oneDNN's
-enum Code { END, KERNEL, NEW, DROP, CONVOLUTION, BACKWARD, COPY, ADD, WEIGHT_GRAD };
+enum Code { END, KERNEL, NEW, DROP, CALL, COPY, ADD, WEIGHT_GRAD };
+enum Argument { PLAIN, TENSOR, LIST, OPTIONAL, STRING };
 
 struct Slot {
     char *at;
@@ -59,16 +54,11 @@ struct Tape {
         Handle made = nullptr;
         return library.from_blob(at, rank, extents, strides, 0, (int32_t)type, 0, 0, &made) ? nullptr : made;
     }
-    const int64_t *list(int64_t &length) {
-        length = take();
-        const int64_t *found = next;
-        next += length;
-        return found;
-    }
     // Put a tensor that the library made into a slot; the strides that follow are those it must have.
     bool keep(int64_t slot, Handle made) {
-        int64_t rank, *strides;
-        const int64_t *wanted = list(rank);
+        const int64_t rank = take(), *wanted = next;
+        next += rank;
+        int64_t *strides;
         void *at;
         if (library.strides(made, &strides) || library.address(made, &at) || memcmp(strides, wanted, rank * 8)) {
             library.remove(made);
@@ -84,39 +74,52 @@ struct Tape {
     }
 };
 
-static bool convolve(Tape &tape, bool back) {
-    const int64_t slot = tape.take(), wanted = back ? tape.take() : 0;
-    const bool biased = !back && tape.take();
-    int64_t n[4];
-    const int64_t *stride = tape.list(n[0]), *padding = tape.list(n[1]), *dilation = tape.list(n[2]);
-    const int64_t *more = tape.list(n[3]), way = tape.take(), groups = tape.take();
-    Handle given[3], made[3] = {nullptr, nullptr, nullptr};
-    const int count = back ? 3 : 2 + biased;
-    bool good = true;
-    for (int k = 0; k < count; k++) good &= (given[k] = tape.view()) != nullptr;
-    if (good && back) {
-        const int32_t mask[3] = {wanted == 0, wanted == 1, 0};
-        good = !tape.library.backward(given[0], given[1], given[2], nullptr, 0, stride, n[0], padding, n[1], dilation,
-                                      n[2], way == CHOSEN_TRANSPOSED, more, n[3], groups, mask, 3, made, made + 1,
-                                      made + 2);
-    } else if (good) {
-        Handle *bias = biased ? given + 2 : nullptr;
-        const Library &library = tape.library;
-        if (way == DIRECT)
-            good = !library.direct(given[0], given[1], bias, padding, n[1], stride, n[0], dilation, n[2], groups,
-                                   "none", nullptr, 0, nullptr, made);
-        else if (way == DIRECT_TRANSPOSED)
-            good = !library.direct_transposed(given[0], given[1], bias, padding, n[1], more, n[3], stride, n[0],
-                                              dilation, n[2], groups, "none", nullptr, 0, nullptr, made);
-        else
-            good = !library.convolution(given[0], given[1], bias, stride, n[0], padding, n[1], dilation, n[2],
-                                        way == CHOSEN_TRANSPOSED, more, n[3], groups, made);
+// An argument as the library's dispatcher takes it, which it then owns.
+static bool argument(Tape &tape, uint64_t &value) {
+    const Library &library = tape.library;
+    const int64_t kind = tape.take();
+    Handle made = nullptr;
+    if (kind == PLAIN) {
+        value = (uint64_t)tape.take();
+        return true;
     }
-    for (int k = 0; k < count; k++)
-        if (given[k]) tape.library.remove(given[k]);
-    for (int k = 0; k < 3; k++)
-        if (made[k] && k != wanted) tape.library.remove(made[k]);
-    return good && made[wanted] && tape.keep(slot, made[wanted]);
+    if (kind == OPTIONAL) {
+        uint64_t *held = nullptr;
+        if (library.new_value(&held) || !argument(tape, *held)) return false;
+        value = (uint64_t)held;
+        return true;
+    }
+    if (kind == TENSOR) made = tape.view();
+    else if (kind == STRING) {
+        const char *text = (const char *)tape.take();
+        if (library.new_text(text, tape.take(), &made)) return false;
+    } else {
+        const int64_t count = tape.take();
+        if (library.new_list(count, &made)) return false;
+        for (int64_t k = 0; k < count; k++) {
+            uint64_t part;
+            if (!argument(tape, part) || library.push(made, part)) return false;
+        }
+    }
+    value = (uint64_t)made;
+    return made != nullptr;
+}
+
+// An op by its name. What a call that fails has made so far is lost: it is not met, since the same call has gone well.
+static bool call(Tape &tape) {
+    const char *name = (const char *)tape.take(), *overload = (const char *)tape.take();
+    const int64_t count = tape.take();
+    uint64_t stack[16];
+    for (int64_t k = 0; k < count; k++)
+        if (!argument(tape, stack[k])) return false;
+    if (tape.library.call(name, overload, stack)) return false;
+    bool good = true;
+    for (int64_t k = 0, results = tape.take(); k < results; k++) {
+        const int64_t slot = tape.take();
+        if (slot < 0) tape.library.remove((Handle)stack[k]);
+        else good &= tape.keep(slot, (Handle)stack[k]);
+    }
+    return good;
 }
 
 // Calls a function for each run of elements: axes with the extent, and the strides in bytes of both arrays.
@@ -177,8 +180,7 @@ static bool step(Tape &tape, int64_t code) {
         return true;
     }
     case DROP: tape.drop(tape.slots[tape.take()]); return true;
-    case CONVOLUTION: return convolve(tape, false);
-    case BACKWARD: return convolve(tape, true);
+    case CALL: return call(tape);
     case COPY: copy(tape); return true;
     case ADD:
         if (tape.take() == 8) add<double>(tape);

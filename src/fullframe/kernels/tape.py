@@ -1,14 +1,16 @@
 """The work on a tile as one call: what ATen and the kernels did once, written down and run again without Python.
 
-While a tile runs in Python, a `Tape` notes the kernels and the few ATen calls that tiles are made of: convolutions
-and their gradients, padding, copies, sums of two windows. Views are places in memory by then, and nothing else of
-Python is left; so the tape runs outside of Python's lock, and workers no longer wait for each other there. A tile
-with any other call is refused, and goes on in Python. What is called, and with which numbers, is the same.
+While a tile runs in Python, a `Tape` notes the kernels and the ATen calls: padding, copies and sums of two windows,
+which are loops of our own, and any op that makes new tensors of tensors, which the library's dispatcher is asked for.
+Views are places in memory by then, and nothing else of Python is left; so the tape runs outside of Python's lock, and
+workers no longer wait for each other there. A tile with any other call (one that draws, or takes a number of Python's
+as a tensor) is refused, and goes on in Python. What is called, and with which numbers, is the same.
 """
 
 from __future__ import annotations
 
 import ctypes
+import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,9 +28,9 @@ from .geometry import contiguous, merged
 from .kernel import HostCall, Kernel, Plain
 
 ENTRY = "fullframe_tape"
-END, KERNEL, NEW, DROP, CONVOLUTION, BACKWARD, COPY, ADD, WEIGHT_GRAD = range(9)
-MOST, AXES = 64, 8  # tensors of a kernel, and axes of a copy, as the source has them
-DIRECT, DIRECT_TRANSPOSED = 2, 3  # in place of whether a convolution is transposed: it is oneDNN's
+END, KERNEL, NEW, DROP, CALL, COPY, ADD, WEIGHT_GRAD = range(8)
+PLAIN, TENSOR, LIST, OPTIONAL, STRING = range(5)  # what an argument of a call is
+MOST, AXES, ARGUMENTS = 64, 8, 16  # tensors of a kernel, axes of a copy, arguments of a call, as the source has them
 SMALL = 1024  # numbers of a partial result
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ATEN: Any = torch.ops.aten
@@ -117,7 +119,7 @@ class Tape(TorchDispatchMode):
             except Exception as error:  # a number in place of a tensor, say; the call itself has gone well
                 raise _Unknown(f"{func} called in another way") from error
         elif not _looks(func, args, made):
-            raise _Unknown(str(func))
+            self._called(func, args, kwargs, made)
 
     def kernel(self, call: Call, tensors: Sequence[torch.Tensor], places: Sequence[int],
                fresh: Sequence[torch.Tensor], sums: Sequence[torch.Tensor]) -> None:  # fmt: skip
@@ -209,46 +211,49 @@ class Tape(TorchDispatchMode):
         slot = self._make(made)
         self._add([NEW, slot, made.untyped_storage().nbytes(), zero], [slot])
 
-    def _convolution(self, made: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-                     *geometry: Any) -> None:  # fmt: skip
-        given = [x, weight] if bias is None else [x, weight, bias]
-        self._library([CONVOLUTION], [int(bias is not None)], geometry, given, made)
+    def _called(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], made: Any) -> None:
+        """Note a call of an op that makes tensors of tensors, whatever it is."""
+        given = func._schema.arguments
+        if len(given) > ARGUMENTS or not _pure(func):
+            raise _Unknown(str(func))
+        words, used = [CALL, _text(func._schema.name), _text(func._schema.overload_name), len(given)], []
+        for k, argument in enumerate(given):
+            value = args[k] if k < len(args) else kwargs.get(argument.name, argument.default_value)
+            words += self._argument(argument.type, value, used)
+        results = made if isinstance(made, (list, tuple)) else [made]
+        words.append(len(results))
+        for result in results:
+            if result is None:
+                words.append(-1)
+                continue
+            used.append(self._make(result))
+            words += (used[-1], result.dim(), *result.stride())
+        self._add(words, used)
 
-    def _direct(self, made: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-                padding: Sequence[int], *rest: Any) -> None:  # fmt: skip
-        stride, dilation, groups, attr, *_ = rest
-        self._by_onednn(made, [x, weight, bias], (stride, padding, dilation, DIRECT, [], groups), attr)
+    def _argument(self, kind: Any, value: Any, used: list[int]) -> list[int]:
+        match kind.kind():
+            case "OptionalType" if value is None:
+                return [PLAIN, 0]
+            case "OptionalType":
+                return [OPTIONAL, *self._argument(kind.getElementType(), value, used)]
+            case "ListType" if isinstance(value, (list, tuple)):
+                parts = [self._argument(kind.getElementType(), v, used) for v in value]
+                return [LIST, len(value), *(n for part in parts for n in part)]
+            case "TensorType" if isinstance(value, torch.Tensor):
+                used.append(self._slot(value))
+                return [TENSOR, *self._view(value)]
+            case "IntType" | "SymIntType" | "BoolType" if isinstance(value, int):
+                return [PLAIN, int(value)]
+            case "FloatType" if isinstance(value, (int, float)):
+                return [PLAIN, *struct.unpack("q", struct.pack("d", value))]
+            case "StringType":
+                return [STRING, _text(value), len(value.encode())]
+        raise _Unknown(f"an argument that is a {kind}")
 
-    def _direct_transposed(self, made: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-                           padding: Sequence[int], more: Sequence[int], *rest: Any) -> None:  # fmt: skip
-        stride, dilation, groups, attr, *_ = rest
-        self._by_onednn(made, [x, weight, bias], (stride, padding, dilation, DIRECT_TRANSPOSED, more, groups), attr)
-
-    def _by_onednn(self, made: torch.Tensor, given: Sequence[Any], geometry: Any, attr: str) -> None:
-        if attr != "none":
-            raise _Unknown(f"a convolution with {attr}")
-        self._convolution(made, *given, *geometry)
-
-    def _backward(self, made: Any, g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, sizes: Any,
-                  *rest: Any) -> None:  # fmt: skip
-        *geometry, mask = rest
-        if sizes is not None or [*mask] not in ([True, False, False], [False, True, False]):
-            raise _Unknown("several gradients at once")
-        wanted = [*mask].index(True)
-        self._library([BACKWARD], [wanted], geometry, [g, x, weight], made[wanted])
-
-    def _library(self, code: list[int], detail: list[int], geometry: Any, given: Sequence[torch.Tensor],
-                 made: torch.Tensor) -> None:  # fmt: skip
-        stride, padding, dilation, transposed, more, groups = geometry
-        words = []
-        for numbers in (stride, padding, dilation, more):
-            words += (len(numbers), *numbers)
-        words += (int(transposed), groups)
-        for tensor in given:
-            words += self._view(tensor)
-        slots = [self._slot(t) for t in given]
-        slot = self._make(made)
-        self._add([*code, slot, *detail, *words, made.dim(), *made.stride()], [*slots, slot])
+    def _full(self, made: torch.Tensor, shape: Sequence[int], value: float, **_: Any) -> None:
+        if value:
+            raise _Unknown(f"a window full of {value}")
+        self._new(made, 1)
 
     def _pad(self, made: torch.Tensor, x: torch.Tensor, pads: Sequence[int], value: float = 0.0) -> None:
         if value:
@@ -332,18 +337,33 @@ class _Unknown(Exception):
     """A call that has no instruction."""
 
 
+TAGS = {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+def _pure(func: Any) -> bool:
+    """Whether an op does nothing but make new tensors of its arguments, always the same of the same."""
+    fresh = all(r.alias_info is None and r.type.kind() == "TensorType" for r in func._schema.returns)
+    return fresh and not func._schema.is_mutable and TAGS.isdisjoint(func.tags)
+
+
+@cache
+def _held(text: str) -> Any:
+    return ctypes.create_string_buffer(text.encode())
+
+
+def _text(text: str) -> int:
+    """The address of a text that stays."""
+    return ctypes.addressof(_held(text))
+
+
 CALLS: dict[Any, Callable[..., None]] = {
-    ATEN.convolution.default: Tape._convolution,
-    ATEN.convolution_backward.default: Tape._backward,
+    ATEN.full.default: Tape._full,
     ATEN.constant_pad_nd.default: Tape._pad,
     ATEN.cat.default: Tape._cat,
     ATEN.clone.default: Tape._clone,
     ATEN.copy_.default: Tape._copy,
     ATEN.add_.Tensor: Tape._sum,
 }
-if torch.backends.mkldnn.is_available():
-    CALLS[torch.ops.mkldnn._convolution_pointwise.default] = Tape._direct
-    CALLS[torch.ops.mkldnn._convolution_transpose_pointwise.default] = Tape._direct_transposed
 
 
 def run(kernel: Kernel | Plain, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
@@ -379,15 +399,15 @@ def taping() -> bool:
 def _entry() -> tuple[Callable[..., int], Any] | None:
     try:
         run = compiler.load(Path(__file__).with_suffix(".cpp").read_text(), ENTRY)
-        named = [getattr(_torch(), f"aoti_torch_{name}") for name in FUNCTIONS]
+        named = [getattr(_torch(), name) for name in FUNCTIONS]
     except (compiler.BuildError, OSError, AttributeError):
         return None
     return run, (ctypes.c_void_p * len(named))(*(ctypes.cast(f, ctypes.c_void_p) for f in named))
 
 
-FUNCTIONS = ("create_tensor_from_blob", "delete_tensor_object", "get_data_ptr", "get_strides", "cpu_convolution",
-             "cpu_convolution_backward", "cpu_mkldnn__convolution_pointwise",
-             "cpu_mkldnn__convolution_transpose_pointwise")  # fmt: skip
+FUNCTIONS = ("aoti_torch_create_tensor_from_blob", "aoti_torch_delete_tensor_object", "aoti_torch_get_data_ptr",
+             "aoti_torch_get_strides", "torch_new_list_reserve_size", "torch_list_push_back",
+             "torch_new_stable_ivalue", "torch_new_string_handle", "aoti_torch_call_dispatcher")  # fmt: skip
 
 
 def _torch() -> ctypes.CDLL:
