@@ -112,15 +112,24 @@ def _in_parts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
     height = (x.shape[2] - dilation * (rows - 1) - 1) // stride + 1
     some = max(1, CHAIN // (prod(rest) * deep))
     step = deep if some > 1 else max(16, CHAIN // prod(rest) // 16 * 16)
-    made: list[torch.Tensor] = []
+    made: torch.Tensor | None = None
     for c in range(0, deep, step):
         part = x if step >= deep else innermost(x[:, c : c + step])
         for r in range(0, rows, some):
             taps = weight[:, c : c + step, r : r + some]
             read = (height - 1) * stride + (taps.shape[2] - 1) * dilation + 1
-            more = _by_onednn(part.narrow(2, r * dilation, read), taps, None if made else bias, how)
-            made = [made[0].add_(more) if made else more]
-    return made[0]
+            seen = part.narrow(2, r * dilation, read)
+            made = _by_onednn(seen, taps, bias, how) if made is None else _added(made, seen, taps, how)
+    assert made is not None
+    return made
+
+
+def _added(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, how: _Geometry) -> torch.Tensor:
+    """A convolution added to a total, in the same pass: the library adds each finished sum."""
+    direct = torch.ops.mkldnn._convolution_pointwise_.binary
+    geometry = (how.padding, how.stride, how.dilation, how.groups)
+    direct(total, x, weight, None, *geometry, "add", None, None, [], None)
+    return total
 
 
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: _Geometry) -> torch.Tensor:
