@@ -26,7 +26,7 @@ from fullframe.section import (
     tiled,
 )
 
-WINDOW = 3 << 20  # bytes of the largest window of a tile: fits the caches of one core
+WINDOW = 2 << 20  # bytes of the largest window of a tile: about the second-level cache of one core
 LEAST = 1 << 19  # maps smaller than this are not worth cutting
 FIXED = 100 << 20  # what torch's libraries, the recording machinery and the threads take
 PER_OP = 20 << 10  # and the objects of a recorded and planned op
