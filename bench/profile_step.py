@@ -105,7 +105,7 @@ def instrument(clock: Clock, plan: Plan) -> None:
         setattr(holder, attribute, clock.timed(getattr(holder, attribute), call))
 
     run = executor.Run
-    for attribute, name in (("_tile", "a tile's jobs"), ("_read", "reads cut out"), ("_store", "stores")):
+    for attribute, name in (("tile", "a tile's jobs"), ("_read", "reads cut out"), ("_store", "stores")):
         wrap(run, attribute, name)
     for attribute in ("_begin", "_end", "_free"):
         wrap(run, attribute, "a section")

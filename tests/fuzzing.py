@@ -33,6 +33,7 @@ from fullframe.memory import lifetimes
 from fullframe.module import Tiled
 from fullframe.ops.drawn import drawn
 from fullframe.program import AHEAD, Program, _request
+from fullframe.reel import Reel
 from fullframe.section import own_region, tiled
 
 TOLERANCE = 1e-9
@@ -61,6 +62,7 @@ class Record:
     ops: list[str] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
     taped: int = 0  # tiles that ran from what was noted of them
+    played: int = 0  # steps that ran outside of Python
 
 
 # One step, either way ------------------------------------------------------------------------------
@@ -367,17 +369,23 @@ def _again_and_again(case: Case, state: State, record: Record) -> None:
     for plan in plans:
         step._fullframe["programs"][key] = replace(program, plan=plan)
         first = run_steps(case, state, tiled_run(case, step))
-        for _ in range(3):
+        for _ in range(5):
             worst, where = worst_of(first, run_steps(case, state, tiled_run(case, step)))
             if worst > 0:
                 record.outcome, record.detail = "wrong", f"a later step gives other bits: {worst:.2g} at {where}"
     record.taped = sum(1 for plan in plans for t in _tasks(plan) if t.taped)
+    record.played = sum(len(reel.native) for plan in plans for reel in _reels(plan))
 
 
 def _tasks(plan: fullframe.Plan) -> Iterator[Any]:
     """The tasks that a plan's runs have kept."""
     kept = executor.runtime_of(plan, torch.device("cpu")).tasks.kept
     return (t for tasks in kept for t in tasks or () if t)
+
+
+def _reels(plan: fullframe.Plan) -> list[Reel]:
+    """The reels of a plan."""
+    return [r for r in executor.runtime_of(plan, torch.device("cpu")).reels.values() if isinstance(r, Reel)]
 
 
 def _on_cuda(case: Case) -> bool:
@@ -417,7 +425,10 @@ class Tally:
         lines = [f"seeds {stretches(seeds)}, {spent:.0f} s of CPU time: {self.networks} networks, "
                  + ", ".join(f"{n} {k}" for k, n in counts.items())]  # fmt: skip
         taped = [r.taped for r in self.records if r.taped]
-        lines += [f"  of {len(taped)} networks {sum(taped)} tiles ran from what was noted of them"]
+        played = sum(r.played for r in self.records)
+        lines += [
+            f"  of {len(taped)} networks {sum(taped)} tiles ran from tape, and {played} steps outside of Python"
+        ]
         lines += [f"  refused {n}: {why}" for why, n in Counter(r.detail for r in self.of("refused")).most_common()]
         lines += [f"  run whole {n}: {op}" for op, n in self.whole().most_common()]
         return "\n".join(lines + [f"seed {r.seed} {r.outcome}: {r.detail}" for r in self.of("wrong")])

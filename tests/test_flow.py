@@ -166,13 +166,13 @@ def _step(workers: int) -> tuple[Plan, list[torch.Tensor]]:
 @pytest.mark.parametrize("workers", [2, 4])
 def test_same_bits_as_one_step_at_a_time(monkeypatch, workers):
     _, truth = _step(1)
-    draws, tile = random.Random(0), executor.Run._tile
+    draws, tile = random.Random(0), executor.Run.tile
 
     def slow(self: Any, task: Any) -> Any:
         time.sleep(draws.random() * 1e-3)
         return tile(self, task)
 
-    monkeypatch.setattr(executor.Run, "_tile", slow)
+    monkeypatch.setattr(executor.Run, "tile", slow)
     plan, found = _step(workers)
     assert plan.ahead > 1
     assert all(map(torch.equal, found, truth))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from copy import copy
-from functools import cached_property
 from math import prod
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,12 +19,14 @@ from fullframe.fusion import Unit
 from fullframe.graph import Op, Value
 from fullframe.kernels import DeviceKernel, Kernel, Plain, Tape, taping
 from fullframe.lowering import build
-from fullframe.plan import Plan, Step
+from fullframe.plan import LARGE, Plan, Step
 from fullframe.ready import Ready, ready
+from fullframe.reel import Reel, taped
 from fullframe.section import tiled
-from fullframe.store import Arena, empty_map
-from fullframe.taped import Partials, TapedTask, apart, fit
-from fullframe.task import Job, Part, Read, Store, Sum, Target, Task, Tasks
+from fullframe.store import Arena, empty_map, gapless
+from fullframe.summation import Summation, add
+from fullframe.taped import Partials, TapedTask, apart, fit, kept
+from fullframe.task import Job, Part, Read, Store, Target, Task, Tasks
 from fullframe.tiers import Lanes, fetch, put
 
 MOVED = "a tensor whose layout has changed"
@@ -33,7 +34,7 @@ Kernels = dict[Unit, Kernel | DeviceKernel | Plain]
 _POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
 _RUNTIMES: WeakKeyDictionary[Plan, Runtime] = WeakKeyDictionary()
 _LOCK = threading.Lock()
-_WRITING = threading.Lock()  # one tile at a time is put on tape, and no other waits for that: its turn comes later
+_WRITING = threading.Lock()  # one tile at a time is put on tape
 
 
 class Runtime:
@@ -51,7 +52,24 @@ class Runtime:
         self.taping = device.type == "cpu" and not plan.away and taping()
         self.dear = [_dear(step) for step in plan.steps]
         self.waits = waits_of(plan, self.dear)
+        self.reels: dict[tuple[int, int], Reel | int] = {}  # or how many tiles were on tape
         self.lanes = Lanes(device, plan.workers) if plan.away and device.type == "cuda" else None
+
+    def reel(self, plan: Plan, start: int, stop: int) -> Reel | None:
+        """These steps ready to be played; None as long as more of their tiles come on tape from run to run."""
+        found = self.reels.get((start, stop), 0)
+        if isinstance(found, Reel):
+            return found
+        if not self.taping:
+            return None
+        now = taped(self.tasks, range(start, stop))
+        if now == found > 0:
+            with _WRITING:
+                reel = Reel(plan, self.tasks, self.waits, self.maps, self.kept, range(start, stop))
+            self.reels[start, stop] = reel
+            return reel
+        self.reels[start, stop] = now
+        return None
 
 
 def runtime_of(plan: Plan, device: torch.device) -> Runtime:
@@ -62,7 +80,7 @@ def runtime_of(plan: Plan, device: torch.device) -> Runtime:
         return _RUNTIMES[plan]
 
 
-DEAR = 300_000_000  # operations: some milliseconds
+DEAR = 4_000_000_000  # operations: some ten milliseconds, as long as threads inside an op wait busily after it
 
 
 def _dear(step: Step) -> bool:
@@ -124,18 +142,20 @@ class Run:
         flowing = self.plan.workers > 1 and self.device.type == "cpu" and not self.plan.away
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             try:
-                if flowing and any(step.parallel for step in self.plan.steps[self.position : end]):
+                reel = self.runtime.reel(self.plan, self.position, end)
+                if reel is not None and reel.play(self, threads, pool):
+                    pass
+                elif flowing and any(step.parallel for step in self.plan.steps[self.position : end]):
                     self._flow(end, threads)
                 else:
                     for number in range(self.position, end):
-                        alone = self.runtime.dear[number] and self.runtime.waits.counts[number] == 1
-                        self._threads(threads if alone else 1)
+                        self.threads(threads if self.runtime.waits.wide[number] else 1)
                         self._step(number)
             finally:
-                self._threads(threads)
+                self.threads(threads)
         self.position = end
 
-    def _threads(self, count: int) -> None:
+    def threads(self, count: int) -> None:
         """Threads inside the ops of this thread. After each such op they wait busily for the next, in the way of
         the workers; so only dear steps, not cut into tiles and alone, have them, whatever the number of workers."""
         if self.device.type == "cpu" and torch.get_num_threads() != count:
@@ -143,15 +163,15 @@ class Run:
 
     def _flow(self, end: int, threads: int) -> None:
         """Steps on several threads, of which the calling one is one."""
-        work = Work(self._begin, lambda number, k: self._tile(self._task(number, k)), _add, self._end, self._free)
+        work = Work(self.begin, lambda number, k: self.tile(self.task(number, k)), add, self.end, self.free)
         steps, most = range(self.position, end), 2 * self.plan.workers
         flow = Flow(steps, self.runtime.waits, self.plan.ahead, most, work)
-        self._threads(1)
+        self.threads(1)
 
         def wide(make: Callable[[], None]) -> None:
-            self._threads(threads)
+            self.threads(threads)
             make()
-            self._threads(1)
+            self.threads(1)
 
         others: list[Future[None]] = []
         try:
@@ -169,72 +189,71 @@ class Run:
             other.result()
 
     def _step(self, number: int) -> None:
-        sums, count = self._begin(number), self.runtime.waits.counts[number]
+        sums, count = self.begin(number), self.runtime.waits.counts[number]
         if self.plan.steps[number].parallel and self.runtime.lanes:
-            self.runtime.lanes.run(count, lambda k: self._tile(self._task(number, k)), lambda p: _add(sums, p))
+            self.runtime.lanes.run(count, lambda k: self.tile(self.task(number, k)), lambda p: add(sums, p))
         else:
             for k in range(count):
-                _add(sums, self._tile(self._task(number, k)))
-        self._end(number, sums)
-        self._free(number)
+                add(sums, self.tile(self.task(number, k)))
+        self.end(number, sums)
+        self.free(number)
 
-    def _begin(self, number: int) -> dict[Op, Summation]:
+    def begin(self, number: int) -> dict[Op, Summation]:
         """Room for what a step makes, and its sums, empty."""
         step = self.plan.steps[number]
         for value in step.section.saves:
             if value in self.runtime.maps or 0 in value.shape:  # no job makes what is empty
-                self.values[value] = self._allocate(value)
+                self.values[value] = self.allocate(value)
         return {op: Summation(op, self.device, alone=len(step.grid) == 1) for op in step.section.sums}
 
-    def _end(self, number: int, sums: dict[Op, Summation]) -> None:
+    def end(self, number: int, sums: dict[Op, Summation]) -> None:
         """Keep what a step has added up."""
         for op, total in sums.items():
-            self.values[op.output] = self._keep(op.output, self._apart(total.finish()))
+            self.values[op.output] = self._keep(op.output, self._own(op.output, total.finish()))
 
-    def _free(self, number: int) -> None:
+    def free(self, number: int) -> None:
         for value in self.plan.steps[number].frees:
-            del self.values[value]
+            self.values.pop(value, None)  # what a reel has made and nobody in Python saw is not there
 
-    def _task(self, number: int, k: int) -> Task:
+    def task(self, number: int, k: int) -> Task:
         return self.runtime.tasks.task(self.plan, number, k)
 
-    def _allocate(self, value: Value) -> torch.Tensor:
+    def allocate(self, value: Value) -> torch.Tensor:
         slot = self.runtime.slots.get(value)
         if slot is None:
             return torch.empty(value.shape, dtype=value.dtype, device=self.device)
         return self.arena.view(slot.offset, value.shape, value.dtype)
 
     def _keep(self, value: Value, tensor: torch.Tensor) -> torch.Tensor:
-        return self._allocate(value).copy_(tensor) if value in self.runtime.kept else tensor
+        return self.allocate(value).copy_(tensor) if value in self.runtime.kept else tensor
 
-    def _tile(self, task: Task) -> Partials:
+    def tile(self, task: Task) -> Partials:
         """Make one tile; returns its partial result of each sum."""
-        taped = task.taped
-        if taped:
-            partials = taped.run(self.values, self.arena)
+        known = task.taped
+        if known:
+            partials = known.run(self.values, self.arena)
             if partials is not None:
                 return partials
-        elif taped is None and self.runtime.taping and fit(task) and _WRITING.acquire(blocking=False):
-            try:
+        elif known is None and self.runtime.taping and fit(task):
+            with _WRITING:
                 return self._written(task)
-            finally:
-                _WRITING.release()
-        return self._jobs(task)
+        return self.jobs(task)
 
     def _written(self, task: Task) -> Partials:
         """Make one tile, and put it on tape."""
         others = apart(task, self.values, self.arena)
         tape = Tape([self.arena.block, *(self.values[v] for v in others)])
-        partials = self._jobs(task, tape)
-        taped = tape.finish([made for _, made in partials])
+        partials = self.jobs(task, tape)
+        found = kept(task)
+        taped = tape.finish([*(made for _, made in partials), *(self.values[v] for v in found)])
         strides = [self.values[v].stride() for v in others]
         if taped is not None:
-            task.taped = TapedTask(taped, others, strides, [place for place, _ in partials])
+            task.taped = TapedTask(taped, others, strides, [*(place for place, _ in partials), *found])
         elif tape.refused != MOVED:
             task.taped = False
         return partials
 
-    def _jobs(self, task: Task, tape: Tape | None = None) -> Partials:
+    def jobs(self, task: Task, tape: Tape | None = None) -> Partials:
         windows = {f.value: fetch(_part(self.values[f.value], f.part), self.device) for f in task.fetches}
         partials: Partials = []
         for job in task.jobs:
@@ -252,11 +271,19 @@ class Run:
             return torch.empty(read.empty, dtype=read.value.dtype, device=self.device)
         return _part(windows[read.value] if read.window else self.values[read.value], read.part)
 
-    def _store(self, store: Store, made: torch.Tensor) -> None:
+    def _store(self, store: Store, made: torch.Tensor, parts: Sequence[torch.Tensor] = ()) -> None:
+        """Keep what was made of these parts."""
         if not store.tiled:
-            self.values[store.value] = self._apart(made)
+            self.values[store.value] = self._own(store.value, made, parts)
             return
         put(_part(made, store.made), _part(self.values[store.value], store.to))
+
+    def _own(self, value: Value, made: torch.Tensor, parts: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+        """An untiled value as a tensor that shares no memory with others, if it is small: tapes know arrays by it."""
+        if value.nbytes > LARGE:
+            return self._apart(made)
+        shared = made.untyped_storage().nbytes() != made.nbytes or any(made is part for part in parts)
+        return made.clone() if shared or made._base is not None or not gapless(made) else made
 
     def _apart(self, made: torch.Tensor) -> torch.Tensor:
         """A tensor that does not look into the arena, whose places are used again."""
@@ -267,7 +294,8 @@ class Run:
         unit = job.unit
         (op,) = unit.ops or unit.sums
         rule: Any = op.rule
-        made = rule.run(op, job.region, [self._read(read, windows) for read in job.reads])
+        parts = [self._read(read, windows) for read in job.reads]
+        made = rule.run(op, job.region, parts)
         if job.sums:
             (place,) = job.sums
             if place.counted:
@@ -276,7 +304,7 @@ class Run:
         if rule.kind == "reduce":  # no tile cuts it: finished at once
             made = rule.finish(op, made)
         for store in job.stores:
-            self._store(store, made)
+            self._store(store, made, parts)
         windows[op.output] = made
 
     def _fused(self, job: Job, windows: dict[Value, torch.Tensor], partials: Partials, tape: Tape | None) -> None:
@@ -333,47 +361,3 @@ def aligned(tensor: torch.Tensor, rank: int) -> torch.Tensor:
     """A broadcast operand with leading axes of extent 1, but for a zero-dimensional one."""
     missing = rank - tensor.dim()
     return tensor[(None,) * missing] if missing and tensor.dim() else tensor
-
-
-def _add(sums: dict[Op, Summation], partials: Partials) -> None:
-    for place, partial in partials:
-        sums[place.op].add(place, partial)
-
-
-class Summation:
-    """A reduction in progress. Small partial results of whole outputs wait and are then joined, some at a time;
-    one that comes ``alone`` is the sum."""
-
-    WAITING, SMALL = 32, 1023  # results, and elements of each: together too few for ATen to split among threads
-
-    def __init__(self, op: Op, device: torch.device, *, alone: bool = False):
-        self.op = op
-        self.rule: Any = op.rule
-        self.device = device
-        self.alone = alone
-        self.waiting: list[torch.Tensor] = []
-
-    @cached_property
-    def total(self) -> torch.Tensor:
-        return self.rule.start(self.op, self.op.output.shape, self.device)
-
-    def add(self, place: Sum, partial: torch.Tensor) -> None:
-        if place.part is None and self.alone:
-            self.total = partial
-        elif place.part is not None or self.total.numel() > self.SMALL:
-            total = self.total if place.part is None else self.total[place.part]
-            self.rule.combine(self.op, total, partial)
-        else:
-            self.waiting.append(partial)
-            if len(self.waiting) == self.WAITING:
-                self._join()
-
-    def _join(self) -> None:
-        if self.waiting:
-            joined = self.waiting[0] if len(self.waiting) == 1 else self.rule.join(self.op, torch.stack(self.waiting))
-            self.rule.combine(self.op, self.total, joined)
-            self.waiting.clear()
-
-    def finish(self) -> torch.Tensor:
-        self._join()
-        return self.rule.finish(self.op, self.total)

@@ -71,6 +71,11 @@ def dense(tensor: torch.Tensor) -> bool:
     return (tensor.movedim(1, -1) if tensor.dim() in (4, 5) else tensor).is_contiguous()
 
 
+def gapless(tensor: torch.Tensor) -> bool:
+    """Whether its elements fill one run of memory, in whatever order."""
+    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) == tensor.numel()
+
+
 def shaped(flat: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Flat elements as a map: channels innermost where there are two or more spatial axes."""
     if len(shape) not in (4, 5):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 
 from fullframe.graph import Value
 from fullframe.kernels import Taped
+from fullframe.plan import LARGE
 from fullframe.store import Arena
 from fullframe.task import Sum, Task
 
@@ -15,17 +16,19 @@ Partials = list[tuple[Sum, torch.Tensor]]
 
 
 class TapedTask:
-    """A task's tape, what it reads and writes outside of the arena, and what its partial results are of."""
+    """A task's tape, the values that it reads and writes outside of the arena, with their strides, and what its
+    results are: partial results of sums, and untiled values."""
 
     __slots__ = ("places", "strides", "tape", "values")
 
     def __init__(
-        self, tape: Taped, values: Sequence[Value], strides: Sequence[tuple[int, ...]], places: Sequence[Sum]
+        self, tape: Taped, values: Sequence[Value], strides: Sequence[tuple[int, ...]], places: Sequence[Sum | Value]
     ):
         self.tape, self.values, self.strides, self.places = tape, values, strides, places
 
-    def run(self, values: Mapping[Value, torch.Tensor], arena: Arena) -> Partials | None:
-        """The partial results; None where a tensor lies otherwise in memory than when the tape was written."""
+    def run(self, values: MutableMapping[Value, torch.Tensor], arena: Arena) -> Partials | None:
+        """The partial results, with the untiled values put among ``values``; None where a tensor lies otherwise in
+        memory than when the tape was written."""
         bases = [arena.block.data_ptr()]
         for value, stride in zip(self.values, self.strides, strict=True):
             tensor = values[value]
@@ -33,26 +36,45 @@ class TapedTask:
                 return None
             bases.append(tensor.data_ptr())
         made = self.tape.run(bases)
-        return None if made is None else list(zip(self.places, made, strict=True))
+        if made is None:
+            return None
+        partials = self.hand_out(made, values)
+        if len(made) > 1:
+            values.update((v, values[v].clone()) for v in self.places if isinstance(v, Value))
+        return partials
+
+    def hand_out(self, made: Sequence[torch.Tensor], values: MutableMapping[Value, torch.Tensor]) -> Partials:
+        """Results: the untiled values among the others, the partial results returned."""
+        partials: Partials = []
+        for place, tensor in zip(self.places, made, strict=True):
+            if isinstance(place, Sum):
+                partials.append((place, tensor))
+            else:
+                values[place] = tensor
+        return partials
 
 
 def apart(task: Task, values: Mapping[Value, torch.Tensor], arena: Arena) -> list[Value]:
-    """What a task reads and writes that is neither a window nor in the arena."""
+    """What a task reads, and the maps it writes, that are neither windows nor in the arena."""
     found = dict.fromkeys(
         value
         for job in task.jobs
         for value in (
             *(r.value for r in job.reads if not r.window and r.empty is None),
             *(t.value for t in job.targets if t.shape is None),
-            *(s.value for s in job.stores),
+            *(s.value for s in job.stores if s.tiled),
         )
     )
     block = arena.block.untyped_storage().data_ptr()
     return [v for v in found if values[v].untyped_storage().data_ptr() != block]
 
 
+def kept(task: Task) -> list[Value]:
+    """The untiled values that a task makes."""
+    return [s.value for job in task.jobs for s in job.stores if not s.tiled]
+
+
 def fit(task: Task) -> bool:
-    """Whether a task may go on tape: its kernels' calls are known, and it makes only parts of maps and sums."""
-    return not task.fetches and all(
-        (job.ready is not None or not job.unit.fused) and all(s.tiled for s in job.stores) for job in task.jobs
-    )
+    """Whether a task may go on tape: its kernels' calls are known, and what it makes besides maps is small."""
+    known = all(job.ready is not None or not job.unit.fused for job in task.jobs)
+    return not task.fetches and known and all(v.nbytes <= LARGE for v in kept(task))

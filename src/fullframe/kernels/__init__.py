@@ -7,16 +7,22 @@ compiler, through ATen, with the same results within rounding. `plain` is always
 
 On CUDA devices groups run as generated CUDA, compiled by the library that comes with PyTorch.
 
+A `Tape` notes all that is done on a tile, kernels and the library's calls; a `NativeFlow` plays the tapes of many
+steps without Python.
+
 `weight_grad` is the one sum that is not pointwise: of a convolution, where the library is slow at it.
 """
 
 from .call import Call
 from .cuda import DeviceKernel
+from .flow import NativeFlow, Stage, Stages, Track
 from .gradient import weight_grad
 from .group import Group, Node, Operand, Reduction, Ref
 from .kernel import Kernel, Plain, build, build_many, plain
+from .native import taping
 from .table import SUPPORTED, supports
-from .tape import Tape, Taped, run, taping
+from .tape import Tape, run
+from .taped import Taped
 
 __all__ = [
     "SUPPORTED",
@@ -24,13 +30,17 @@ __all__ = [
     "DeviceKernel",
     "Group",
     "Kernel",
+    "NativeFlow",
     "Node",
     "Operand",
     "Plain",
     "Reduction",
     "Ref",
+    "Stage",
+    "Stages",
     "Tape",
     "Taped",
+    "Track",
     "build",
     "build_many",
     "plain",

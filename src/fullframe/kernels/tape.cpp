@@ -21,12 +21,14 @@ struct Library {
     Failed (*new_value)(uint64_t **);
     Failed (*new_text)(const char *, size_t, Handle *);
     Failed (*call)(const char *, const char *, uint64_t *);
+    Failed (*add)(Handle, Handle, double, Handle *);
+    Failed (*type)(Handle, int32_t *);
 };
 
 typedef int (*Kernel)(const int64_t *geometry, void *const *tensors, double *partials);
 typedef int (*WeightGrad)(const int64_t *words, const float *g, const float *x, float *out);
 
-enum Code { END, KERNEL, NEW, DROP, CALL, COPY, ADD, WEIGHT_GRAD };
+enum Code { END, KERNEL, NEW, DROP, CALL, COPY, ADD, WEIGHT_GRAD, KEPT, PLUS };
 enum Argument { PLAIN, TENSOR, LIST, OPTIONAL, STRING };
 
 struct Slot {
@@ -54,13 +56,15 @@ struct Tape {
         Handle made = nullptr;
         return library.from_blob(at, rank, extents, strides, 0, (int32_t)type, 0, 0, &made) ? nullptr : made;
     }
-    // Put a tensor that the library made into a slot; the strides that follow are those it must have.
+    // Put a tensor that the library made into a slot; it must have the type and the strides that follow.
     bool keep(int64_t slot, Handle made) {
-        const int64_t rank = take(), *wanted = next;
+        const int64_t type = take(), rank = take(), *wanted = next;
         next += rank;
         int64_t *strides;
+        int32_t found;
         void *at;
-        if (library.strides(made, &strides) || library.address(made, &at) || memcmp(strides, wanted, rank * 8)) {
+        if (library.type(made, &found) || found != type || library.strides(made, &strides) ||
+            library.address(made, &at) || memcmp(strides, wanted, rank * 8)) {
             library.remove(made);
             return false;
         }
@@ -122,6 +126,19 @@ static bool call(Tape &tape) {
     return good;
 }
 
+// A sum or difference, whose factor is a number of a kind that the dispatcher does not take.
+static bool plus(Tape &tape) {
+    const int64_t bits = tape.take();
+    double factor;
+    memcpy(&factor, &bits, 8);
+    Handle a = tape.view(), b = tape.view(), made = nullptr;
+    const bool good = a && b && !tape.library.add(a, b, factor, &made);
+    if (a) tape.library.remove(a);
+    if (b) tape.library.remove(b);
+    const int64_t slot = tape.take();
+    return good && tape.keep(slot, made);
+}
+
 // Calls a function for each run of elements: axes with the extent, and the strides in bytes of both arrays.
 template <typename F>
 static void walk(Tape &tape, F &&each) {
@@ -148,13 +165,23 @@ static void copy(Tape &tape) {
     });
 }
 
-template <typename T>
+struct Half {  // bfloat16
+    uint16_t bits;
+    operator double() const {
+        const uint32_t wide = (uint32_t)bits << 16;
+        float value;
+        memcpy(&value, &wide, 4);
+        return value;
+    }
+};
+
+template <typename T, typename U = T>
 static void add(Tape &tape) {
     walk(tape, [](char *to, const char *from, int64_t count, int64_t to_step, int64_t from_step) {
-        if (to_step == sizeof(T) && from_step == sizeof(T))
-            for (int64_t k = 0; k < count; k++) ((T *)to)[k] += ((const T *)from)[k];
+        if (to_step == sizeof(T) && from_step == sizeof(U))
+            for (int64_t k = 0; k < count; k++) ((T *)to)[k] += (T)((const U *)from)[k];
         else
-            for (int64_t k = 0; k < count; k++) *(T *)(to + k * to_step) += *(const T *)(from + k * from_step);
+            for (int64_t k = 0; k < count; k++) *(T *)(to + k * to_step) += (T) * (const U *)(from + k * from_step);
     });
 }
 
@@ -172,20 +199,33 @@ static bool step(Tape &tape, int64_t code) {
     switch (code) {
     case KERNEL: return kernel(tape);
     case NEW: {
-        const int64_t slot = tape.take(), bytes = tape.take(), zero = tape.take();
+        const int64_t slot = tape.take(), bytes = tape.take(), size = tape.take(), pattern = tape.take();
         void *block = nullptr;
         if (posix_memalign(&block, 64, bytes ? bytes : 1)) return false;
-        if (zero) memset(block, 0, bytes);
+        if (size && !pattern) memset(block, 0, bytes);
+        else if (size)
+            for (int64_t k = 0; k < bytes; k += size) memcpy((char *)block + k, &pattern, size);
         tape.slots[slot] = {(char *)block, nullptr, block};
         return true;
     }
+    case KEPT: {
+        const int64_t slot = tape.take();
+        tape.slots[slot] = {(char *)tape.take(), nullptr, nullptr};
+        return true;
+    }
+    case PLUS: return plus(tape);
     case DROP: tape.drop(tape.slots[tape.take()]); return true;
     case CALL: return call(tape);
     case COPY: copy(tape); return true;
     case ADD:
-        if (tape.take() == 8) add<double>(tape);
-        else add<float>(tape);
-        return true;
+        switch (tape.take()) {
+        case 0: add<float>(tape); return true;
+        case 1: add<double>(tape); return true;
+        case 2: add<int64_t>(tape); return true;
+        case 3: add<double, float>(tape); return true;
+        case 4: add<double, Half>(tape); return true;
+        }
+        return false;
     case WEIGHT_GRAD: {
         const WeightGrad run = (WeightGrad)tape.take();
         const int64_t *words = (const int64_t *)tape.take();
@@ -196,6 +236,13 @@ static bool step(Tape &tape, int64_t code) {
     return false;
 }
 
+// Runs the instructions up to an end.
+static bool play(Tape &tape) {
+    for (int64_t code; (code = tape.take()) != END;)
+        if (!step(tape, code)) return false;
+    return true;
+}
+
 // 0 where all was done; nothing of a tape that fails is kept.
 extern "C" int fullframe_tape(const int64_t *words, void *const *bases, int64_t count, int64_t slots,
                               const Library *library) {
@@ -203,8 +250,7 @@ extern "C" int fullframe_tape(const int64_t *words, void *const *bases, int64_t 
     if (!all) return 1;
     for (int64_t k = 0; k < count; k++) all[k].at = (char *)bases[k];
     Tape tape = {words, all, *library};
-    bool good = true;
-    for (int64_t code; good && (code = tape.take()) != END;) good = step(tape, code);
+    const bool good = play(tape);
     for (int64_t k = count; k < slots; k++) tape.drop(all[k]);
     free(all);
     return !good;

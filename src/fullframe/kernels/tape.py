@@ -1,82 +1,57 @@
 """The work on a tile as one call: what ATen and the kernels did once, written down and run again without Python.
 
 While a tile runs in Python, a `Tape` notes the kernels and the ATen calls: padding, copies and sums of two windows,
-which are loops of our own, and any op that makes new tensors of tensors, which the library's dispatcher is asked for.
-Views are places in memory by then, and nothing else of Python is left; so the tape runs outside of Python's lock, and
-workers no longer wait for each other there. A tile with any other call (one that draws, or takes a number of Python's
-as a tensor) is refused, and goes on in Python. What is called, and with which numbers, is the same.
+which are loops of our own, and any op that makes new tensors of tensors or changes its first one, for which the
+library's dispatcher is asked. Views are places in memory by then, and nothing else of Python is left; so the tape
+runs outside of Python's lock. A tile with any other call (one that draws, or whose numbers the dispatcher does not
+take) is refused, and goes on in Python. What is called, and with which numbers, is the same.
 """
 
 from __future__ import annotations
 
 import ctypes
 import struct
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from threading import local
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import compiler
 from .call import Call
 from .geometry import contiguous, merged
 from .kernel import HostCall, Kernel, Plain
+from .native import FORMATS, codes
+from .taped import Result, Taped
 
-ENTRY = "fullframe_tape"
-END, KERNEL, NEW, DROP, CALL, COPY, ADD, WEIGHT_GRAD = range(8)
+END, KERNEL, NEW, DROP, CALL, COPY, ADD, WEIGHT_GRAD, KEPT, PLUS = range(10)
 PLAIN, TENSOR, LIST, OPTIONAL, STRING = range(5)  # what an argument of a call is
 MOST, AXES, ARGUMENTS = 64, 8, 16  # tensors of a kernel, axes of a copy, arguments of a call, as the source has them
-SMALL = 1024  # numbers of a partial result
-TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HELD = 1 << 16  # bytes of a constant
 ATEN: Any = torch.ops.aten
-MADE = {ATEN.empty.memory_format: 0, ATEN.empty_strided.default: 0, ATEN.new_empty.default: 0,
-        ATEN.new_empty_strided.default: 0, ATEN.empty_like.default: 0, ATEN.new_zeros.default: 1,
-        ATEN.zeros.default: 1, ATEN.zeros_like.default: 1}  # fmt: skip
+MADE = {ATEN.empty.memory_format: None, ATEN.empty_strided.default: None, ATEN.new_empty.default: None,
+        ATEN.new_empty_strided.default: None, ATEN.empty_like.default: None, ATEN.new_zeros.default: 0,
+        ATEN.zeros.default: 0, ATEN.zeros_like.default: 0}  # fmt: skip
+AS_TENSOR = {
+    getattr(ATEN, n).Scalar: getattr(ATEN, n).Tensor for n in ("mul", "div", "eq", "ne", "lt", "le", "gt", "ge")
+}
+F32, F64, I64 = torch.float32, torch.float64, torch.int64
+ADDED = ((F32, F32), (F64, F64), (I64, I64), (F64, F32), (F64, torch.bfloat16))  # to and from, as in the source
 _CURRENT = local()
-
-
-class Result(NamedTuple):
-    """A partial result: how it lies among all of a tile, and from which of its numbers on."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    start: int
-
-
-class Taped:
-    """A tape that is done. Threads may run it at the same time."""
-
-    def __init__(self, words: Sequence[int], slots: int, nbytes: int, results: Sequence[Result], held: Any):
-        self._words = (ctypes.c_int64 * len(words))(*words)
-        self._slots, self._size, self._held = slots, nbytes // 8, held
-        self._results = results
-
-    def run(self, bases: Sequence[int]) -> list[torch.Tensor] | None:
-        """The partial results, of a tile whose arrays are at these addresses; None where the library failed."""
-        made = torch.zeros(self._size, dtype=torch.float64)
-        small = made.numel() > SMALL
-        places = (ctypes.c_void_p * (len(bases) + 1))(*bases, made.data_ptr())
-        run, library = _entry() or (None, None)
-        if run is None or run(self._words, places, len(places), self._slots, library):
-            return None
-        found = [made.view(dtype).as_strided(shape, stride, at) for dtype, shape, stride, at in self._results]
-        # Small ones wait to be added up, and would keep the memory of large ones beside them.
-        return [t.clone() if small and t.numel() <= SMALL else t for t in found]
 
 
 class Tape(TorchDispatchMode):
     """Notes what is done to some arrays, the ``bases``; ``refused`` says what it has no word for.
 
+    Each begins so many bytes (``starts``) behind where it is when the tape runs. The last ``owned`` are blocks that
+    the tape gives back when nothing reads them any more.
+
     One at a time in a process: torch keeps in one place that there is a mode, and what there was before.
     """
 
-    def __init__(self, bases: Sequence[torch.Tensor]):
+    def __init__(self, bases: Sequence[torch.Tensor], starts: Sequence[int] = (), owned: int = 0):
         super().__init__()
         self.refused = ""
         self._work: list[list[int]] = []
@@ -84,7 +59,10 @@ class Tape(TorchDispatchMode):
         self._where: dict[int, int] = {}  # slot of each memory
         self._origin: dict[int, int] = {}  # address at which it begins
         self._results = len(bases)
+        self._first = self._results - owned  # slot that is given back
         self._slots = self._results + 1
+        self._constants: set[int] = set()  # slots that nothing may write
+        self._marks = [0]
         self._size = 0
         self._partials: dict[int, int] = {}  # of the memory of a kernel's sums, where they begin in ours
         self._held: list[Any] = []
@@ -92,7 +70,11 @@ class Tape(TorchDispatchMode):
             if _memory(tensor) in self._where:
                 self.refused = "arrays that share memory"
             self._where[_memory(tensor)] = k
-            self._origin[k] = tensor.data_ptr()
+            self._origin[k] = tensor.data_ptr() - (starts[k] if starts else 0)
+
+    def mark(self) -> None:
+        """Let what follows be another part of the tape."""
+        self._marks.append(len(self._work))
 
     def __enter__(self) -> Any:
         _CURRENT.tape = self
@@ -112,12 +94,7 @@ class Tape(TorchDispatchMode):
         if func in MADE:
             self._new(made, MADE[func])
         elif func in CALLS:
-            try:
-                CALLS[func](self, made, *args, **kwargs)
-            except _Unknown:
-                raise
-            except Exception as error:  # a number in place of a tensor, say; the call itself has gone well
-                raise _Unknown(f"{func} called in another way") from error
+            CALLS[func](self, made, *args, **kwargs)
         elif not _looks(func, args, made):
             self._called(func, args, kwargs, made)
 
@@ -129,7 +106,7 @@ class Tape(TorchDispatchMode):
             return
         with self._unless_refused():
             for tensor in fresh:
-                self._new(tensor, 0)
+                self._new(tensor)
             if 0 not in call.geometry.extents:
                 self._kernel(call, tensors, places)
         for tensor in sums[:1]:  # the others lie behind it
@@ -158,11 +135,12 @@ class Tape(TorchDispatchMode):
 
     @contextmanager
     def _unless_refused(self) -> Iterator[None]:
-        """Inside, what has no instruction refuses the tape."""
+        """Inside, what has no instruction refuses the tape; so does a call in another way than it is known, since the
+        call itself has gone well."""
         try:
             yield
-        except _Unknown as error:
-            self.refused = self.refused or str(error)
+        except Exception as error:
+            self.refused = self.refused or str(error) or repr(error)
 
     def finish(self, made: Sequence[torch.Tensor]) -> Taped | None:
         """The tape, with these partial results to be handed out; None where it was refused."""
@@ -171,13 +149,21 @@ class Tape(TorchDispatchMode):
             results = [self._result(m) for m in made]
         if self.refused:
             return None
-        last = {slot: k for k, slots in enumerate(self._used) for slot in slots if slot > self._results}
+        last = {slot: k for k, slots in enumerate(self._used) for slot in slots}
         words: list[int] = []
-        for k, work in enumerate(self._work):
-            words += work
-            for slot in dict.fromkeys(self._used[k]):
-                words += (DROP, slot) if last.get(slot) == k else ()
-        return Taped([*words, END], self._slots, self._size, results, self._held)
+        marks = []
+        for k in range(len(self._work) + 1):
+            for _ in range(self._marks.count(k)):
+                words += (END,) if marks else ()
+                marks.append(len(words))
+            if k < len(self._work):
+                words += self._work[k]
+                for slot in dict.fromkeys(self._used[k]):
+                    words += (DROP, slot) if last[slot] == k and self._gives_back(slot) else ()
+        return Taped([*words, END], marks, self._slots, self._size, results, self._held)
+
+    def _gives_back(self, slot: int) -> bool:
+        return slot > self._results or self._first <= slot < self._results
 
     # What is noted of each call -------------------------------------------------------------------
 
@@ -196,9 +182,9 @@ class Tape(TorchDispatchMode):
         return slot, tensor.data_ptr() - self._origin[slot]
 
     def _view(self, tensor: torch.Tensor) -> tuple[int, ...]:
-        if tensor.dtype not in TYPES or not tensor.numel():
-            raise _Unknown(f"a convolution of {tensor.dtype} or of an empty tensor")
-        return (*self._place(tensor), _codes()[tensor.dtype], tensor.dim(), *tensor.shape, *tensor.stride())
+        if tensor.dtype not in codes() or not tensor.numel():
+            raise _Unknown(f"an array of {tensor.dtype} or without elements")
+        return (*self._place(tensor), codes()[tensor.dtype], tensor.dim(), *tensor.shape, *tensor.stride())
 
     def _make(self, tensor: torch.Tensor) -> int:
         slot, self._slots = self._slots, self._slots + 1
@@ -207,75 +193,147 @@ class Tape(TorchDispatchMode):
         self._origin[slot] = tensor.data_ptr()
         return slot
 
-    def _new(self, made: torch.Tensor, zero: int) -> None:
-        slot = self._make(made)
-        self._add([NEW, slot, made.untyped_storage().nbytes(), zero], [slot])
+    def _new(self, made: torch.Tensor, value: Any = None) -> None:
+        """Note an array, full of a value."""
+        slot, size, pattern = self._make(made), 0, 0
+        if value is not None:
+            one = torch.full((1,), value, dtype=made.dtype).view(torch.uint8).tolist()
+            size, pattern = len(one), int.from_bytes(one, "little", signed=True)
+            if size > 8:
+                raise _Unknown(f"numbers of {made.dtype}")
+        self._add([NEW, slot, made.untyped_storage().nbytes(), size, pattern], [slot])
+
+    def _constant(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that is the same whenever the tape runs."""
+        slot = self._make(tensor)
+        self._held.append(tensor)
+        self._constants.add(slot)
+        self._add([KEPT, slot, tensor.data_ptr()], [slot])
+        return tensor
 
     def _called(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], made: Any) -> None:
         """Note a call of an op that makes tensors of tensors, whatever it is."""
+        func = AS_TENSOR.get(func, func)
         given = func._schema.arguments
-        if len(given) > ARGUMENTS or not _pure(func):
+        if len(given) > ARGUMENTS or not _plain(func):
             raise _Unknown(str(func))
+        if not any(isinstance(a, torch.Tensor) for a in _flat(args)):
+            if made.nbytes > HELD:
+                raise _Unknown(f"{func}, a large constant")
+            held = self._constant(made.clone())
+            self._new(made)
+            self._copy(made, made, held)
+            return
+        args = self._tensors(given, args)
         words, used = [CALL, _text(func._schema.name), _text(func._schema.overload_name), len(given)], []
         for k, argument in enumerate(given):
             value = args[k] if k < len(args) else kwargs.get(argument.name, argument.default_value)
-            words += self._argument(argument.type, value, used)
+            found = self._argument(argument.type, value, used)
+            if found is None:
+                raise _Unknown(f"{func} with a {argument.type}")
+            words += found
         results = made if isinstance(made, (list, tuple)) else [made]
+        given_memory = {_memory(a) for a in _flat(args) if isinstance(a, torch.Tensor)}
+        if not func._schema.is_mutable and any(r is not None and _memory(r) in given_memory for r in results):
+            raise _Unknown(f"{func}, of whose results only some are new")
+        if func._schema.is_mutable and used[0] in self._constants:
+            raise _Unknown(f"{func} of a number")
         words.append(len(results))
         for result in results:
-            if result is None:
+            if result is None or func._schema.is_mutable:
                 words.append(-1)
                 continue
             used.append(self._make(result))
-            words += (used[-1], result.dim(), *result.stride())
+            words += (used[-1], *_form(result))
         self._add(words, used)
 
-    def _argument(self, kind: Any, value: Any, used: list[int]) -> list[int]:
+    def _tensors(self, given: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        """Arguments, with tensors in place of numbers of Python's that stand for one and count as much."""
+        beside = [a for a in args if isinstance(a, torch.Tensor)]
+        found = list(args)
+        for k, (argument, value) in enumerate(zip(given, args, strict=False)):
+            if argument.type.kind() != "TensorType" or not isinstance(value, (bool, int, float)):
+                continue
+            dtype = F64 if isinstance(value, float) else None
+            if all(t.dim() == 0 for t in beside):  # where any other number would count as much as they
+                dtype = torch.result_type(beside[0], value)
+            found[k] = torch.tensor(value, dtype=dtype)
+            same = all(torch.result_type(t, found[k]) == torch.result_type(t, value) for t in beside)
+            if not same or found[k].dtype in (torch.bfloat16, torch.float16):  # with which numbers are not rounded
+                raise _Unknown(f"{value} beside {beside[0].dtype}")
+            self._constant(found[k])
+        return found
+
+    def _plus(self, made: torch.Tensor, x: torch.Tensor, y: Any, *, alpha: float = 1, sign: float = 1) -> None:
+        if made.dtype == torch.int64 and isinstance(y, torch.Tensor) and x.dtype == y.dtype and sign * alpha == 1:
+            self._new(made)
+            self._copy(made, made, x)
+            self._sum(made, made, y)
+            return
+        if not made.dtype.is_floating_point:
+            raise _Unknown(f"a sum of {made.dtype}")
+        x, y = self._tensors(ATEN.add.Tensor._schema.arguments, [x, y])
+        views, used = [*self._view(x), *self._view(y)], [self._slot(x), self._slot(y)]
+        factor = struct.unpack("q", struct.pack("d", sign * alpha))
+        slot = self._make(made)
+        self._add([PLUS, *factor, *views, slot, *_form(made)], [*used, slot])
+
+    def _minus(self, made: torch.Tensor, x: torch.Tensor, y: Any, *, alpha: float = 1) -> None:
+        self._plus(made, x, y, alpha=alpha, sign=-1)
+
+    def _argument(self, kind: Any, value: Any, used: list[int]) -> list[int] | None:
         match kind.kind():
             case "OptionalType" if value is None:
                 return [PLAIN, 0]
             case "OptionalType":
-                return [OPTIONAL, *self._argument(kind.getElementType(), value, used)]
+                held = self._argument(kind.getElementType(), value, used)
+                return None if held is None else [OPTIONAL, *held]
             case "ListType" if isinstance(value, (list, tuple)):
                 parts = [self._argument(kind.getElementType(), v, used) for v in value]
-                return [LIST, len(value), *(n for part in parts for n in part)]
+                whole = all(part is not None for part in parts)
+                return [LIST, len(value), *(n for part in parts for n in part or ())] if whole else None
             case "TensorType" if isinstance(value, torch.Tensor):
                 used.append(self._slot(value))
                 return [TENSOR, *self._view(value)]
             case "IntType" | "SymIntType" | "BoolType" if isinstance(value, int):
                 return [PLAIN, int(value)]
+            case "IntType" if value in codes():
+                return [PLAIN, codes()[value]]
+            case "IntType" if value in FORMATS:
+                return [PLAIN, FORMATS[value]]
             case "FloatType" if isinstance(value, (int, float)):
                 return [PLAIN, *struct.unpack("q", struct.pack("d", value))]
             case "StringType":
                 return [STRING, _text(value), len(value.encode())]
-        raise _Unknown(f"an argument that is a {kind}")
+        return None
 
-    def _full(self, made: torch.Tensor, shape: Sequence[int], value: float, **_: Any) -> None:
-        if value:
-            raise _Unknown(f"a window full of {value}")
-        self._new(made, 1)
+    def _full(self, made: torch.Tensor, _: Any, value: float, **__: Any) -> None:
+        self._new(made, value)
 
     def _pad(self, made: torch.Tensor, x: torch.Tensor, pads: Sequence[int], value: float = 0.0) -> None:
-        if value:
-            raise _Unknown(f"padding with {value}")
-        self._new(made, 1)
+        self._new(made)
+        one = self._constant(torch.full((), value, dtype=made.dtype))
         to, read = made, x
         for k in range(len(pads) // 2):
             axis, (before, after) = x.dim() - 1 - k, pads[2 * k : 2 * k + 2]
             low = max(-before, 0)
             length = x.shape[axis] - low - max(-after, 0)
-            to = to.narrow(axis, max(before, 0), length)
+            before, after = max(before, 0), max(after, 0)
+            for start, count in ((0, before), (before + length, after)):
+                edge = to.narrow(axis, start, count)
+                self._copy(edge, edge, one.expand_as(edge))
+            to = to.narrow(axis, before, length)
             read = read.narrow(axis, low, length)
         self._copy(to, to, read)
 
     def _clone(self, made: torch.Tensor, x: torch.Tensor, memory_format: Any = None) -> None:
-        self._new(made, 0)
+        self._new(made)
         self._copy(made, made, x)
 
     def _cat(self, made: torch.Tensor, parts: Sequence[torch.Tensor], dim: int = 0) -> None:
         if any(p.dim() != made.dim() for p in parts):
             raise _Unknown("empty parts of another rank")
-        self._new(made, 0)
+        self._new(made)
         at = 0
         for part in parts:
             if part.numel():
@@ -285,13 +343,15 @@ class Tape(TorchDispatchMode):
 
     def _copy(self, _: Any, to: torch.Tensor, x: torch.Tensor, non_blocking: bool = False) -> None:
         if to.dtype != x.dtype:
-            raise _Unknown("a copy in another type")
+            self._called(ATEN.copy_.default, [to, x], {}, to)
+            return
         self._move([COPY, to.itemsize], to.shape, (self._place(to), to.stride()), x.expand_as(to))
 
     def _sum(self, _: Any, to: torch.Tensor, x: torch.Tensor, alpha: float = 1) -> None:
-        if to.dtype != x.dtype or to.dtype not in (torch.float32, torch.float64) or alpha != 1:
-            raise _Unknown("a sum of other types")
-        self._move([ADD, to.itemsize], to.shape, (self._place(to), to.stride()), x.expand_as(to))
+        kinds = (to.dtype, x.dtype)
+        if kinds not in ADDED or alpha != 1:
+            raise _Unknown(f"a sum of {x.dtype} in {to.dtype}")
+        self._move([ADD, ADDED.index(kinds)], to.shape, (self._place(to), to.stride()), x.expand_as(to))
 
     def _move(self, code: list[int], shape: Sequence[int], to: tuple[tuple[int, int], Sequence[int]],
               x: torch.Tensor) -> None:  # fmt: skip
@@ -300,14 +360,21 @@ class Tape(TorchDispatchMode):
         if x.is_conj() or x.is_neg():
             raise _Unknown("numbers that are not as they lie in memory")
         place, strides = to
-        size = x.itemsize
-        axes = [(n, a * size, b * size) for n, a, b in zip(shape, strides, x.stride(), strict=True) if n > 1]
-        axes = merged(sorted(axes, key=lambda axis: -axis[1])) or [(1, size, size)]
+        if place[0] in self._constants:
+            raise _Unknown("a number that is written")
+        wide, size = self._wide(code, x.itemsize), x.itemsize
+        axes = [(n, a * wide, b * size) for n, a, b in zip(shape, strides, x.stride(), strict=True) if n > 1]
+        axes = merged(sorted(axes, key=lambda axis: -axis[1])) or [(1, wide, size)]
         if len(axes) > AXES:
             raise _Unknown(f"a copy along {len(axes)} axes")
         columns = [n for column in zip(*axes, strict=True) for n in column]
         read = self._place(x)
         self._add([*code, len(axes), *columns, *place, *read], [place[0], read[0]])
+
+    @staticmethod
+    def _wide(code: Sequence[int], size: int) -> int:
+        """Bytes of an element that is written."""
+        return ADDED[code[1]][0].itemsize if code[0] == ADD else size
 
     def _result(self, made: torch.Tensor) -> Result:
         if made.itemsize > 8:
@@ -326,11 +393,12 @@ class Tape(TorchDispatchMode):
 
 
 def _looks(func: Any, args: Any, made: Any) -> bool:
-    """Whether a call has made views of its first argument, and no copy, as some may of tensors of inference mode."""
-    if not func.is_view or func is ATEN.lift_fresh.default or not isinstance(args[0], torch.Tensor):
+    """Whether a call has made views of its arguments, and no copy, whatever it says of itself."""
+    if func._schema.is_mutable or func is ATEN.lift_fresh.default:
         return False
+    given = {_memory(a) for a in _flat(args) if isinstance(a, torch.Tensor)}
     views = made if isinstance(made, (list, tuple)) else [made]
-    return all(_memory(view) == _memory(args[0]) for view in views)
+    return all(isinstance(view, torch.Tensor) and _memory(view) in given for view in views)
 
 
 class _Unknown(Exception):
@@ -340,10 +408,28 @@ class _Unknown(Exception):
 TAGS = {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
-def _pure(func: Any) -> bool:
-    """Whether an op does nothing but make new tensors of its arguments, always the same of the same."""
-    fresh = all(r.alias_info is None and r.type.kind() == "TensorType" for r in func._schema.returns)
-    return fresh and not func._schema.is_mutable and TAGS.isdisjoint(func.tags)
+def _plain(func: Any) -> bool:
+    """Whether an op makes new tensors of its arguments, or only changes its first; always the same of the same."""
+    schema = func._schema
+    if not TAGS.isdisjoint(func.tags):
+        return False
+    if schema.is_mutable:
+        first, *rest = (a.alias_info for a in schema.arguments)
+        return first is not None and not any(rest) and len(schema.returns) == 1
+    fresh = (r.alias_info is None and r.type.kind() == "TensorType" for r in schema.returns)
+    return bool(schema.returns) and all(fresh)
+
+
+def _form(made: torch.Tensor) -> tuple[int, ...]:
+    """What the library must make again: type, axes, strides."""
+    if made.dtype not in codes():
+        raise _Unknown(f"an array of {made.dtype}")
+    return (codes()[made.dtype], made.dim(), *made.stride())
+
+
+def _flat(args: Sequence[Any]) -> Iterator[Any]:
+    for a in args:
+        yield from a if isinstance(a, (list, tuple)) else (a,)
 
 
 @cache
@@ -358,6 +444,10 @@ def _text(text: str) -> int:
 
 CALLS: dict[Any, Callable[..., None]] = {
     ATEN.full.default: Tape._full,
+    ATEN.full_like.default: Tape._full,
+    ATEN.new_full.default: lambda tape, made, _, *shape_and_value, **__: tape._full(made, *shape_and_value),
+    ATEN.add.Tensor: Tape._plus,
+    ATEN.sub.Tensor: Tape._minus,
     ATEN.constant_pad_nd.default: Tape._pad,
     ATEN.cat.default: Tape._cat,
     ATEN.clone.default: Tape._clone,
@@ -385,36 +475,3 @@ def current() -> Tape | None:
 
 def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-# The library's functions ---------------------------------------------------------------------------
-
-
-def taping() -> bool:
-    """Whether tapes can be run: there is a compiler, and this PyTorch has the functions."""
-    return _entry() is not None
-
-
-@cache
-def _entry() -> tuple[Callable[..., int], Any] | None:
-    try:
-        run = compiler.load(Path(__file__).with_suffix(".cpp").read_text(), ENTRY)
-        named = [getattr(_torch(), name) for name in FUNCTIONS]
-    except (compiler.BuildError, OSError, AttributeError):
-        return None
-    return run, (ctypes.c_void_p * len(named))(*(ctypes.cast(f, ctypes.c_void_p) for f in named))
-
-
-FUNCTIONS = ("aoti_torch_create_tensor_from_blob", "aoti_torch_delete_tensor_object", "aoti_torch_get_data_ptr",
-             "aoti_torch_get_strides", "torch_new_list_reserve_size", "torch_list_push_back",
-             "torch_new_stable_ivalue", "torch_new_string_handle", "aoti_torch_call_dispatcher")  # fmt: skip
-
-
-def _torch() -> ctypes.CDLL:
-    name = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "libtorch_cpu.so")
-    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
-
-
-@cache
-def _codes() -> dict[torch.dtype, int]:
-    return {t: getattr(_torch(), f"aoti_torch_dtype_{str(t).removeprefix('torch.')}")() for t in TYPES}

@@ -47,7 +47,7 @@ def _spread_of(b: Builder, x: Value, dims: Any, correction: Any, keepdim: bool) 
 
 def variance(m: torch.Tensor, correction: float) -> torch.Tensor:
     """Variance from moments (3, ...); NaN or infinity as in PyTorch where too few elements."""
-    return m[2] / (m[0] - correction).clamp(min=0)
+    return m[2] / (m[0] - correction).clamp(min=m.new_zeros(()))
 
 
 def average(m: torch.Tensor) -> torch.Tensor:

@@ -111,10 +111,11 @@ class Moments(Reduction):
         """Of all at once: the mean of the means, then the squares about it."""
         count, mean, square = partials.unbind(1)
         n = count.sum(0)
-        weight = count / n.clamp(min=1)
+        weight = count / n.clamp(min=n.new_ones(()))
         largest = mean.gather(0, count.argmax(0, keepdim=True))
         middle = about(mean, largest, lambda d: (weight * d).sum(0, keepdim=True))[0]
-        square = square.sum(0) + (count * (mean - middle).square()).sum(0)
+        away = mean - middle
+        square = square.sum(0) + (count * (away * away)).sum(0)
         return torch.stack([n, middle, square])
 
 
@@ -123,7 +124,7 @@ def about(x: torch.Tensor, centre: torch.Tensor, average: Callable[[torch.Tensor
 
     A norm then makes exact zeros of a constant map, and what follows (a ReLU) sees no sign of a rounding.
     """
-    centre = torch.where(centre.isfinite(), centre, 0)
+    centre = torch.where(torch.eq(centre - centre, centre.new_zeros(())), centre, 0)  # of finite ones
     return centre + average(x - centre)
 
 
