@@ -166,8 +166,7 @@ class Reel:
             flow.native.close()
         flow.native.check()
         for number in self.steps:
-            for value in self.plan[number].frees:
-                run.values.pop(value, None)
+            run.free(number)
         return True
 
 

@@ -13,6 +13,7 @@ from fullframe.task import Sum
 
 
 def add(sums: dict[Op, Summation], partials: Partials) -> None:
+    """Add a tile's partial results to the sums in progress."""
     for place, partial in partials:
         sums[place.op].add(place, partial)
 
