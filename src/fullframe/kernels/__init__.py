@@ -10,10 +10,11 @@ On CUDA devices groups run as generated CUDA, compiled by the library that comes
 A `Tape` notes all that is done on a tile, kernels and the library's calls; a `NativeFlow` plays the tapes of many
 steps without Python.
 
-`weight_grad` is the one sum that is not pointwise: of a convolution, where the library is slow at it.
+Two sums are not pointwise: `convolution`, in short chains, and `weight_grad`, its gradient.
 """
 
 from .call import Call
+from .convolution import CHAIN, Axis, convolution, for_convolution, parts_of, suits
 from .cuda import DeviceKernel
 from .flow import NativeFlow, Stage, Stages, Track
 from .gradient import weight_grad
@@ -25,7 +26,9 @@ from .tape import Tape, run
 from .taped import Taped
 
 __all__ = [
+    "CHAIN",
     "SUPPORTED",
+    "Axis",
     "Call",
     "DeviceKernel",
     "Group",
@@ -43,8 +46,12 @@ __all__ = [
     "Track",
     "build",
     "build_many",
+    "convolution",
+    "for_convolution",
+    "parts_of",
     "plain",
     "run",
+    "suits",
     "supports",
     "taping",
     "weight_grad",

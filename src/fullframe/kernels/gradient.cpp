@@ -6,41 +6,10 @@
 // the pixels of a patch pass; a patch is so small that it stays in the first-level cache for all blocks.
 // Padding is never made: a tap is summed over those pixels at which it lies inside the window.
 
-#include <stdint.h>
-
-#if defined(__AVX512F__)
-constexpr int64_t LANES = 16, HELD = 24;
-#elif defined(__AVX__)
-constexpr int64_t LANES = 8, HELD = 12;
-#else
-constexpr int64_t LANES = 4, HELD = 12;
-#endif
 constexpr int64_t PATCH = 128;  // pixels
+constexpr int64_t ROWS = HELD / 12 * 12;  // vectors of sums in a block
 constexpr int64_t FEW = 2 * LANES;  // channels, from which on each tap is a run of its own: no pixel is then apart
 
-typedef float Vec __attribute__((vector_size(LANES * 4)));
-typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-
-// Sums are rounded once per product here, as in the library's kernels.
-#if defined(__clang__)
-#define FUSED
-#define MADD(a, b, c) __builtin_elementwise_fma(a, b, c)
-#else
-#define FUSED __attribute__((optimize("fp-contract=fast")))
-#define MADD(a, b, c) ((a) * (b) + (c))
-#endif
-
-// A value kept in a register, where the compiler would rather load it again at every use.
-#if defined(__AVX512F__)
-#define KEEP(value) asm("" : "+v"(value))
-#elif defined(__x86_64__)
-#define KEEP(value) asm("" : "+x"(value))
-#else
-#define KEEP(value)
-#endif
-
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
 struct Patch {  // of pixels; steps of both arrays from pixel to pixel and from row to row, in elements
@@ -92,7 +61,7 @@ static inline void some_rows(int64_t r, const Patch &p, const float *thin, const
 // All rows against V vectors of columns, in even shares.
 template <int V>
 static void strip(const Patch &p, const float *thin, const float *wide, float *out, int64_t rows, int64_t skip) {
-    constexpr int64_t MOST = HELD / V < 8 ? HELD / V : 8;
+    constexpr int64_t MOST = ROWS / V < 8 ? ROWS / V : 8;
     const int64_t blocks = (rows + MOST - 1) / MOST;
     for (int64_t k = 0, r = 0; k < blocks; k++) {
         const int64_t end = rows * (k + 1) / blocks;
@@ -117,13 +86,11 @@ static void product(const Patch &p, const float *thin, const float *wide, float 
     }
 }
 
-struct Axis {
-    int64_t g, x, kernel, stride, before, dilation;  // extents, geometry, padding before the window
-    // The outputs [low, high) for which a tap lies inside the window.
-    int64_t low(int64_t tap) const { return most(0, -floor_div(tap * dilation - before, stride)); }
-    int64_t high(int64_t tap) const { return least(g, floor_div(x - 1 + before - tap * dilation, stride) + 1); }
-    int64_t at(int64_t out, int64_t tap) const { return out * stride - before + tap * dilation; }
-};
+// The outputs [low, high) for which a tap lies inside the window.
+static int64_t low(const Axis &a, int64_t tap) { return most(0, -floor_div(tap * a.dilation - a.before, a.stride)); }
+static int64_t high(const Axis &a, int64_t tap) {
+    return least(a.out, floor_div(a.in - 1 + a.before - tap * a.dilation, a.stride) + 1);
+}
 
 struct Task {
     int64_t batch, groups, thick, deep;  // output and input channels of a group
@@ -164,40 +131,43 @@ static void row_of_taps(const Task &t, const float *g, const float *x, float *ou
     const bool joined = t.deep <= FEW && t.groups == 1 && w.dilation == 1 && t.x_step[3] == t.deep;
     if (!joined) {
         for (int64_t k = 0; k < w.kernel; k++) {
-            const int64_t inside[2] = {most(pixels[0], w.low(k)), least(pixels[1], w.high(k))};
+            const int64_t inside[2] = {most(pixels[0], low(w, k)), least(pixels[1], high(w, k))};
             run(t, g, x, out, k, k + 1, rows, inside, row_tap);
         }
         return;
     }
     // At the pixels in the middle all taps are inside; at each of the others, some.
-    const int64_t middle[2] = {most(pixels[0], w.low(0)), least(pixels[1], w.high(w.kernel - 1))};
+    const int64_t middle[2] = {most(pixels[0], low(w, 0)), least(pixels[1], high(w, w.kernel - 1))};
     run(t, g, x, out, 0, w.kernel, rows, middle, row_tap);
     for (int64_t p = pixels[0]; p < pixels[1]; p++) {
         if (p == middle[0] && middle[1] > middle[0]) p = middle[1];
         if (p >= pixels[1]) break;
         const int64_t start = p * w.stride - w.before, one[2] = {p, p + 1};
-        const int64_t first = most(0, -start), last = least(w.kernel, w.x - start);
+        const int64_t first = most(0, -start), last = least(w.kernel, w.in - start);
         if (first < last) run(t, g, x, out, first, last, rows, one, row_tap);
     }
 }
 
 static void plane(const Task &t, const float *g, const float *x, float *out) {
     const Axis &h = t.axis[1], &w = t.axis[2];
-    const int64_t shares = (w.g + PATCH - 1) / PATCH, width = (w.g + shares - 1) / shares;
+    const int64_t shares = (w.out + PATCH - 1) / PATCH, width = (w.out + shares - 1) / shares;
     const int64_t height = most(1, PATCH / width), size = w.kernel * t.deep * (t.swapped ? t.thick : 1);
-    for (int64_t top = 0; top < h.g; top += height)
-        for (int64_t left = 0; left < w.g; left += width)
+    for (int64_t top = 0; top < h.out; top += height)
+        for (int64_t left = 0; left < w.out; left += width)
             for (int64_t k = 0; k < h.kernel; k++) {
-                const int64_t rows[2] = {most(top, h.low(k)), least(least(top + height, h.g), h.high(k))};
-                const int64_t pixels[2] = {left, least(left + width, w.g)};
+                const int64_t rows[2] = {most(top, low(h, k)), least(least(top + height, h.out), high(h, k))};
+                const int64_t pixels[2] = {left, least(left + width, w.out)};
                 row_of_taps(t, g, x, out + k * size, rows, pixels, k);
             }
 }
 
 // words: batch, groups, output and input channels of a group, three axes (extent of g, of x, kernel, stride,
 // padding before, dilation), steps of g and of x (batch and three axes), whether vectors run over the output
-// channels. out: zeros; (output channel, taps, input channel), or (taps, input channel, output channel) per group.
-extern "C" int fullframe_weight_grad(const int64_t *words, const float *g, const float *x, float *out) {
+// channels. tensors: g, x, and zeros for the product: (output channel, taps, input channel), or (taps, input channel,
+// output channel) per group.
+extern "C" int fullframe_gradient(const int64_t *words, float *const *tensors) {
+    const float *g = tensors[0], *x = tensors[1];
+    float *out = tensors[2];
     Task t;
     t.batch = words[0], t.groups = words[1], t.thick = words[2], t.deep = words[3];
     for (int a = 0; a < 3; a++) {
@@ -212,7 +182,7 @@ extern "C" int fullframe_weight_grad(const int64_t *words, const float *g, const
         float *mine = out + group * t.thick * t.deep * d.kernel * t.axis[1].kernel * t.axis[2].kernel;
         for (int64_t n = 0; n < t.batch; n++)
             for (int64_t k = 0; k < d.kernel; k++)
-                for (int64_t z = d.low(k); z < d.high(k); z++)
+                for (int64_t z = low(d, k); z < high(d, k); z++)
                     plane(t, g + n * t.g_step[0] + z * t.g_step[1] + group * t.thick,
                           x + n * t.x_step[0] + d.at(z, k) * t.x_step[1] + group * t.deep, mine + k * slice);
     }

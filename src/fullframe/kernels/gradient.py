@@ -9,21 +9,15 @@ image is one constant, each of these sums is rounded the same way: ten times the
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
-from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 
-from . import compiler
-from .tape import current
+from .own import own, run
 
-ENTRY = "fullframe_weight_grad"
 LEAST = 16  # channels of a vector, on the widest processor
-_LOCK = Lock()
-_LOADED: list[Callable[..., int] | None] = []
 
 
 def weight_grad(
@@ -50,16 +44,14 @@ def weight_grad(
     """
     if not _suits(g, x, shape, groups):
         return None
-    function = _function()
+    function = own("gradient")
     if function is None:
         return None
     g, x = _innermost(g), _innermost(x)
     geometry = tuple(zip(shape[2:], stride, before, dilation, strict=True))
     form = _form((tuple(g.shape), g.stride()), (tuple(x.shape), x.stride()), geometry, (*shape[:2], groups))
     made = g.new_zeros(form.made)
-    function(form.words, *(ctypes.c_void_p(t.data_ptr()) for t in (g, x, made)))
-    if (tape := current()) is not None:
-        tape.weight_grad(function, form.words, (g, x, made))
+    run(function, form.words, (g, x, made))
     if not form.swapped:
         return made.movedim(-1, 1)
     return made.movedim(-1, 1).flatten(0, 1).movedim(-1, 1)
@@ -119,19 +111,3 @@ def _innermost(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.stride(1) == 1 or tensor.shape[1] == 1:
         return tensor
     return tensor.contiguous(memory_format=torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d)
-
-
-def _function() -> Callable[..., int] | None:
-    """The kernel, loaded by the thread that asks first; None where there is no compiler."""
-    if not _LOADED:
-        with _LOCK:
-            if not _LOADED:
-                _LOADED.append(_load())
-    return _LOADED[0]
-
-
-def _load() -> Callable[..., int] | None:
-    try:
-        return compiler.load(Path(__file__).with_suffix(".cpp").read_text(), ENTRY)
-    except compiler.BuildError:
-        return None

@@ -26,9 +26,9 @@ struct Library {
 };
 
 typedef int (*Kernel)(const int64_t *geometry, void *const *tensors, double *partials);
-typedef int (*WeightGrad)(const int64_t *words, const float *g, const float *x, float *out);
+typedef int (*Own)(const int64_t *words, void *const *tensors);
 
-enum Code { END, KERNEL, NEW, DROP, CALL, COPY, ADD, WEIGHT_GRAD, KEPT, PLUS };
+enum Code { END, KERNEL, NEW, DROP, CALL, COPY, ADD, OWN, KEPT, PLUS };
 enum Argument { PLAIN, TENSOR, LIST, OPTIONAL, STRING };
 
 struct Slot {
@@ -195,6 +195,15 @@ static bool kernel(Tape &tape) {
     return !run(geometry, tensors, partials);
 }
 
+static bool own(Tape &tape) {
+    const Own run = (Own)tape.take();
+    const int64_t *words = (const int64_t *)tape.take();
+    const int64_t count = tape.take();
+    void *tensors[8] = {nullptr};
+    for (int64_t k = 0; k < count; k++) tensors[k] = tape.place();
+    return !run(words, tensors);
+}
+
 static bool step(Tape &tape, int64_t code) {
     switch (code) {
     case KERNEL: return kernel(tape);
@@ -226,12 +235,7 @@ static bool step(Tape &tape, int64_t code) {
         case 4: add<double, Half>(tape); return true;
         }
         return false;
-    case WEIGHT_GRAD: {
-        const WeightGrad run = (WeightGrad)tape.take();
-        const int64_t *words = (const int64_t *)tape.take();
-        const float *g = (const float *)tape.place(), *x = (const float *)tape.place();
-        return !run(words, g, x, (float *)tape.place());
-    }
+    case OWN: return own(tape);
     }
     return false;
 }

@@ -26,7 +26,7 @@ from .kernel import HostCall, Kernel, Plain
 from .native import FORMATS, codes
 from .taped import Result, Taped
 
-END, KERNEL, NEW, DROP, CALL, COPY, ADD, WEIGHT_GRAD, KEPT, PLUS = range(10)
+END, KERNEL, NEW, DROP, CALL, COPY, ADD, OWN, KEPT, PLUS = range(10)
 PLAIN, TENSOR, LIST, OPTIONAL, STRING = range(5)  # what an argument of a call is
 MOST, AXES, ARGUMENTS = 64, 8, 16  # tensors of a kernel, axes of a copy, arguments of a call, as the source has them
 HELD = 1 << 16  # bytes of a constant
@@ -124,14 +124,16 @@ class Tape(TorchDispatchMode):
         self._held.append(call)
         self._add(words, slots)
 
-    def weight_grad(self, function: Any, words: Any, tensors: Sequence[torch.Tensor]) -> None:
-        """Note our own weight gradient."""
+    def own(self, function: Any, words: Any, tensors: Sequence[torch.Tensor | None]) -> None:
+        """Note a function of our own; a tensor that is missing is one of the last."""
         with self._unless_refused():
-            places = [self._place(t) for t in tensors]
+            places = [self._place(t) for t in tensors if t is not None]
+            if None in tensors[: len(places)]:
+                raise _Unknown("a tensor that is missing")
             entry = ctypes.cast(function, ctypes.c_void_p).value or 0
             self._held.append(words)
             flat = [n for place in places for n in place]
-            self._add([WEIGHT_GRAD, entry, ctypes.addressof(words), *flat], [slot for slot, _ in places])
+            self._add([OWN, entry, ctypes.addressof(words), len(places), *flat], [slot for slot, _ in places])
 
     @contextmanager
     def _unless_refused(self) -> Iterator[None]:

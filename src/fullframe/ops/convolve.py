@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fullframe.kernels import CHAIN, parts_of
 from fullframe.region import Interval
 
 
@@ -71,9 +72,6 @@ def in_pieces(*maps: torch.Tensor) -> list[torch.Tensor] | None:
     return [x.view(_pieces(pixels), 1, -1, x.shape[-1]).movedim(-1, 1) for x in flat]
 
 
-CHAIN = 144  # products that the library may add up one after the other: 16 channels of 3 x 3
-
-
 class _Geometry(NamedTuple):
     """How a convolution steps, with a number for each spatial axis."""
 
@@ -85,7 +83,7 @@ class _Geometry(NamedTuple):
 
 
 def _in_chains(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: _Geometry) -> torch.Tensor:
-    """A float32 convolution, channels innermost, in sums of at most `CHAIN` products where they would be long.
+    """A float32 convolution, channels innermost, in short sums where they would be long (see `parts_of`).
 
     With channels innermost the library adds up all products of an output in one chain, and its rounding error grows
     with the chain: for 192 channels of 3 x 3 it is three times that of the layout of plain PyTorch. So a wide
@@ -110,8 +108,7 @@ def _in_parts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
     how = how._replace(padding=[0, *how.padding[1:]])
     stride, dilation = how.stride[0], how.dilation[0]
     height = (x.shape[2] - dilation * (rows - 1) - 1) // stride + 1
-    some = max(1, CHAIN // (prod(rest) * deep))
-    step = deep if some > 1 else max(16, CHAIN // prod(rest) // 16 * 16)
+    some, step = parts_of(prod(rest), deep)
     made: torch.Tensor | None = None
     for c in range(0, deep, step):
         part = x if step >= deep else innermost(x[:, c : c + step])

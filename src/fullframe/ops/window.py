@@ -14,7 +14,8 @@ import torch
 
 from fullframe import region as box
 from fullframe.graph import Kind, Link, Op
-from fullframe.kernels import weight_grad
+from fullframe.kernels import Axis as Placed
+from fullframe.kernels import convolution, weight_grad
 from fullframe.ops.convolve import DOT, convolve, in_pieces, pad_window, spread
 from fullframe.ops.rule import BaseRule, Reduction
 from fullframe.region import Interval, Region
@@ -67,6 +68,11 @@ class Conv(BaseRule):
         bias = windows[2] if len(windows) > 2 else None
         _, _, _, stride, _, dilation, groups = op.args
         pads = outside(self.reads(op, region), op.inputs[0].shape[2:])
+        sizes = zip(box.shape_of(region[2:]), self.axes(op), pads, strict=True)
+        axes = [Placed(n, a.stride, before, a.dilation) for n, a, (before, _) in sizes]
+        made = convolution(x, weight, bias, axes, groups)
+        if made is not None:
+            return made
         if all(before == after for before, after in pads):
             padding = [before for before, _ in pads]
         else:

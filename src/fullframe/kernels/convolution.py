@@ -1,0 +1,154 @@
+"""A convolution of one window, in short chains of sums, where the library would make it in parts.
+
+With channels innermost the library adds up all products of an output in one chain, and its rounding error grows with
+the chain. The kernel's chains are short, and it pads nothing, copies nothing and looks nothing up, so that it is as
+fast as the library on large windows and several times as fast on small ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+
+from .own import own, run
+
+CHAIN = 144  # products that may be added up one after the other: 16 channels of 3 x 3
+LEAST = 8  # output channels: half a vector, on the widest processor
+ROWS = 64  # rows of taps, as the source has it
+
+
+class Axis(NamedTuple):
+    """A spatial axis of a window: ``extent`` of the output, ``stride``, ``dilation``, and how many pixels of padding
+    the first window reaches ``before`` the input."""
+
+    extent: int
+    stride: int
+    before: int
+    dilation: int
+
+
+class Parts(NamedTuple):
+    """The products of a chain: of so many rows of taps (all axes but the last), and so many channels."""
+
+    rows: int
+    channels: int
+
+
+def parts_of(taps: int, deep: int) -> Parts:
+    """Chains of at most `CHAIN` products, or of one row of ``taps`` by 16 of ``deep`` channels."""
+    rows = max(1, CHAIN // (taps * deep))
+    return Parts(rows, deep if rows > 1 or taps * deep <= CHAIN else max(16, CHAIN // taps // 16 * 16))
+
+
+def convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    axes: Sequence[Axis],
+    groups: int,
+) -> torch.Tensor | None:
+    """The outputs of a window; None where the library should make them.
+
+    Args:
+        x: window of the input, (batch, in, ...) with two or three spatial axes; outside of it are zeros.
+        weight: (out, in / groups, ...); best with output channels innermost, as `for_convolution` lays it out.
+        bias: (out), or None.
+        axes: of each spatial axis, the extent of the output and how windows lie.
+        groups: of the convolution.
+
+    Returns:
+        float32, (batch, out, extents), channels innermost.
+    """
+    extents = [a.extent for a in axes]
+    if not _suits(x, weight, bias, groups) or 0 in extents:
+        return None
+    function = own("convolution")
+    if function is None:
+        return None
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        x = x.contiguous(memory_format=_format(x.dim()))
+    made = torch.empty((x.shape[0], weight.shape[0], *extents), memory_format=_format(x.dim()))
+    sizes = zip(axes, x.shape[2:], weight.shape[2:], strict=True)
+    geometry = tuple((a.extent, n, kernel, a.stride, a.before, a.dilation) for a, n, kernel in sizes)
+    words = _words((x.shape[0], *weight.shape[:2]), geometry, x.stride(), made.stride(), weight.stride())
+    run(function, words, (x, weight, made, bias))
+    return made
+
+
+def for_convolution(weight: torch.Tensor, turned: bool = False) -> torch.Tensor:
+    """A weight (out, in, ...) as `convolution` wants it: output channels innermost in memory, then input channels.
+
+    ``turned``: that of the convolution which is the input gradient (of stride 1), (in, out, ...): what went out comes
+    in, and the taps are in the other order.
+    """
+    weight = weight.transpose(0, 1) if turned else weight
+    (out, deep, *kernel), rank = weight.shape, weight.dim()
+    steps = [prod(kernel[k + 1 :]) * out * deep for k in range(rank - 2)]
+    made = weight.new_empty_strided(weight.shape, (1, out, *steps))
+    function = own("pack", "convolution") if _known(weight) and weight.numel() and rank in (4, 5) else None
+    if function is None:
+        return made.copy_(weight.flip(tuple(range(2, rank))) if turned else weight)
+    run(function, _order(tuple(weight.shape), weight.stride(), turned), (weight, made))
+    return made
+
+
+def suits(shape: Sequence[int], dtype: torch.dtype, device: torch.device, groups: int) -> bool:
+    """Whether the kernel is not worse than the library with a weight of this ``shape``."""
+    taps = shape[2:]
+    wide = groups == 1 and prod(taps) > 1 and shape[0] >= LEAST and prod(taps[:-1]) <= ROWS
+    return wide and len(taps) in (2, 3) and device.type == "cpu" and dtype == torch.float32
+
+
+def _suits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: int) -> bool:
+    plain = bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
+    some = bool(x.numel()) and bool(weight.numel())
+    return suits(weight.shape, weight.dtype, x.device, groups) and plain and some and _known(x)
+
+
+def _known(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+
+
+def _format(dim: int) -> torch.memory_format:
+    return torch.channels_last if dim == 4 else torch.channels_last_3d
+
+
+_Strides = tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def _words(channels: tuple[int, ...], geometry: tuple[tuple[int, ...], ...], x: _Strides, made: _Strides,
+           weight: _Strides) -> Any:  # fmt: skip
+    """What the kernel is told of a call. Kept, since to make it takes as long as a small window."""
+    return _array([*_numbers(channels, geometry, x, made, weight), *parts_of(geometry[-1][2], channels[2])])
+
+
+@lru_cache(maxsize=4096)
+def _order(shape: tuple[int, ...], strides: _Strides, turned: bool) -> Any:
+    """What `pack` is told of a weight."""
+    out, deep, *kernel = shape
+    none = (0,) * (len(kernel) + 2)
+    words = _numbers((0, out, deep), [(0, 0, n, 1, 0, 1) for n in kernel], none, none, strides)
+    return _array([*words, 0, 0, int(turned)])
+
+
+def _array(words: Sequence[int]) -> Any:
+    return (ctypes.c_int64 * len(words))(*words)
+
+
+def _numbers(channels: Sequence[int], geometry: Sequence[tuple[int, ...]], x: _Strides, made: _Strides,
+             weight: _Strides) -> list[int]:  # fmt: skip
+    lead = 3 - len(geometry)
+    words = [*channels]
+    for axis in (((1, 1, 1, 1, 0, 1),) * lead, geometry):
+        for numbers in axis:
+            words += numbers
+    none = (0,) * lead
+    for steps, head in ((x, 1), (made, 1), (weight, 2)):
+        words += (*(steps[:1] if head == 1 else steps[:2]), *none, *steps[2:])
+    return words

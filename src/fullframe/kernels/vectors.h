@@ -1,0 +1,44 @@
+// Vectors of float32, for the kernels that keep a block of sums in registers.
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+// Elements of a vector, and how many vectors of sums fit into the registers beside what they are made of.
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16, HELD = 28;
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8, HELD = 12;
+#else
+constexpr int64_t LANES = 4, HELD = 12;
+#endif
+
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+// Sums are rounded once per product here, as in the library's kernels.
+#if defined(__clang__)
+#define FUSED
+#define MADD(a, b, c) __builtin_elementwise_fma(a, b, c)
+#else
+#define FUSED __attribute__((optimize("fp-contract=fast")))
+#define MADD(a, b, c) ((a) * (b) + (c))
+#endif
+
+// A value kept in a register, where the compiler would rather load it again, or make it anew, at every use.
+#if defined(__AVX512F__)
+#define KEEP(value) asm("" : "+v"(value))
+#elif defined(__x86_64__)
+#define KEEP(value) asm("" : "+x"(value))
+#else
+#define KEEP(value)
+#endif
+#define KEEP_NUMBERS(a, b, c, d) asm("" : "+r"(a), "+r"(b), "+r"(c), "+r"(d))
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+struct Axis {
+    int64_t out, in, kernel, stride, before, dilation;  // extents, geometry, padding before the window
+    int64_t at(int64_t output, int64_t tap) const { return output * stride - before + tap * dilation; }
+};
