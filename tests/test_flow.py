@@ -247,6 +247,33 @@ def test_alternating_keeps_the_order_runnable_and_the_peak(seed):
     assert bound(order) <= bound(sections)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_slight_and_waits_for_nothing_comes_just_before_its_reader(seed):
+    draws = random.Random(seed)
+    sections, sizes = _sections(seed)
+    readers, lone = [*sections], []
+    for k in range(8):
+        value = Value(f"w{k}", (1,), torch.float32, 4)
+        lone.append(SimpleNamespace(loads=(), outputs=(value,)))
+        sizes[value] = draws.choice([1, 10])
+        for reader in draws.sample(readers, 2):
+            reader.loads = (*reader.loads, value)
+        sections.insert(min(sections.index(r) for r in sections if value in r.loads), lone[-1])
+    kept = [sections[-1].outputs[0]]
+    order = alternate(sections, 0, kept, sizes, lambda s: any(s is one for one in lone))
+    assert sorted(map(id, order)) == sorted(map(id, sections))
+    done: set[Value] = set()
+    for section in order:
+        assert done.issuperset(section.loads)
+        done.update(section.outputs)
+    for k, section in enumerate(order):
+        if any(section is one for one in lone):
+            after = next(s for s in order[k:] if not any(s is one for one in lone))
+            assert section.outputs[0] in after.loads
+    usage = [max(lifetimes(steps, kept).usage(len(steps), sizes)) for steps in (order, sections)]
+    assert usage[0] <= usage[1]
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_lingering_stays_below_the_peak(seed):
     sections, sizes = _sections(seed)

@@ -156,3 +156,37 @@ def test_a_plan_prints_its_sections(case):
     text = str(fullframe.tile(net, loss=F.cross_entropy, budget="1 GB").plan(image, label))
     for word in ("sections", "cuts", "sums", "projected", "budget of 1.00 GB", "tiles", "halo", "save", "free"):
         assert word in text
+
+
+def test_a_small_map_on_which_much_is_spent_is_cut_and_its_weight_gradient_made_alone():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 256, 3, padding=1), nn.Conv2d(256, 256, 5, padding=2), nn.Conv2d(256, 3, 1))
+    step = fullframe.tile(net, loss=F.cross_entropy, workers=2)
+    plan = step.plan(torch.zeros(1, 3, 10, 16), torch.zeros(1, 10, 16, dtype=torch.long))
+    heavy = {s: [op.target for op in s.section.ops if op.rule.heavy] for s in plan.steps}
+    assert any(len(s.grid) == 2 and "tile.conv" in found for s, found in heavy.items())
+    (alone,) = (s for s in plan.steps if any(v.nbytes > 6_000_000 for v in (op.output for op in s.section.sums)))
+    assert len(alone.grid) == 1 and heavy[alone] == ["tile.conv_weight_grad"]
+
+
+def test_a_section_begins_where_the_one_before_it_ended(case):
+    net, image, label = case
+    plan = fullframe.tile(net, loss=F.cross_entropy, tile=16).plan(image, label)
+    maker = {v: s for s in plan.steps for v in s.section.outputs}
+    turned = 0
+    for step in plan.steps:
+        read = [v for v in step.section.loads if v in plan.slots and v in maker]
+        if len(read) == 1:
+            assert step.turned != maker[read[0]].turned
+            turned += step.turned
+        elif not read:
+            assert not step.turned
+    assert turned > 1
+
+
+def test_weights_are_laid_out_when_they_are_needed():
+    """Not all at once when the step begins, to lie in memory until the backward pass."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*[nn.Conv2d(64, 64, 3, padding=1) for _ in range(8)])
+    plan = fullframe.tile(net, loss=F.mse_loss).plan(torch.zeros(1, 64, 64, 64), torch.zeros(1, 64, 64, 64))
+    assert plan.bytes.untiled < 4 * net[0].weight.nbytes

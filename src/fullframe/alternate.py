@@ -6,7 +6,7 @@ between them, whose turn it is anyway soon, there is something to do meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop, heappush
 
 from fullframe.graph import Value
@@ -14,10 +14,12 @@ from fullframe.memory import lifetimes
 from fullframe.section import Section
 
 
-def alternate(steps: Sequence[Section], early: int, kept: Iterable[Value], sizes: dict[Value, int]) -> list[Section]:
+def alternate(steps: Sequence[Section], early: int, kept: Iterable[Value], sizes: dict[Value, int],
+              slight: Callable[[Section], bool] = lambda _: False) -> list[Section]:  # fmt: skip
     """The order with sections moved ahead that need not wait for the one before; the peak is what it was.
 
-    ``steps[:early]`` stay the first; ``kept`` values live to the end.
+    ``steps[:early]`` stay the first; ``kept`` values live to the end. What is ``slight`` and waits for nothing is no
+    work to put between: it comes just before its first reader.
     """
     used = lifetimes(steps, kept).usage(len(steps), sizes)
     peak = max(used, default=0)
@@ -27,12 +29,14 @@ def alternate(steps: Sequence[Section], early: int, kept: Iterable[Value], sizes
     for k, wanted in enumerate(needs):
         for j in wanted:
             users[j].append(k)
-    waiting = [len(n) for n in needs]
-    ready = [k for k, n in enumerate(waiting) if n == 0]
+    lone = {k for k, wanted in enumerate(needs) if not wanted and users[k] and slight(steps[k])}
+    waiting = [len(n - lone) for n in needs]
+    ready = [k for k, n in enumerate(waiting) if n == 0 and k not in lone]
     made = [sum(sizes.get(v, 0) for v in s.outputs) for s in steps]
     order: list[int] = []
-    first, done = 0, [False] * len(steps)  # the first in the old order that is still to come
-    while len(order) < len(steps):
+    done = [k in lone for k in range(len(steps))]
+    first = done.index(False) if False in done else len(steps)  # in the old order, of those still to come
+    while first < len(steps):
         bound = early if first < early else len(steps)
         at, highest = first, 0  # the most in use at steps passed over
         chosen, passed = first, []
@@ -46,16 +50,18 @@ def alternate(steps: Sequence[Section], early: int, kept: Iterable[Value], sizes
             for j in range(at, k):
                 highest = highest if done[j] else max(highest, used[j])
             at = k
-            if k == first or made[k] <= peak - highest:
+            if k == first or made[k] + sum(made[j] for j in needs[k] & lone) <= peak - highest:
                 chosen = k
                 break
         for k in passed:
             if k != chosen:
                 heappush(ready, k)
-        order.append(chosen)
+        added = [*sorted(needs[chosen] & lone), chosen]
+        lone.difference_update(added)
+        order += added
         done[chosen] = True
         for j in range(first, chosen):
-            used[j] += made[chosen]
+            used[j] += sum(made[k] for k in added)
         while first < len(steps) and done[first]:
             first += 1
         for k in users[chosen]:

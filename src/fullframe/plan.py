@@ -49,7 +49,7 @@ class Grid:
 @dataclass(frozen=True, eq=False)
 class Step:
     """One section with its tiles, and the stored values that are not needed after it. ``window``: bytes of windows of
-    a tile; ``sums``: bytes of sums in progress."""
+    a tile; ``sums``: bytes of sums in progress; ``turned``: whether the last tile is made first."""
 
     section: Section
     units: tuple[Unit, ...]
@@ -58,6 +58,7 @@ class Step:
     window: int
     sums: int
     parallel: bool
+    turned: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 from fullframe import region as box
 from fullframe.alternate import alternate
@@ -26,8 +27,9 @@ from fullframe.section import (
     tiled,
 )
 
-WINDOW = 2 << 20  # bytes of the largest window of a tile: about the second-level cache of one core
-LEAST = 1 << 19  # maps smaller than this are not worth cutting
+WINDOW = 1_400_000  # bytes of the largest window of a tile: about the second-level cache of one core
+LEAST = 1 << 19  # maps smaller than this are not worth cutting,
+DENSE = 1 << 9  # unless so many operations are spent on each byte of them
 FIXED = 100 << 20  # what torch's libraries, the recording machinery and the threads take
 PER_OP = 20 << 10  # and the objects of a recorded and planned op
 PER_FORM = 2 << 20  # and the machine code and scratch that a library keeps for each form of convolution
@@ -115,7 +117,12 @@ def _abreast(graph: Graph, draft: Draft, request: Request, known: dict[Section, 
     """A plan of the same sections with as many in work at once as fit, those of several branches in turns."""
     if request.ahead == 1:
         return None
-    draft = replace(draft, steps=alternate(draft.steps, draft.early, draft.kept, draft.sizes))
+    labels = draft.cuts.labels
+
+    def slight(section: Section) -> bool:
+        return not any(tiled(v, labels) for v in (*section.loads, *section.outputs))
+
+    draft = replace(draft, steps=alternate(draft.steps, draft.early, draft.kept, draft.sizes, slight))
     for ahead in (request.ahead, 2):
         made = _finish(graph, draft, replace(request, ahead=ahead), known, fixed, ahead - 1)
         if made.projected_bytes <= request.budget:
@@ -171,7 +178,8 @@ def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, S
     for section in draft.steps:
         if section not in known:
             known[section] = _step(section, labels, request, frozenset(maps) if request.host else frozenset())
-    steps = tuple(replace(known[s], frees=tuple(f)) for s, f in zip(draft.steps, frees, strict=True))
+    turns = _turns(draft, maps)
+    steps = tuple(replace(known[s], frees=tuple(f), turned=turns[s]) for s, f in zip(draft.steps, frees, strict=True))
     small = {v: n for v, n in sizes.items() if v not in maps}
     usage = lives.usage(len(steps), small)
     loose = [sum(small.get(v, 0) for v in s.section.outputs) for s in steps]
@@ -191,6 +199,18 @@ def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, S
     total = Bytes(here, max(0, untiled - scratch), scratch, outputs, fixed, away)
     return Plan(graph, labels, steps, draft.early, slots, total, request.budget, request.workers, whole,
                 request.ahead)  # fmt: skip
+
+
+def _turns(draft: Draft, maps: dict[Value, int]) -> dict[Section, bool]:
+    """Which sections make their last tile first: the other way round than what made the map they read, whose end may
+    still be in a cache. It follows from the sections, not from their order, and so does what sums are rounded to."""
+    maker = {v: s for s in draft.steps for v in s.outputs}
+    found: dict[Section, bool] = {}
+    for section in draft.steps:
+        read = [v for v in section.loads if v in maps and v in maker]
+        latest = max(read, key=lambda v: (maps[v], draft.order.get(maker[v].ops[-1], 0)), default=None)
+        found[section] = latest is not None and not found[maker[latest]]
+    return found
 
 
 def _scratch(steps: Sequence[Step], workers: int) -> int:
@@ -251,15 +271,18 @@ def choose_grid(section: Section, labels: Labels, request: Request) -> Grid:
         return _forced(axes, labels, request)
     largest = max(v.nbytes for v in (root, *section.loads) if tiled(v, labels))
     count = max(1, -(-largest // max(WINDOW, request.window)))
+    rows = ROWS
     if root.nbytes >= LEAST and request.workers > 1:
         count = max(count, 2 * request.workers)
         count += -count % request.workers  # or some would wait for one that has a last tile
+    elif _dense(section, root):
+        count, rows = max(count, request.workers), ROWS // 2
     if count == 1:
         return Grid()
     ratio = _alignment(section, labels, dict(axes))
     chosen = []
     for position, (label, extent) in enumerate(axes):
-        least = 1 if position == 0 and len(axes) > 1 else min(ROWS, extent)
+        least = 1 if position == 0 and len(axes) > 1 else min(rows, extent)
         step = max(least, -(-extent // count))
         align = ratio.get(label, 1)
         step = min(extent, -(-step // align) * align)
@@ -269,6 +292,15 @@ def choose_grid(section: Section, labels: Labels, request: Request) -> Grid:
         if count <= 1:
             break
     return Grid(tuple(chosen))
+
+
+def _dense(section: Section, root: Value) -> bool:
+    """Whether a section is worth cutting for what is spent on its map, and no large sum would be made per tile."""
+    spent = 0
+    for op in section.ops:
+        rule: Any = op.rule
+        spent += rule.cost(op, prod(op.output.shape)) if rule.heavy and rule.kind != "reduce" else 0
+    return spent > DENSE * root.nbytes and all(op.output.nbytes < root.nbytes for op in section.sums)
 
 
 def _root(section: Section, labels: Labels) -> Value | None:

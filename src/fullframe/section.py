@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from fullframe import region as box
 from fullframe.graph import Graph, Op, Value
 from fullframe.region import Region
 
+ALONE = 800  # operations per byte read, from which on a sum is made by itself
 FAN_IN = 3  # a value recomputed from more stored maps than this is stored itself
+APART = 1 << 16  # bytes of an untiled value of inputs alone, from which on it is made just before its first reader
 DEPTH = 48  # and so is one recomputed by more ops than this
 Labels = dict[Value, tuple["int | None", ...]]
 
@@ -365,7 +368,7 @@ def finish_section(ops: set[Op], loads: set[Value], outputs: Iterable[Value], cu
 def _place(state: Grouping, value: Value) -> None:
     cuts = state.cuts
     ops, loads = cuts.slice_of(value, cuts.stored)
-    before = 0
+    before, apart = 0, False
     for read in loads:
         if read in state.home:
             home = state.home[read]
@@ -374,11 +377,12 @@ def _place(state: Grouping, value: Value) -> None:
         joins = (k for k in _candidates(state, ops, loads) if _can_join(state, k, value, ops, loads))
         target = next(joins, None)
     else:
-        target = _waits_alike(state, value, loads, before)
+        apart = not before and value.nbytes > APART
+        target = None if apart else _waits_alike(state, value, loads, before)
     if target is None:
         target = len(state.drafts)
         state.drafts.append(_Draft(set(), set(), []))
-        if not tiled(value, cuts.labels) and cuts.maker[value] not in cuts.reducing:
+        if not apart and not tiled(value, cuts.labels) and cuts.maker[value] not in cuts.reducing:
             state.alike[value in cuts.late, before] = target
     draft = state.drafts[target]
     draft.ops |= ops
@@ -464,7 +468,10 @@ def _aligned(cuts: Cuts, value: Value, read: Value, ops: set[Op]) -> bool:
 
 
 def _worth_joining(cuts: Cuts, draft: _Draft, value: Value, ops: set[Op]) -> bool:
-    """Sums join anything they share work with; two maps only where they share what is dear."""
+    """Sums join anything they share work with, if that is not nothing beside their own; two maps only where they
+    share what is dear."""
+    if any(_alone(cuts, v) for v in (value, *draft.outputs)):
+        return False
     if cuts.maker[value] in cuts.reducing:
         return True
     maps = [v for v in draft.outputs if cuts.maker[v] not in cuts.reducing]
@@ -476,6 +483,17 @@ def _worth_joining(cuts: Cuts, draft: _Draft, value: Value, ops: set[Op]) -> boo
         return True
     reads_fresh = any(r in made for op in ops for r in op.inputs)
     return reads_fresh and len(maps) == 1 and not (cuts.maker[value].rule.heavy and cuts.maker[maps[0]].rule.heavy)
+
+
+def _alone(cuts: Cuts, value: Value) -> bool:
+    """Whether it is a sum beside whose cost it is nothing to load what it reads: by itself it is made at the same
+    time as others, in one tile, and not once per tile."""
+    op = cuts.maker[value]
+    if op not in cuts.reducing or not op.rule.heavy:
+        return False
+    rule: Any = op.rule
+    spent = rule.cost(op, prod(op.inputs[rule.driver].shape))
+    return spent > ALONE * sum(v.nbytes for v in op.inputs)
 
 
 # Tiles -------------------------------------------------------------------------------------------

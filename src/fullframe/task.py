@@ -124,6 +124,7 @@ class Tasks:
 
 def tile_at(step: Step, k: int) -> Tile:
     """The tile of a number, the last axis fastest."""
+    k = len(step.grid) - 1 - k if step.turned else k
     position: list[int] = []
     for n in reversed(step.grid.counts()):
         k, at = divmod(k, n)

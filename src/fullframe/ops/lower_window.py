@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fullframe.graph import CaptureError, Op, Value
+from fullframe.kernels import for_convolution, suits
 from fullframe.ops.build import Builder
 from fullframe.ops.normal import cast, lowers
 from fullframe.ops.pool import choice_dtype
@@ -23,6 +24,8 @@ def convolution(b: Builder, x: Value, w: Value, bias: Any, *geometry: Any) -> Va
     stride, padding, dilation, transposed, _, groups = geometry[:6]
     target = "tile.conv_transpose" if transposed else "tile.conv"
     geometry = (stride, padding, dilation, groups)
+    if not transposed and suits(w.shape, w.dtype, b.device, groups):
+        w = b.small(for_convolution, (w,), w.shape, w.dtype)
     if bias is None or not bias_apart(b.device):
         return b.emit(target, (x, w, bias), b.meta_shape, b.meta_dtype, args=geometry)
     made = b.emit(target, (x, w, None), b.meta_shape, b.meta_dtype, args=geometry)
@@ -89,7 +92,10 @@ def conv_input_grad(b: Builder, g: Value, x: Value, w: Value, geometry: Any) -> 
     reach = [d * (k - 1) - p for d, k, p in zip(dilation, w.shape[2:], padding, strict=True)]
     if all(s == 1 for s in stride) and min(reach) >= 0:
         shape = (x.shape[1], w.shape[0] // groups, *w.shape[2:])
-        flipped = b.small(flip_weight, (w,), shape, w.dtype, groups)
+        if suits(shape, w.dtype, b.device, groups):
+            flipped = b.small(for_convolution, (w,), shape, w.dtype, True)
+        else:
+            flipped = b.small(flip_weight, (w,), shape, w.dtype, groups)
         args = (None, stride, reach, dilation, groups)
         return b.emit("tile.conv", (g, flipped), x.shape, x.dtype, args=args)
     args = (None, stride, padding, dilation, groups)
