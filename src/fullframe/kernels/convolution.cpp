@@ -173,23 +173,27 @@ static void slice(const Task &t, int64_t image, int64_t z, int64_t channel, int6
 }
 
 // The weight of some vectors of channels in the order in which it is used, which is with output channels innermost,
-// then input channels, then taps; or with its taps from the last to the first. It is read in the order of memory that
-// weights have: each output channel in one run.
+// then input channels, then taps; or with its taps from the last to the first. It goes by some input channels at a time,
+// so that few pages of memory are in use at once: weights have each output channel in one run.
 static void pack(const Task &t, int64_t channel, int64_t count, int64_t pitch, bool turned, float *to) {
+    constexpr int64_t SOME = 16;
     const int64_t *step = t.weight_step;
     const int64_t deep = t.axis[0].kernel, high = t.axis[1].kernel, wide = t.axis[2].kernel, taps = deep * high * wide;
-    const float *from = t.weight + channel * step[0];
-    for (int64_t some = 0; some < pitch; some += LANES)
-        for (int64_t c = 0; c < t.deep; c++)
-            for (int64_t a = 0, tap = 0; a < deep; a++)
-                for (int64_t b = 0; b < high; b++)
-                    for (int64_t e = 0; e < wide; e++, tap++) {
-                        const float *at = from + some * step[0] + c * step[1] + a * step[2] + b * step[3] + e * step[4];
-                        float *put = to + ((turned ? taps - 1 - tap : tap) * t.deep + c) * pitch + some;
-                        const int64_t end = least(LANES, pitch - some), known = least(end, count - some);
-                        for (int64_t j = 0; j < known; j++) put[j] = at[j * step[0]];
-                        for (int64_t j = most(known, 0); j < end; j++) put[j] = 0;
-                    }
+    const auto lanes = [&](int64_t first, int64_t c, const float *from) {
+        const int64_t end = least(LANES, pitch - first), known = most(0, least(end, count - first));
+        for (int64_t a = 0, tap = 0; a < deep; a++)
+            for (int64_t b = 0; b < high; b++)
+                for (int64_t e = 0; e < wide; e++, tap++) {
+                    const float *at = from + a * step[2] + b * step[3] + e * step[4];
+                    float *put = to + ((turned ? taps - 1 - tap : tap) * t.deep + c) * pitch + first;
+                    for (int64_t j = 0; j < known; j++) put[j] = at[j * step[0]];
+                    for (int64_t j = known; j < end; j++) put[j] = 0;
+                }
+    };
+    for (int64_t start = 0; start < t.deep; start += SOME)
+        for (int64_t first = 0; first < pitch; first += LANES)
+            for (int64_t c = start; c < least(start + SOME, t.deep); c++)
+                lanes(first, c, t.weight + (channel + first) * step[0] + c * step[1]);
 }
 
 // Whether the weight lies in that order, all vectors of a product side by side.
