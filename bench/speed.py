@@ -73,7 +73,7 @@ def measure(given: argparse.Namespace, variants: list[str]) -> tuple[dict[str, l
                     del processes[variant]
                 elif turn == "first":
                     memory[variant] = found[1]
-                    for k in range(given.warm if variant == "tiled" else 0):
+                    for k in range(given.warm if variant.startswith("tiled") else 0):
                         ask(processes[variant], variant, f"warm {k}")
                 else:
                     times[variant].append(found[0])
