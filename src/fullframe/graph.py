@@ -95,6 +95,7 @@ class Rule(Protocol):
     ``decides``     True where the last bit of an input can change the output by much: comparisons, bends, steps.
     ``compares``    True where it compares the elements of two inputs.
     ``opposes``     True where it compares or subtracts them.
+    ``calls``       True where the library runs it, whose calls take a while to begin, however small the window.
 
     A reduction has ``driver``: the input whose own regions, a disjoint cover, are summed. Its
     ``grow`` and ``footprint`` take a region of the driver, ``run`` returns a partial result, and
@@ -126,6 +127,8 @@ class Rule(Protocol):
     def compares(self, op: Op) -> bool: ...
 
     def opposes(self, op: Op) -> bool: ...
+
+    def calls(self, op: Op) -> bool: ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,8 @@ from fullframe.section import (
     tiled,
 )
 
-WINDOW = 1_400_000  # bytes of the largest window of a tile: about the second-level cache of one core
+WINDOW = 1_400_000  # bytes of the largest window of a tile: about the second-level cache of one core,
+CALLED = 2_100_000  # and more where the library is called, whose calls take a while to begin
 LEAST = 1 << 19  # maps smaller than this are not worth cutting,
 DENSE = 1 << 9  # unless so many operations are spent on each byte of them
 FIXED = 100 << 20  # what torch's libraries, the recording machinery and the threads take
@@ -270,7 +271,8 @@ def choose_grid(section: Section, labels: Labels, request: Request) -> Grid:
     if request.tile is not None:
         return _forced(axes, labels, request)
     largest = max(v.nbytes for v in (root, *section.loads) if tiled(v, labels))
-    count = max(1, -(-largest // max(WINDOW, request.window)))
+    called = any(op.rule.calls(op) for op in section.ops)
+    count = max(1, -(-largest // max(CALLED if called else WINDOW, request.window)))
     rows = ROWS
     if root.nbytes >= LEAST and request.workers > 1:
         count = max(count, 2 * request.workers)

@@ -97,17 +97,17 @@ def for_convolution(weight: torch.Tensor, turned: bool = False) -> torch.Tensor:
     return made
 
 
-def suits(shape: Sequence[int], dtype: torch.dtype, device: torch.device, groups: int) -> bool:
-    """Whether the kernel is not worse than the library with a weight of this ``shape``."""
+def suits(shape: Sequence[int], dtype: torch.dtype, groups: int) -> bool:
+    """Whether the kernel is not worse than the library with a weight of this ``shape``, on a processor."""
     taps = shape[2:]
     wide = groups == 1 and prod(taps) > 1 and shape[0] >= LEAST and prod(taps[:-1]) <= ROWS
-    return wide and len(taps) in (2, 3) and device.type == "cpu" and dtype == torch.float32
+    return wide and len(taps) in (2, 3) and dtype == torch.float32
 
 
 def _suits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: int) -> bool:
     plain = bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
     some = bool(x.numel()) and bool(weight.numel())
-    return suits(weight.shape, weight.dtype, x.device, groups) and plain and some and _known(x)
+    return suits(weight.shape, weight.dtype, groups) and plain and some and _known(x)
 
 
 def _known(tensor: torch.Tensor) -> bool:

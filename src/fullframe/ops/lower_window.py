@@ -24,7 +24,7 @@ def convolution(b: Builder, x: Value, w: Value, bias: Any, *geometry: Any) -> Va
     stride, padding, dilation, transposed, _, groups = geometry[:6]
     target = "tile.conv_transpose" if transposed else "tile.conv"
     geometry = (stride, padding, dilation, groups)
-    if not transposed and suits(w.shape, w.dtype, b.device, groups):
+    if not transposed and b.device.type == "cpu" and suits(w.shape, w.dtype, groups):
         w = b.small(for_convolution, (w,), w.shape, w.dtype)
     if bias is None or not bias_apart(b.device):
         return b.emit(target, (x, w, bias), b.meta_shape, b.meta_dtype, args=geometry)
@@ -92,7 +92,7 @@ def conv_input_grad(b: Builder, g: Value, x: Value, w: Value, geometry: Any) -> 
     reach = [d * (k - 1) - p for d, k, p in zip(dilation, w.shape[2:], padding, strict=True)]
     if all(s == 1 for s in stride) and min(reach) >= 0:
         shape = (x.shape[1], w.shape[0] // groups, *w.shape[2:])
-        if suits(shape, w.dtype, b.device, groups):
+        if b.device.type == "cpu" and suits(shape, w.dtype, groups):
             flipped = b.small(for_convolution, (w,), shape, w.dtype, True)
         else:
             flipped = b.small(flip_weight, (w,), shape, w.dtype, groups)

@@ -49,6 +49,9 @@ class BaseRule:
     def opposes(self, op: Op) -> bool:
         return False
 
+    def calls(self, op: Op) -> bool:
+        return False
+
     def passes(self, op: Op) -> bool:
         return self.kind == "layout" or self.selects(op)
 

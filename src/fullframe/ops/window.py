@@ -15,7 +15,7 @@ import torch
 from fullframe import region as box
 from fullframe.graph import Kind, Link, Op
 from fullframe.kernels import Axis as Placed
-from fullframe.kernels import convolution, weight_grad
+from fullframe.kernels import convolution, suits, weight_grad
 from fullframe.ops.convolve import DOT, convolve, in_pieces, pad_window, spread
 from fullframe.ops.rule import BaseRule, Reduction
 from fullframe.region import Interval, Region
@@ -82,6 +82,10 @@ class Conv(BaseRule):
     def cost(self, op: Op, elements: int) -> int:
         return 2 * elements * prod(op.inputs[1].shape[1:])
 
+    def calls(self, op: Op) -> bool:
+        weight = op.inputs[1]
+        return not suits(weight.shape, weight.dtype, op.args[6])
+
 
 class ConvTranspose(BaseRule):
     """``tile.conv_transpose(x, weight, bias?, stride, padding, dilation, groups)``.
@@ -131,6 +135,9 @@ class ConvTranspose(BaseRule):
         if ragged and bias is not None:
             out = out + bias.view(-1, *[1] * (len(region) - 2))
         return out
+
+    def calls(self, op: Op) -> bool:
+        return True
 
     def cost(self, op: Op, elements: int) -> int:
         weight = op.inputs[1].shape
@@ -206,6 +213,9 @@ class ConvWeightGrad(Reduction):
 
     def cost(self, op: Op, elements: int) -> int:
         return 2 * elements * prod(op.output.shape[1:])
+
+    def calls(self, op: Op) -> bool:
+        return op.output.dtype != torch.float32
 
 
 RULES: dict[str, BaseRule] = {
