@@ -132,3 +132,16 @@ def test_what_is_not_its_business_is_left_to_the_library():
     assert _made(x.bfloat16(), weight.bfloat16(), None, *same, 1) is None
     assert _made(x, torch.randn(16, 16, 1, 1), None, (9, 9), (1, 1), (0, 0), (1, 1), 1) is None
     assert _made(x[:0], weight, None, *same, 1) is None
+
+
+def test_the_default_dtype_is_not_that_of_the_outputs():
+    torch.manual_seed(0)
+    x, weight = torch.randint(-3, 4, (1, 16, 9, 9)).float(), torch.randint(-3, 4, (16, 16, 3, 3)).float()
+    truth = F.conv2d(x.double(), weight.double(), padding=1)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        made = _made(x, weight, None, (9, 9), (1, 1), (1, 1), (1, 1), 1)
+    finally:
+        torch.set_default_dtype(before)
+    assert made is not None and made.dtype == torch.float32 and torch.equal(made.double(), truth)

@@ -46,11 +46,7 @@ def parts_of(taps: int, deep: int) -> Parts:
 
 
 def convolution(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    axes: Sequence[Axis],
-    groups: int,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axes: Sequence[Axis], groups: int
 ) -> torch.Tensor | None:
     """The outputs of a window; None where the library should make them.
 
@@ -72,7 +68,8 @@ def convolution(
         return None
     if x.stride(1) != 1 and x.shape[1] > 1:
         x = x.contiguous(memory_format=_format(x.dim()))
-    made = torch.empty((x.shape[0], weight.shape[0], *extents), memory_format=_format(x.dim()))
+    shape = (x.shape[0], weight.shape[0], *extents)
+    made = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x.dim()))
     sizes = zip(axes, x.shape[2:], weight.shape[2:], strict=True)
     geometry = tuple((a.extent, n, kernel, a.stride, a.before, a.dilation) for a, n, kernel in sizes)
     words = _words((x.shape[0], *weight.shape[:2]), geometry, x.stride(), made.stride(), weight.stride())
