@@ -35,7 +35,8 @@ FIXED = 100 << 20  # what torch's libraries, the recording machinery and the thr
 PER_OP = 20 << 10  # and the objects of a recorded and planned op
 PER_FORM = 2 << 20  # and the machine code and scratch that a library keeps for each form of convolution
 LANES = 3  # tiles in work where maps live in a second tier: one is fetched, one computed, one put back
-ROWS = 8  # nor are strips of fewer rows, mostly halo
+ROWS = 8  # nor are strips of fewer rows, mostly halo,
+THICK = 16  # or, where there are many, of fewer than these: wide ones are rather cut along another axis, too
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,7 @@ def choose_grid(section: Section, labels: Labels, request: Request) -> Grid:
     largest = max(v.nbytes for v in (root, *section.loads) if tiled(v, labels))
     called = any(op.rule.calls(op) for op in section.ops)
     count = max(1, -(-largest // max(int(WINDOW * (CALLED if called else 1)), request.window)))
-    rows = ROWS
+    rows = ROWS if count <= 2 * request.workers else THICK
     if root.nbytes >= LEAST and request.workers > 1:
         count = max(count, 2 * request.workers)
         count += -count % request.workers  # or some would wait for one that has a last tile
