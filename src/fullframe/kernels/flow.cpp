@@ -231,6 +231,7 @@ struct Flow {
             int64_t tile;
             Open *step = pick(own, tile);
             if (!step) {
+                WATCH(nullptr);
                 idle++;
                 if (own) changed.wait_for(held, PATIENCE);
                 else changed.wait(held);

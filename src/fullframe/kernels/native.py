@@ -13,6 +13,7 @@ import torch
 
 from . import compiler
 
+SOURCES = ("tape.cpp", "flow.cpp")  # beside this file; a profiler puts one of its own before them
 FUNCTIONS = ("aoti_torch_create_tensor_from_blob", "aoti_torch_delete_tensor_object", "aoti_torch_get_data_ptr",
              "aoti_torch_get_strides", "torch_new_list_reserve_size", "torch_list_push_back",
              "torch_new_stable_ivalue", "torch_new_string_handle", "aoti_torch_call_dispatcher",
@@ -50,8 +51,7 @@ def taping() -> bool:
 @cache
 def entries() -> Entries | None:
     """The entries; None without a compiler, or where this PyTorch has not the functions."""
-    here = Path(__file__).parent
-    source = "".join((here / name).read_text() for name in ("tape.cpp", "flow.cpp"))
+    source = "".join((Path(__file__).parent / name).read_text() for name in SOURCES)
     try:
         library = _torch()
         named = [getattr(library, name) for name in FUNCTIONS]

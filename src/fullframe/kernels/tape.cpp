@@ -8,6 +8,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifndef WATCH  // which a profiler may define: an instruction begins, and ends with the block
+#define WATCH(at)
+#endif
+
 typedef void *Handle;
 typedef int32_t Failed;
 
@@ -242,8 +246,10 @@ static bool step(Tape &tape, int64_t code) {
 
 // Runs the instructions up to an end.
 static bool play(Tape &tape) {
-    for (int64_t code; (code = tape.take()) != END;)
+    for (int64_t code; (code = tape.take()) != END;) {
+        WATCH(tape.next - 1);
         if (!step(tape, code)) return false;
+    }
     return true;
 }
 
