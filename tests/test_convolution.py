@@ -29,10 +29,19 @@ CASES = [
 ]
 
 
+TYPES = [torch.float32, torch.bfloat16]
+
+
 @pytest.fixture(autouse=True)
 def _compiled():
     if own("convolution") is None:
         pytest.skip("no compiler")
+
+
+def _known(dtype):
+    """Skip where the processor has no products of this type."""
+    if dtype == torch.bfloat16 and own("convolution_of_halves", "convolution") is None:
+        pytest.skip("no products of bfloat16 on this processor")
 
 
 def _made(x, weight, bias, *geometry):
@@ -48,11 +57,14 @@ def _like(spatial):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("layout", ["innermost", "outermost", "part"])
 @pytest.mark.parametrize("ordered", [False, True])
-def test_exact_for_integers(case, layout, ordered):
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_exact_for_integers(case, layout, ordered, dtype):
+    _known(dtype)
     out, deep, pixels, kernel, stride, padding, dilation = case
+    deep += deep % 2 * (dtype == torch.bfloat16)
     torch.manual_seed(0)
-    x = torch.randint(-3, 4, (2, deep, *pixels)).float()
-    weight, bias = torch.randint(-3, 4, (out, deep, *kernel)).float(), torch.randint(-9, 9, (out,)).float()
+    x = torch.randint(-3, 4, (2, deep, *pixels)).to(dtype)
+    weight, bias = torch.randint(-3, 4, (out, deep, *kernel)).to(dtype), torch.randint(-9, 9, (out,)).to(dtype)
     truth = _like(pixels)(x.double(), weight.double(), bias.double(), stride, padding, dilation)
     if layout != "outermost":
         x = x.contiguous(memory_format=torch.channels_last if len(pixels) == 2 else torch.channels_last_3d)
@@ -60,7 +72,7 @@ def test_exact_for_integers(case, layout, ordered):
         x = torch.cat([x, x, x], 1)[:, deep : 2 * deep]
     weight = for_convolution(weight) if ordered else weight
     found = _made(x, weight, bias, truth.shape[2:], stride, padding, dilation, 1)
-    assert found is not None and torch.equal(found.double(), truth)
+    assert found is not None and torch.equal(found, truth.to(dtype))
 
 
 def test_uneven_padding():
@@ -74,10 +86,12 @@ def test_uneven_padding():
 
 
 @pytest.mark.parametrize("deep, kernel", [(16, 3), (40, 3), (200, 5)])
-def test_an_output_does_not_depend_on_where_its_window_is_cut(deep, kernel):
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_an_output_does_not_depend_on_where_its_window_is_cut(deep, kernel, dtype):
+    _known(dtype)
     torch.manual_seed(0)
-    x = torch.randn(1, deep, 20, 90).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(40, deep, kernel, kernel)
+    x = torch.randn(1, deep, 20, 90).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(40, deep, kernel, kernel).to(dtype)
     n = kernel - 1
     whole = _made(x, weight, None, (20 - n, 90 - n), (1, 1), (0, 0), (1, 1), 1)
     for top, left, rows, columns in [(0, 0, 9, 50), (3, 7, 8, 31), (5, 1, 6, 80), (9, 40, 11, 17)]:
@@ -89,9 +103,10 @@ def test_an_output_does_not_depend_on_where_its_window_is_cut(deep, kernel):
 
 @pytest.mark.parametrize("shape", [(16, 8, 3, 3), (20, 33, 5, 2), (8, 3, 2, 3, 3)])
 @pytest.mark.parametrize("flipped", [False, True])
-def test_a_weight_in_order_is_the_same_weight(shape, flipped, monkeypatch):
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_a_weight_in_order_is_the_same_weight(shape, flipped, dtype, monkeypatch):
     torch.manual_seed(0)
-    weight = torch.randn(shape)
+    weight = torch.randn(shape).to(dtype)
     weight = weight.flip(2).transpose(2, 3) if flipped else weight
     turned = weight.transpose(0, 1).flip(tuple(range(2, len(shape))))
     for _ in ("compiled", "plain"):
@@ -99,7 +114,29 @@ def test_a_weight_in_order_is_the_same_weight(shape, flipped, monkeypatch):
         assert torch.equal(for_convolution(weight, turned=True), turned)
         assert for_convolution(weight).stride()[:2] == (1, shape[0])
         assert for_convolution(weight, turned=True).stride()[:2] == (1, shape[1])
-        monkeypatch.setattr(loading, "_LOADED", {"pack": None})
+        monkeypatch.setattr(loading, "_LOADED", {"pack": None, "pack_halves": None})
+
+
+def test_halves_are_added_up_in_float32_and_rounded_once():
+    _known(torch.bfloat16)
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 96, 12, 40).bfloat16(), torch.randn(24, 96, 3, 3).bfloat16()
+    bias = torch.randn(24).bfloat16()
+    truth = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    made = _made(x, weight, bias, (12, 40), (1, 1), (1, 1), (1, 1), 1)
+    assert made is not None
+    # Half a unit in the last place, and what float32 may have moved a sum before.
+    assert ((made.double() - truth).abs() <= truth.abs() * 2**-8 + 1e-4).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_halves_that_are_not_finite_stay_so(bad):
+    _known(torch.bfloat16)
+    x, weight = torch.ones(1, 16, 6, 30).bfloat16(), torch.ones(16, 16, 3, 3).bfloat16()
+    x[0, 3, 2, 11] = bad
+    made = _made(x, weight, None, (6, 30), (1, 1), (1, 1), (1, 1), 1)
+    truth = F.conv2d(x.float(), weight.float(), padding=1).bfloat16()
+    torch.testing.assert_close(made, truth, equal_nan=True, rtol=0, atol=0)
 
 
 def test_chains_are_short():
@@ -129,7 +166,8 @@ def test_what_is_not_its_business_is_left_to_the_library():
     same = ((9, 9), (1, 1), (1, 1), (1, 1))
     assert _made(x, weight[:, :8], None, *same, 2) is None
     assert _made(x.double(), weight.double(), None, *same, 1) is None
-    assert _made(x.bfloat16(), weight.bfloat16(), None, *same, 1) is None
+    assert _made(x[:, :15].bfloat16(), weight[:, :15].bfloat16(), None, *same, 1) is None, "no pairs of channels"
+    assert _made(x, weight.bfloat16(), None, *same, 1) is None
     assert _made(x, torch.randn(16, 16, 1, 1), None, (9, 9), (1, 1), (0, 0), (1, 1), 1) is None
     assert _made(x[:0], weight, None, *same, 1) is None
 

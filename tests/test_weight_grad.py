@@ -45,7 +45,8 @@ def _on_every_processor(monkeypatch):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("layout", ["innermost", "outermost", "part"])
-def test_exact_for_integers(case, layout):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_exact_for_integers(case, layout, dtype):
     out, deep, groups, pixels, kernel, stride, padding, dilation = case
     torch.manual_seed(0)
     x = torch.randint(-3, 4, (2, deep, *pixels)).float()
@@ -59,12 +60,13 @@ def test_exact_for_integers(case, layout):
         g, x = g.contiguous(memory_format=form), x.contiguous(memory_format=form)
     if layout == "part":  # of more channels, as from a concatenation
         g, x = (torch.cat([t, t, t], 1)[:, t.shape[1] : 2 * t.shape[1]] for t in (g, x))
-    found = weight_grad(g, x, shape, stride, padding, dilation, groups)
+    found = weight_grad(g.to(dtype), x.to(dtype), shape, stride, padding, dilation, groups)
     assert found is not None and found.shape == shape
     assert torch.equal(found.double(), truth)
 
 
-def test_uneven_padding():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_uneven_padding(dtype):
     """A window at the border of the image has padding on one side only."""
     torch.manual_seed(0)
     x = torch.randint(-3, 4, (1, 16, 10, 20)).float()
@@ -72,7 +74,7 @@ def test_uneven_padding():
         padded = torch.nn.functional.pad(x, (left, right, top, bottom))
         g = torch.randint(-3, 4, (1, 32, padded.shape[2] - 2, padded.shape[3] - 2)).float()
         truth = _whole(g.double(), padded.double(), (32, 16, 3, 3), (1, 1), (0, 0), (1, 1), 1)
-        found = weight_grad(g, x, (32, 16, 3, 3), (1, 1), (top, left), (1, 1), 1)
+        found = weight_grad(g.to(dtype), x.to(dtype), (32, 16, 3, 3), (1, 1), (top, left), (1, 1), 1)
         assert found is not None
         assert torch.equal(found.double(), truth)
 
@@ -94,6 +96,17 @@ def test_bfloat16_is_summed_in_float32():
     found = weight_grad(g, x, *args)
     assert found is not None and found.dtype == torch.float32
     torch.testing.assert_close(found.double(), _whole(g.double(), x.double(), *args), rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_where_the_processor_cannot_is_summed_in_float32(monkeypatch):
+    torch.manual_seed(0)
+    x, g = torch.randn(1, 16, 20, 63).bfloat16(), torch.randn(1, 16, 20, 63).bfloat16()
+    args = ((16, 16, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+    ours = weight_grad(g, x, *args)
+    monkeypatch.setattr(gradient, "_of_halves", lambda: None)
+    theirs = weight_grad(g, x, *args)
+    assert ours is not None and theirs is not None
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_left_to_the_library():

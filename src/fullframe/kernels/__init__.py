@@ -17,7 +17,7 @@ from .call import Call
 from .convolution import CHAIN, Axis, convolution, for_convolution, parts_of, suits
 from .cuda import DeviceKernel
 from .flow import NativeFlow, Stage, Stages, Track
-from .gradient import weight_grad
+from .gradient import suits_gradient, weight_grad
 from .group import Group, Node, Operand, Reduction, Ref
 from .kernel import Kernel, Plain, build, build_many, plain
 from .native import taping
@@ -52,6 +52,7 @@ __all__ = [
     "plain",
     "run",
     "suits",
+    "suits_gradient",
     "supports",
     "taping",
     "weight_grad",

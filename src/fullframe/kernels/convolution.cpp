@@ -1,10 +1,13 @@
-// A convolution of one window, channels innermost, float32.
+// A convolution of one window, channels innermost, float32 or bfloat16.
 //
 // A block of sums, some pixels of a row times some vectors of output channels, stays in registers while the products
 // pass: of each, a vector of the weight against the numbers of all pixels, read where they lie. Only where a block
 // reaches over the left or right border are its numbers copied, with zeros; a row of taps above or below is left out.
 // The products of an output are added up in chains, each of some rows of taps and some channels, and the chains one
 // after the other; which these are, and their order, does not depend on the place of a pixel or the window's size.
+//
+// Of bfloat16 the products of two channels are added up at once, in float32, so a pair of channels takes the place of a
+// number; there is one chain, whose sum is rounded at its end. Below, a number is four bytes: a float32, or a pair.
 
 #include <utility>
 
@@ -30,28 +33,31 @@ static inline const float *pixel(const char *const *bases, const Steps &s) {
 }
 
 // Adds one product to the sums of the pixels K.
-template <int V, int... K>
-FUSED static inline __attribute__((always_inline)) void add(std::integer_sequence<int, K...>, const char *const *bases,
+template <Kind K, int V, int... P>
+FUSED static inline __attribute__((always_inline)) void add(std::integer_sequence<int, P...>, const char *const *bases,
                                                             const Steps &s, const Vec *weight, Vec (*sum)[V]) {
     const auto one = [&](const float *x, Vec *to) FUSED __attribute__((always_inline)) {
-        const Vec number = *x - Vec{};
+        const Vec number = all<K>(x);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) to[v] = MADD(number, weight[v], to[v]);
+        for (int v = 0; v < V; v++) {
+            if constexpr (K == SINGLE) to[v] = MADD(number, weight[v], to[v]);
+            else to[v] = ADD_PAIRS(number, weight[v], to[v]);
+        }
     };
-    (one(pixel<K>(bases, s), sum[K]), ...);
+    (one(pixel<P>(bases, s), sum[P]), ...);
 }
 
-struct Chain {  // the products of a chain; steps in elements
-    const float *rows[64];  // where the first pixel of each row of taps begins; null where it is outside
+struct Chain {  // the products of a chain
+    const char *rows[64];  // where the first pixel of each row of taps begins; null where it is outside
     const float *weight;
-    int64_t count, taps, deep;  // rows of taps, taps of a row, channels of a tap
-    int64_t pixel, tap;
-    int64_t weight_row, weight_tap, weight_deep;
+    int64_t count, taps, deep;                     // rows of taps, taps of a row, numbers of a tap
+    int64_t pixel, tap;                            // steps in bytes
+    int64_t weight_row, weight_tap, weight_deep;  // and in numbers
 };
 
 struct Target {
-    float *at;
-    int64_t pixel, used;  // step from pixel to pixel; channels of the last vector
+    char *at;
+    int64_t pixel, used;  // step from pixel to pixel, in elements; channels of the last vector
     bool first;           // whether nothing is there yet
     const float *bias;
 };
@@ -61,14 +67,32 @@ static __attribute__((noinline)) void some(float *at, Vec sum, const float *befo
     for (int64_t j = 0; j < used; j++) at[j] = before ? sum[j] + before[j] : sum[j];
 }
 
-template <int P, int V>
+// Keeps a vector of sums, of which there may be a part already.
+static inline __attribute__((always_inline)) void keep(float *at, Vec sum, const float *before, int64_t used) {
+    if (used == LANES) *(Loose *)at = before ? sum + *(const Loose *)before : sum;
+    else some(at, sum, before, used);
+}
+
+#if defined(__AVX512BF16__)
+static inline __attribute__((always_inline)) void keep(uint16_t *at, Vec sum, const float *bias, int64_t used) {
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)(bias ? sum + *(const Loose *)bias : sum));
+    if (used == LANES) _mm256_storeu_si256((__m256i *)at, rounded);
+    else _mm256_mask_storeu_epi16(at, (1 << used) - 1, rounded);
+}
+#endif
+
+template <Kind K> struct Element { typedef float T; };
+template <> struct Element<PAIRS> { typedef uint16_t T; };
+
+template <Kind K, int P, int V>
 FUSED static void block(const Chain &chain, const Target &to) {
+    typedef typename Element<K>::T T;
     Vec sum[P][V] = {};
-    Steps s = {4 * chain.pixel, 12 * chain.pixel, 20 * chain.pixel, 28 * chain.pixel};
+    Steps s = {chain.pixel, 3 * chain.pixel, 5 * chain.pixel, 7 * chain.pixel};
     for (int64_t r = 0; r < chain.count; r++) {
-        const char *row = (const char *)chain.rows[r];
+        const char *row = chain.rows[r];
         if (!row) continue;
-        for (int64_t k = 0; k < chain.taps; k++, row += 4 * chain.tap) {
+        for (int64_t k = 0; k < chain.taps; k++, row += chain.tap) {
             const char *bases[4] = {row, row + NEAR * s.one, row + 2 * NEAR * s.one, row + 3 * NEAR * s.one};
             const float *w = chain.weight + r * chain.weight_row + k * chain.weight_tap;
             for (int64_t c = 0; c < chain.deep; c++, w += chain.weight_deep) {
@@ -79,7 +103,7 @@ FUSED static void block(const Chain &chain, const Target &to) {
                     KEEP(weight[v]);
                 }
                 KEEP_NUMBERS(s.one, s.three, s.five, s.seven);
-                add<V>(std::make_integer_sequence<int, P>{}, bases, s, weight, sum);
+                add<K, V>(std::make_integer_sequence<int, P>{}, bases, s, weight, sum);
 #pragma GCC unroll 4
                 for (int b = 0; b < 4; b++) bases[b] += 4;
             }
@@ -89,31 +113,32 @@ FUSED static void block(const Chain &chain, const Target &to) {
     for (int p = 0; p < P; p++) {
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) {
-            float *at = to.at + p * to.pixel + v * LANES;
-            const float *before = !to.first ? at : to.bias ? to.bias + v * LANES : nullptr;
-            if (v < V - 1 || to.used == LANES) *(Loose *)at = before ? sum[p][v] + *(const Loose *)before : sum[p][v];
-            else some(at, sum[p][v], before, to.used);
+            T *at = (T *)to.at + p * to.pixel + v * LANES;
+            const float *bias = to.bias ? to.bias + v * LANES : nullptr;
+            keep(at, sum[p][v], to.first ? bias : (const float *)at, v < V - 1 ? LANES : to.used);
         }
     }
 }
 
-struct Blocks {  // by vectors and pixels
+template <Kind K> struct Blocks {  // by vectors and pixels
     void (*of[4][HELD + 1])(const Chain &, const Target &);
     template <int V, int P> void fill() {
-        if constexpr (P > 0) of[V][P] = block<P, V>, fill<V, P - 1>();
+        if constexpr (P > 0) of[V][P] = block<K, P, V>, fill<V, P - 1>();
     }
     Blocks() { fill<1, HELD>(), fill<2, HELD / 2>(), fill<3, HELD / 3>(); }
 };
-static const Blocks BLOCKS;
+template <Kind K> static const Blocks<K> BLOCKS;
 
 struct Task {
-    int64_t batch, thick, deep;  // output and input channels
+    int64_t batch, thick, deep;  // output channels, and numbers of an input pixel
     Axis axis[3];
-    int64_t x_step[4], out_step[4];  // batch and spatial
-    int64_t weight_step[5];          // output channel, input channel, spatial
-    int64_t some, part;              // rows of taps, and channels, of a chain
-    const float *x, *weight, *bias;
-    float *out;
+    int64_t x_step[4], out_step[4];  // batch and spatial, in bytes
+    int64_t weight_step[5];          // output channel, input channel, spatial, in elements
+    int64_t some, part;              // rows of taps, and numbers, of a chain
+    const char *x;
+    const void *weight;
+    const float *bias;
+    char *out;
 
     int64_t rows() const { return axis[0].kernel * axis[1].kernel; }
     int64_t products() const { return rows() * axis[2].kernel * deep; }
@@ -123,8 +148,8 @@ struct Place {  // of a block: which pixels of a row of outputs
     int64_t image, slice, row, first, last;
 };
 
-// Points a chain to what a block reads of rows of taps from `row`, channels from `channel` on.
-static void aim(const Task &t, Chain &chain, const Place &p, int64_t row, int64_t channel, float *scratch) {
+// Points a chain to what a block reads of rows of taps from `row`, numbers from `number` on.
+static void aim(const Task &t, Chain &chain, const Place &p, int64_t row, int64_t number, char *scratch) {
     const Axis &d = t.axis[0], &h = t.axis[1], &w = t.axis[2];
     const int64_t from = w.at(p.first, 0), end = w.at(p.last - 1, w.kernel - 1) + 1;
     const bool border = from < 0 || end > w.in;
@@ -132,25 +157,26 @@ static void aim(const Task &t, Chain &chain, const Place &p, int64_t row, int64_
         const int64_t z = d.at(p.slice, (row + j) / h.kernel), y = h.at(p.row, (row + j) % h.kernel);
         chain.rows[j] = nullptr;
         if (z < 0 || z >= d.in || y < 0 || y >= h.in) continue;
-        const float *line = t.x + p.image * t.x_step[0] + z * t.x_step[1] + y * t.x_step[2] + channel;
+        const char *line = t.x + p.image * t.x_step[0] + z * t.x_step[1] + y * t.x_step[2] + 4 * number;
         chain.rows[j] = border ? scratch : line + from * t.x_step[3];
-        for (int64_t q = from; border && q < end; q++, scratch += chain.deep) {
+        for (int64_t q = from; border && q < end; q++, scratch += 4 * chain.deep) {
             if (q < 0 || q >= w.in) memset(scratch, 0, 4 * chain.deep);
             else memcpy(scratch, line + q * t.x_step[3], 4 * chain.deep);
         }
     }
-    const int64_t step = border ? chain.deep : t.x_step[3];
+    const int64_t step = border ? 4 * chain.deep : t.x_step[3];
     chain.pixel = step * w.stride, chain.tap = step * w.dilation;
 }
 
 constexpr int64_t LARGE = 1 << 18;  // bytes of a weight, from which on a chain of it is used for all blocks at once
 
 // The outputs of some vectors of channels, from `channel` on, of one slice of an image.
+template <Kind K>
 static void slice(const Task &t, int64_t image, int64_t z, int64_t channel, int64_t vectors, const float *weight,
-                  int64_t pitch, float *scratch) {
+                  int64_t pitch, char *scratch) {
     const Axis &w = t.axis[2];
     const int64_t wide = HELD / vectors, blocks = (w.out + wide - 1) / wide, all = t.axis[1].out * blocks;
-    const int64_t group = 4 * t.products() * vectors * LANES > LARGE ? all : 1;
+    const int64_t group = K == SINGLE && 4 * t.products() * vectors * LANES > LARGE ? all : 1;
     const int64_t used = least(t.thick - channel, vectors * LANES) - (vectors - 1) * LANES;
     Chain chain;
     chain.weight_deep = pitch, chain.weight_tap = t.deep * pitch, chain.weight_row = w.kernel * t.deep * pitch;
@@ -164,28 +190,31 @@ static void slice(const Task &t, int64_t image, int64_t z, int64_t channel, int6
                     chain.deep = least(t.part, t.deep - c);
                     chain.weight = weight + r * chain.weight_row + c * pitch;
                     aim(t, chain, place, r, c, scratch);
-                    if (chain.tap == chain.deep && chain.deep == t.deep) chain.deep *= chain.taps, chain.taps = 1;
-                    float *at = t.out + image * t.out_step[0] + z * t.out_step[1] + y * t.out_step[2] +
-                                place.first * t.out_step[3] + channel;
-                    const Target target = {at, t.out_step[3], used, c == 0 && r == 0, t.bias ? t.bias + channel : nullptr};
-                    BLOCKS.of[vectors][place.last - place.first](chain, target);
+                    if (chain.tap == 4 * chain.deep && chain.deep == t.deep) chain.deep *= chain.taps, chain.taps = 1;
+                    constexpr int64_t SIZE = sizeof(typename Element<K>::T);
+                    char *at = t.out + image * t.out_step[0] + z * t.out_step[1] + y * t.out_step[2] +
+                               place.first * t.out_step[3] + channel * SIZE;
+                    const float *bias = t.bias ? t.bias + channel : nullptr;
+                    const Target target = {at, t.out_step[3] / SIZE, used, c == 0 && r == 0, bias};
+                    BLOCKS<K>.of[vectors][place.last - place.first](chain, target);
                 }
 }
 
 // The weight of some vectors of channels in the order in which it is used, which is with output channels innermost,
 // then input channels, then taps; or with its taps from the last to the first. It goes by some input channels at a time,
 // so that few pages of memory are in use at once: weights have each output channel in one run.
-static void pack(const Task &t, int64_t channel, int64_t count, int64_t pitch, bool turned, float *to) {
+template <typename T>
+static void pack(const Task &t, int64_t channel, int64_t count, int64_t pitch, bool turned, T *to) {
     constexpr int64_t SOME = 16;
     const int64_t *step = t.weight_step;
     const int64_t deep = t.axis[0].kernel, high = t.axis[1].kernel, wide = t.axis[2].kernel, taps = deep * high * wide;
-    const auto lanes = [&](int64_t first, int64_t c, const float *from) {
+    const auto lanes = [&](int64_t first, int64_t c, const T *from) {
         const int64_t end = least(LANES, pitch - first), known = most(0, least(end, count - first));
         for (int64_t a = 0, tap = 0; a < deep; a++)
             for (int64_t b = 0; b < high; b++)
                 for (int64_t e = 0; e < wide; e++, tap++) {
-                    const float *at = from + a * step[2] + b * step[3] + e * step[4];
-                    float *put = to + ((turned ? taps - 1 - tap : tap) * t.deep + c) * pitch + first;
+                    const T *at = from + a * step[2] + b * step[3] + e * step[4];
+                    T *put = to + ((turned ? taps - 1 - tap : tap) * t.deep + c) * pitch + first;
                     for (int64_t j = 0; j < known; j++) put[j] = at[j * step[0]];
                     for (int64_t j = known; j < end; j++) put[j] = 0;
                 }
@@ -193,8 +222,33 @@ static void pack(const Task &t, int64_t channel, int64_t count, int64_t pitch, b
     for (int64_t start = 0; start < t.deep; start += SOME)
         for (int64_t first = 0; first < pitch; first += LANES)
             for (int64_t c = start; c < least(start + SOME, t.deep); c++)
-                lanes(first, c, t.weight + (channel + first) * step[0] + c * step[1]);
+                lanes(first, c, (const T *)t.weight + (channel + first) * step[0] + c * step[1]);
 }
+
+#if defined(__AVX512BF16__)
+// The same for pairs of input channels, each vector of output channels made of two.
+static void pack_pairs(const Task &t, int64_t channel, int64_t count, int64_t pitch, uint32_t *to) {
+    const int64_t *step = t.weight_step;
+    const auto lanes = [&](const uint16_t *from, int64_t first, int64_t known) {
+        const __mmask16 some = known >= LANES ? 0xffff : (1 << known) - 1;
+        if (step[0] == 1) return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, from + first));
+        uint32_t found[LANES] = {0};
+        for (int64_t j = 0; j < least(known, LANES); j++) found[j] = from[(first + j) * step[0]];
+        return _mm512_loadu_si512(found);
+    };
+    for (int64_t a = 0; a < t.axis[0].kernel; a++)
+        for (int64_t b = 0; b < t.axis[1].kernel; b++)
+            for (int64_t e = 0; e < t.axis[2].kernel; e++)
+                for (int64_t c = 0; c < t.deep; c++, to += pitch) {
+                    const uint16_t *at = (const uint16_t *)t.weight + channel * step[0] + 2 * c * step[1] + a * step[2] +
+                                         b * step[3] + e * step[4];
+                    for (int64_t first = 0; first < pitch; first += LANES) {
+                        const __m512i next = _mm512_slli_epi32(lanes(at + step[1], first, count - first), 16);
+                        _mm512_storeu_si512(to + first, _mm512_or_si512(lanes(at, first, count - first), next));
+                    }
+                }
+}
+#endif
 
 // Whether the weight lies in that order, all vectors of a product side by side.
 static bool packed(const Task &t) {
@@ -206,47 +260,89 @@ static bool packed(const Task &t) {
 
 // words: batch, output and input channels, three axes (extent of the output, of x, kernel, stride, padding before,
 // dilation), steps of x and of the output (batch and three axes), of the weight (output channel, input channel, three
-// axes), rows of taps and input channels of a chain.
-static Task task(const int64_t *words) {
+// axes), rows of taps and input channels of a chain. `size` is that of an element.
+static Task task(const int64_t *words, int64_t size) {
     Task t = {};
-    t.batch = words[0], t.thick = words[1], t.deep = words[2];
+    t.batch = words[0], t.thick = words[1], t.deep = words[2] * size / 4;
     for (int a = 0; a < 3; a++) {
         const int64_t *w = words + 3 + 6 * a;
         t.axis[a] = {w[0], w[1], w[2], w[3], w[4], w[5]};
     }
-    memcpy(t.x_step, words + 21, sizeof t.x_step), memcpy(t.out_step, words + 25, sizeof t.out_step);
+    for (int a = 0; a < 4; a++) t.x_step[a] = size * words[21 + a], t.out_step[a] = size * words[25 + a];
     memcpy(t.weight_step, words + 29, sizeof t.weight_step);
-    t.some = words[34], t.part = words[35];
+    t.some = words[34], t.part = words[35] * size / 4;
     return t;
 }
 
-// tensors: x, weight, output, and a bias or null.
-extern "C" int fullframe_convolution(const int64_t *words, float *const *tensors) {
-    Task t = task(words);
-    t.x = tensors[0], t.weight = tensors[1], t.out = tensors[2], t.bias = tensors[3];
+// All outputs, by strips of output channels; with room for a copy of so many numbers of the weight.
+template <Kind K, typename F> static int strips(const Task &t, int64_t kept, F &&copy) {
     const Axis &w = t.axis[2];
     const int64_t reach = HELD * w.stride + w.kernel * w.dilation;
-    const int64_t kept = packed(t) ? 0 : t.products() * 3 * LANES;
     void *room = nullptr;
     if (posix_memalign(&room, 64, 4 * (kept + reach * t.some * t.part))) return 1;
-    float *own = (float *)room, *scratch = own + kept;
-    const int64_t vectors = (t.thick + LANES - 1) / LANES, strips = (vectors + 2) / 3;
-    for (int64_t k = 0, v = 0; k < strips; k++) {
-        const int64_t end = vectors * (k + 1) / strips, some = end - v, channel = v * LANES;
-        if (kept) pack(t, channel, least(some * LANES, t.thick - channel), some * LANES, false, own);
+    float *own = (float *)room;
+    char *scratch = (char *)(own + kept);
+    const int64_t vectors = (t.thick + LANES - 1) / LANES, count = (vectors + 2) / 3;
+    for (int64_t k = 0, v = 0; k < count; k++) {
+        const int64_t end = vectors * (k + 1) / count, some = end - v, channel = v * LANES;
+        if (kept) copy(channel, least(some * LANES, t.thick - channel), some * LANES, own);
+        const float *weight = kept ? own : (const float *)t.weight + channel;
         for (int64_t n = 0; n < t.batch; n++)
             for (int64_t z = 0; z < t.axis[0].out; z++)
-                slice(t, n, z, channel, some, kept ? own : t.weight + channel, kept ? some * LANES : t.thick, scratch);
+                slice<K>(t, n, z, channel, some, weight, kept ? some * LANES : t.thick, scratch);
         v = end;
     }
     free(room);
     return 0;
 }
 
+static void take(Task &t, void *const *tensors) {
+    t.x = (const char *)tensors[0], t.weight = tensors[1], t.out = (char *)tensors[2];
+}
+
+// tensors: x, weight, output, and a bias or null.
+extern "C" int fullframe_convolution(const int64_t *words, void *const *tensors) {
+    Task t = task(words, 4);
+    take(t, tensors);
+    t.bias = (const float *)tensors[3];
+    return strips<SINGLE>(t, packed(t) ? 0 : t.products() * 3 * LANES,
+                          [&](int64_t channel, int64_t count, int64_t pitch, float *to) {
+                              pack(t, channel, count, pitch, false, to);
+                          });
+}
+
+#if defined(__AVX512BF16__)
+// The same of bfloat16, of an even number of input channels, which are one chain.
+extern "C" int fullframe_convolution_of_halves(const int64_t *words, void *const *tensors) {
+    Task t = task(words, 2);
+    take(t, tensors);
+    t.some = t.rows(), t.part = t.deep;
+    const uint16_t *bias = (const uint16_t *)tensors[3];
+    void *wide = nullptr;
+    if (bias && posix_memalign(&wide, 64, 4 * (t.thick + LANES))) return 1;
+    for (int64_t k = 0; bias && k < t.thick; k++) ((uint32_t *)wide)[k] = (uint32_t)bias[k] << 16;
+    t.bias = (const float *)wide;
+    const int failed = strips<PAIRS>(t, t.products() * 3 * LANES,
+                                     [&](int64_t channel, int64_t count, int64_t pitch, float *to) {
+                                         pack_pairs(t, channel, count, pitch, (uint32_t *)to);
+                                     });
+    free(wide);
+    return failed;
+}
+#endif
+
 // words as above, then whether the taps are to be turned. tensors: weight, and where it is put.
-extern "C" int fullframe_pack(const int64_t *words, float *const *tensors) {
-    Task t = task(words);
+extern "C" int fullframe_pack(const int64_t *words, void *const *tensors) {
+    Task t = task(words, 4);
     t.weight = tensors[0];
-    pack(t, 0, t.thick, t.thick, words[36] != 0, tensors[1]);
+    pack(t, 0, t.thick, t.thick, words[36] != 0, (float *)tensors[1]);
+    return 0;
+}
+
+// The same of elements of two bytes.
+extern "C" int fullframe_pack_halves(const int64_t *words, void *const *tensors) {
+    Task t = task(words, 4);
+    t.weight = tensors[0];
+    pack(t, 0, t.thick, t.thick, words[36] != 0, (uint16_t *)tensors[1]);
     return 0;
 }

@@ -8,7 +8,7 @@ fast as the library on large windows and several times as fast on small ones.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -51,19 +51,20 @@ def convolution(
     """The outputs of a window; None where the library should make them.
 
     Args:
-        x: window of the input, (batch, in, ...) with two or three spatial axes; outside of it are zeros.
+        x: window of the input, (batch, in, ...) with two or three spatial axes, float32 or, where the processor
+            multiplies it, bfloat16; outside of it are zeros.
         weight: (out, in / groups, ...); best with output channels innermost, as `for_convolution` lays it out.
         bias: (out), or None.
         axes: of each spatial axis, the extent of the output and how windows lie.
         groups: of the convolution.
 
     Returns:
-        float32, (batch, out, extents), channels innermost.
+        As ``x``, (batch, out, extents), channels innermost.
     """
     extents = [a.extent for a in axes]
     if not _suits(x, weight, bias, groups) or 0 in extents:
         return None
-    function = own("convolution")
+    function = _kernel(x.dtype)
     if function is None:
         return None
     if x.stride(1) != 1 and x.shape[1] > 1:
@@ -87,7 +88,9 @@ def for_convolution(weight: torch.Tensor, turned: bool = False) -> torch.Tensor:
     (out, deep, *kernel), rank = weight.shape, weight.dim()
     steps = [prod(kernel[k + 1 :]) * out * deep for k in range(rank - 2)]
     made = weight.new_empty_strided(weight.shape, (1, out, *steps))
-    function = own("pack", "convolution") if _known(weight) and weight.numel() and rank in (4, 5) else None
+    name = {torch.float32: "pack", torch.bfloat16: "pack_halves"}.get(weight.dtype)
+    some = weight.device.type == "cpu" and weight.numel() and rank in (4, 5)
+    function = own(name, "convolution") if name and some else None
     if function is None:
         return made.copy_(weight.flip(tuple(range(2, rank))) if turned else weight)
     run(function, _order(tuple(weight.shape), weight.stride(), turned), (weight, made))
@@ -98,17 +101,20 @@ def suits(shape: Sequence[int], dtype: torch.dtype, groups: int) -> bool:
     """Whether the kernel is not worse than the library with a weight of this ``shape``, on a processor."""
     taps = shape[2:]
     wide = groups == 1 and prod(taps) > 1 and shape[0] >= LEAST and prod(taps[:-1]) <= ROWS
-    return wide and len(taps) in (2, 3) and dtype == torch.float32
+    if not wide or len(taps) not in (2, 3):
+        return False
+    # Halves go by pairs of input channels. Whether there is a kernel for them is the processor's.
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and shape[1] % 2 == 0 and _kernel(dtype) is not None)
+
+
+def _kernel(dtype: torch.dtype) -> Callable[..., int] | None:
+    return own("convolution") if dtype == torch.float32 else own("convolution_of_halves", "convolution")
 
 
 def _suits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: int) -> bool:
-    plain = bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
-    some = bool(x.numel()) and bool(weight.numel())
-    return suits(weight.shape, weight.dtype, groups) and plain and some and _known(x)
-
-
-def _known(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+    plain = bias is None or (bias.dtype == x.dtype and bias.is_contiguous())
+    some = bool(x.numel()) and bool(weight.numel()) and x.device.type == "cpu" and x.dtype == weight.dtype
+    return some and plain and suits(weight.shape, weight.dtype, groups)
 
 
 def _format(dim: int) -> torch.memory_format:

@@ -1,5 +1,7 @@
 """The weight gradient of a convolution over one window, where the library's own is slower.
 
+float32, and bfloat16 where the processor adds up its products in float32.
+
 Without AVX-512 the library reaches a fifth to a third of its forward speed here (channels innermost), with it as
 much or a tenth less than this kernel, which makes no padded copy. And the kernel adds up at most a few hundred
 products in one float32 sum before the next. The library adds up all pixels of a window in one, and where most of an
@@ -9,7 +11,7 @@ image is one constant, each of these sums is rounded the same way: ten times the
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -44,13 +46,15 @@ def weight_grad(
     """
     if not _suits(g, x, shape, groups):
         return None
-    function = own("gradient")
+    function = _of_halves() if g.dtype == torch.bfloat16 else None
+    if function is None:
+        function, g, x = own("gradient"), g.float(), x.float()
     if function is None:
         return None
     g, x = _innermost(g), _innermost(x)
     geometry = tuple(zip(shape[2:], stride, before, dilation, strict=True))
     form = _form((tuple(g.shape), g.stride()), (tuple(x.shape), x.stride()), geometry, (*shape[:2], groups))
-    made = g.new_zeros(form.made)
+    made = g.new_zeros(form.made, dtype=torch.float32)
     run(function, form.words, (g, x, made))
     if not form.swapped:
         return made.movedim(-1, 1)
@@ -92,22 +96,35 @@ def _form(g: _Layout, x: _Layout, geometry: tuple[tuple[int, ...], ...], channel
     return _Form((ctypes.c_int64 * len(words))(*words), made, swapped)
 
 
-def _suits(g: torch.Tensor, x: torch.Tensor, shape: Sequence[int], groups: int) -> bool:
-    """Whether the kernel can make it, and better than the library."""
+def suits_gradient(shape: Sequence[int], dtype: torch.dtype, groups: int) -> bool:
+    """Whether the kernel is better than the library for a weight of this ``shape``, on a processor."""
     wide = max(shape[0] // groups, shape[1]) >= LEAST
-    known = wide and g.dim() in (4, 5) and g.dtype == x.dtype and (g.dtype == torch.float32 or _wanted(g.dtype))
-    return known and g.device.type == "cpu" and bool(g.numel()) and bool(x.numel())
+    return wide and len(shape) in (4, 5) and (dtype == torch.float32 or _wanted(dtype))
+
+
+def _suits(g: torch.Tensor, x: torch.Tensor, shape: Sequence[int], groups: int) -> bool:
+    known = g.dtype == x.dtype and g.device.type == "cpu" and bool(g.numel()) and bool(x.numel())
+    return known and suits_gradient(shape, g.dtype, groups)
+
+
+def _wanted(dtype: torch.dtype) -> bool:
+    """Whether it is worth it in bfloat16: the processor has products of it, or the library is slow, which computes
+    in float32 then."""
+    return dtype == torch.bfloat16 and (_of_halves() is not None or _slow())
 
 
 @cache
-def _wanted(dtype: torch.dtype) -> bool:
-    """Whether the library is slow at bfloat16: it computes that in float32 where the processor cannot."""
-    return dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def _slow() -> bool:
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _of_halves() -> Callable[..., int] | None:
+    """The kernel for bfloat16; None on a processor without its products."""
+    return own("gradient_of_halves", "gradient")
 
 
 def _innermost(tensor: torch.Tensor) -> torch.Tensor:
-    """As float32 with neighbouring channels."""
-    tensor = tensor if tensor.dtype == torch.float32 else tensor.float()
+    """With neighbouring channels."""
     if tensor.stride(1) == 1 or tensor.shape[1] == 1:
         return tensor
     return tensor.contiguous(memory_format=torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d)

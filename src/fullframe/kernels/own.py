@@ -18,7 +18,8 @@ _LOADED: dict[str, Callable[..., int] | None] = {}
 
 
 def own(name: str, source: str = "") -> Callable[..., int] | None:
-    """A function of a source beside this file, by default the one it is named after; None without a compiler.
+    """A function of a source beside this file, by default the one it is named after; None without a compiler, or
+    where the source has it only for other processors.
 
     It is compiled by the thread that asks first.
     """
@@ -39,7 +40,7 @@ def _load(name: str, source: str) -> Callable[..., int] | None:
 
 
 def run(function: Callable[..., int], words: Any, tensors: Sequence[torch.Tensor | None]) -> None:
-    """Call a function with numbers, an array of ctypes, and the addresses of float32 tensors."""
+    """Call a function with numbers, an array of ctypes, and the addresses of tensors."""
     places = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
     if function(words, places):
         raise MemoryError("no memory for a copy of a convolution's weight")

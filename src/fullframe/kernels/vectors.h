@@ -3,6 +3,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 // Elements of a vector, and how many vectors of sums fit into the registers beside what they are made of.
 #if defined(__AVX512F__)
@@ -25,6 +28,10 @@ typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias
 #define MADD(a, b, c) ((a) * (b) + (c))
 #endif
 
+#if defined(__AVX512BF16__)
+#define ADD_PAIRS(a, b, c) (Vec) _mm512_dpbf16_ps((__m512)(c), (__m512bh)(a), (__m512bh)(b))
+#endif
+
 // A value kept in a register, where the compiler would rather load it again, or make it anew, at every use.
 #if defined(__AVX512F__)
 #define KEEP(value) asm("" : "+v"(value))
@@ -34,6 +41,15 @@ typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias
 #define KEEP(value)
 #endif
 #define KEEP_NUMBERS(a, b, c, d) asm("" : "+r"(a), "+r"(b), "+r"(c), "+r"(d))
+
+// A number, or a pair of them, in all lanes.
+enum Kind { SINGLE, PAIRS };
+template <Kind K> FUSED static inline __attribute__((always_inline)) Vec all(const float *at) {
+    if constexpr (K == SINGLE) return *at - Vec{};
+#if defined(__AVX512BF16__)
+    else return (Vec)_mm512_set1_epi32(*(const int32_t *)at);
+#endif
+}
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }

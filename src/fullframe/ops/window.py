@@ -15,7 +15,7 @@ import torch
 from fullframe import region as box
 from fullframe.graph import Kind, Link, Op
 from fullframe.kernels import Axis as Placed
-from fullframe.kernels import convolution, suits, weight_grad
+from fullframe.kernels import convolution, suits, suits_gradient, weight_grad
 from fullframe.ops.convolve import DOT, convolve, in_pieces, pad_window, spread
 from fullframe.ops.rule import BaseRule, Reduction
 from fullframe.region import Interval, Region
@@ -215,7 +215,7 @@ class ConvWeightGrad(Reduction):
         return 2 * elements * prod(op.output.shape[1:])
 
     def calls(self, op: Op) -> bool:
-        return op.output.dtype != torch.float32
+        return not suits_gradient(op.output.shape, op.inputs[0].dtype, op.args[5])
 
 
 RULES: dict[str, BaseRule] = {
