@@ -176,19 +176,42 @@ struct Line {  // a row of pixels of bfloat16, null outside of the window; steps
     int64_t pixel, extent, channels;
 };
 
+// Some channels of a pixel, each in the low half of a number; of one that is null, zeros.
+static inline __m512i numbers(const uint16_t *pixel, __mmask16 some) {
+    return pixel ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, pixel)) : _mm512_setzero_si512();
+}
+
+static inline __m512i beside(__m512i first, __m512i second) {
+    return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+}
+
 // Pairs of the pixels first, first + advance, ...: each beside the one `apart` from it.
 static void pairs(uint32_t *to, const Line &line, int64_t first, int64_t count, int64_t advance, int64_t apart) {
-    const auto part = [&](int64_t pixel, int64_t c, __mmask16 some) {
-        const bool inside = line.at && pixel >= 0 && pixel < line.extent;
-        return inside ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, line.at + pixel * line.pixel + c))
-                      : _mm512_setzero_si512();
+    const auto at = [&](int64_t pixel) {
+        return line.at && pixel >= 0 && pixel < line.extent ? line.at + pixel * line.pixel : nullptr;
     };
-    for (int64_t k = 0; k < count; k++, first += advance, to += line.channels)
-        for (int64_t c = 0; c < line.channels; c += LANES) {
-            const __mmask16 some = line.channels - c >= LANES ? 0xffff : (1 << (line.channels - c)) - 1;
-            const __m512i next = _mm512_slli_epi32(part(first + apart, c, some), 16);
-            _mm512_mask_storeu_epi32(to + c, some, _mm512_or_si512(part(first, c, some), next));
-        }
+    // Of these, both pixels are inside.
+    const int64_t start = line.at ? least(count, most(0, -floor_div(first, advance))) : count;
+    const int64_t end = most(start, least(count, floor_div(line.extent - 1 - apart - first, advance) + 1));
+    const int64_t step = advance * line.pixel, next = apart * line.pixel, channels = line.channels;
+    for (int64_t c = 0; c < channels; c += LANES) {
+        const __mmask16 some = channels - c >= LANES ? 0xffff : (1 << (channels - c)) - 1;
+        const auto outside = [&](int64_t k) {
+            const uint16_t *a = at(first + k * advance), *b = at(first + k * advance + apart);
+            const __m512i made = beside(numbers(a ? a + c : a, some), numbers(b ? b + c : b, some));
+            _mm512_mask_storeu_epi32(to + k * channels + c, some, made);
+        };
+        for (int64_t k = 0; k < start; k++) outside(k);
+        const uint16_t *from = line.at + (first + start * advance) * line.pixel + c;
+        uint32_t *put = to + start * channels + c;
+        if (some == 0xffff)
+            for (int64_t k = start; k < end; k++, from += step, put += channels)
+                _mm512_storeu_si512(put, beside(numbers(from, 0xffff), numbers(from + next, 0xffff)));
+        else
+            for (int64_t k = start; k < end; k++, from += step, put += channels)
+                _mm512_mask_storeu_epi32(put, some, beside(numbers(from, some), numbers(from + next, some)));
+        for (int64_t k = end; k < count; k++) outside(k);
+    }
 }
 
 // A patch: its pairs copied, and all taps of it. `g` and `x` are planes.
