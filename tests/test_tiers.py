@@ -30,7 +30,7 @@ def case():
 def test_maps_in_the_second_tier_give_the_same_numbers(second_tier, tile):
     net, image, label = case()
     second_tier.setattr(planner, "WINDOW", 100_000)
-    second_tier.setattr(planner, "CALLED", 1)
+    second_tier.setattr(planner, "MORE", 1)
     here, away = copy.deepcopy(net), copy.deepcopy(net)
     expected = gradients(here, fullframe.tile(here, loss=F.cross_entropy, tile=tile, budget="1 GB"), image, label)
     plenty = fullframe.tile(here, loss=F.cross_entropy, tile=tile, budget="1 GB").plan(image, label)

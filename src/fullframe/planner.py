@@ -28,7 +28,7 @@ from fullframe.section import (
 )
 
 WINDOW = 1_400_000  # bytes of the largest window of a tile: about the second-level cache of one core,
-CALLED = 1.5  # and so much more where the library is called, whose calls take a while to begin
+MORE = 1.5  # and so much more where the library is called, whose calls take a while to begin, or numbers are narrow
 LEAST = 1 << 19  # maps smaller than this are not worth cutting,
 DENSE = 1 << 9  # unless so many operations are spent on each byte of them
 FIXED = 100 << 20  # what torch's libraries, the recording machinery and the threads take
@@ -271,9 +271,9 @@ def choose_grid(section: Section, labels: Labels, request: Request) -> Grid:
     axes = [(label, n) for label, n in zip(labels[root], root.shape, strict=True) if label is not None]
     if request.tile is not None:
         return _forced(axes, labels, request)
-    largest = max(v.nbytes for v in (root, *section.loads) if tiled(v, labels))
-    called = any(op.rule.calls(op) for op in section.ops)
-    count = max(1, -(-largest // max(int(WINDOW * (CALLED if called else 1)), request.window)))
+    largest = max((v for v in (root, *section.loads) if tiled(v, labels)), key=lambda v: v.nbytes)
+    more = largest.itemsize < 4 or any(op.rule.calls(op) for op in section.ops)
+    count = max(1, -(-largest.nbytes // max(int(WINDOW * (MORE if more else 1)), request.window)))
     rows = ROWS if count <= 2 * request.workers else THICK
     if root.nbytes >= LEAST and request.workers > 1:
         count = max(count, 2 * request.workers)
