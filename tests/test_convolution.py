@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import platform
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fullframe.kernels import Axis, convolution, for_convolution, parts_of
+from fullframe.kernels import Axis, compiler, convolution, for_convolution, parts_of, weight_grad
 from fullframe.kernels import own as loading
 from fullframe.kernels.own import own
 from fullframe.ops.convolve import convolve
@@ -183,3 +185,24 @@ def test_the_default_dtype_is_not_that_of_the_outputs():
     finally:
         torch.set_default_dtype(before)
     assert made is not None and made.dtype == torch.float32 and torch.equal(made.double(), truth)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="another architecture")
+@pytest.mark.parametrize("processor", ["x86-64", "haswell"])
+def test_processors_with_shorter_vectors(processor, monkeypatch):
+    """Compiled for an older processor, which has no products of bfloat16."""
+    here = compiler.find()
+    flags = tuple(f"-march={processor}" if flag == "-march=native" else flag for flag in here.flags)
+    monkeypatch.setattr(compiler, "find", lambda: replace(here, flags=flags))
+    monkeypatch.setattr(loading, "_LOADED", {})
+    assert own("convolution_of_halves", "convolution") is None and own("gradient_of_halves", "gradient") is None
+    torch.manual_seed(0)
+    x, weight = torch.randint(-3, 4, (2, 40, 9, 30)).float(), torch.randint(-3, 4, (24, 40, 3, 3)).float()
+    truth = F.conv2d(x.double(), weight.double(), padding=1)
+    made = _made(x, weight, None, (9, 30), (1, 1), (1, 1), (1, 1), 1)
+    assert made is not None and torch.equal(made.double(), truth)
+    g = torch.randint(-3, 4, truth.shape).float()
+    made = weight_grad(g, x, weight.shape, (1, 1), (1, 1), (1, 1), 1)
+    back, mask = torch.ops.aten.convolution_backward, [False, True, False]
+    truth = back(g.double(), x.double(), weight.double(), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask)[1]
+    assert made is not None and torch.equal(made.double(), truth)

@@ -30,6 +30,8 @@ typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias
 
 #if defined(__AVX512BF16__)
 #define ADD_PAIRS(a, b, c) (Vec) _mm512_dpbf16_ps((__m512)(c), (__m512bh)(a), (__m512bh)(b))
+#else
+#define ADD_PAIRS(a, b, c) (c)  // nothing of pairs is made
 #endif
 
 // A value kept in a register, where the compiler would rather load it again, or make it anew, at every use.
