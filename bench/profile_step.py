@@ -30,6 +30,7 @@ from fullframe.kernels.tape import ADD, CALL, COPY, KERNEL, OWN, PLUS
 from fullframe.plan import Plan
 
 WATCH = Path(__file__).parent / "watch.h"
+ROOM = 1 << 21  # events, as watch.h has it
 PLAIN = {COPY: "copies", ADD: "partial sums", PLUS: "partial sums", KERNEL: "pointwise kernels"}
 MEMORY, WAITING = "memory had and given back", "waiting"
 
@@ -55,6 +56,7 @@ def watched() -> list[Event]:
     read: Any = compiler.load(source, "fullframe_events")
     read.restype, count = ctypes.POINTER(ctypes.c_int64), ctypes.c_int64()
     found = read(ctypes.byref(count))
+    assert count.value <= ROOM, "more events than watch.h has room for"
     return [Event(*found[k : k + 3]) for k in range(0, 3 * count.value, 3)]
 
 
