@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fullframe
-from fullframe import task
+from fullframe import executor, task
 from fullframe.graph import Op, Value
 from fullframe.ops.reduce import RULES
 from fullframe.ready import ready
@@ -44,10 +44,24 @@ def test_the_callers_threads_are_given_back():
 def test_same_bits_whether_tasks_are_kept(monkeypatch, kept):
     net, image = _net(), torch.randn(1, 3, 40, 40)
     truth = _gradients(fullframe.tile(net, tile=16), net, image)
-    monkeypatch.setattr(task, "KEPT", kept)
+    monkeypatch.setattr(executor, "room_of", lambda plan: kept)
     step = fullframe.tile(net, tile=16)
     for _ in range(2):
         assert all(map(torch.equal, _gradients(step, net, image), truth))
+
+
+def test_what_a_plan_leaves_of_its_budget_is_for_tasks():
+    """All tiles of a large image run from tape where there is memory for it; where there is not, some do."""
+    net, image = _net(), torch.randn(1, 3, 400, 400)
+    least = fullframe.tile(net, tile=4, budget="1 GB").plan(image).projected_bytes
+    for spare in (0, 100 * task.NBYTES):
+        plan = fullframe.tile(net, tile=4, budget=least + spare).plan(image)
+        tiles = sum(len(step.grid) for step in plan.steps)
+        assert plan.projected_bytes == least and tiles > task.KEPT
+        assert task.room_of(plan) == task.KEPT + spare // task.NBYTES
+        kept = [k is not None for k in task.Tasks(plan.steps, task.room_of(plan)).kept]
+        assert any(kept) and not all(kept)
+        assert all(k is not None for k in task.Tasks(plan.steps, tiles).kept)
 
 
 @pytest.mark.parametrize("name", ["tile.sum", "tile.amax", "tile.amin", "tile.moments", "tile.prod"])

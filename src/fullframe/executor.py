@@ -26,7 +26,7 @@ from fullframe.section import tiled
 from fullframe.store import Arena, empty_map, gapless
 from fullframe.summation import Summation, add
 from fullframe.taped import Partials, TapedTask, apart, fit, kept
-from fullframe.task import Job, Part, Read, Store, Target, Task, Tasks
+from fullframe.task import Job, Part, Read, Store, Target, Task, Tasks, room_of
 from fullframe.tiers import Lanes, fetch, put
 
 MOVED = "a tensor whose layout has changed"
@@ -43,7 +43,7 @@ class Runtime:
     def __init__(self, plan: Plan, device: torch.device):
         self.kernels: Kernels = build(plan, device)
         self.constants = {v: t.to(device) for v, t in plan.graph.constants.items()}
-        self.tasks = Tasks(plan.steps)
+        self.tasks = Tasks(plan.steps, room_of(plan))
         # A caller's own memory: what is handed out, and what is not cut into tiles.
         outputs = {v for v in plan.graph.outputs if v is not None}
         self.maps = {v for s in plan.steps for v in s.section.outputs if tiled(v, plan.labels)}

@@ -73,7 +73,7 @@ class Slot:
 class Bytes:
     """Projected bytes: the arena of stored maps, untiled values at their peak, the windows of the
     tiles in work, sums in progress, outputs handed to the caller, and ``fixed``, an estimate of what
-    the recording, the plan and the libraries take whatever the image's size. ``host`` is the arena where the maps
+    the recording, the plan, its tiles' tasks and the libraries take. ``host`` is the arena where the maps
     live in the host's memory and not on the device: it is not part of the total."""
 
     arena: int

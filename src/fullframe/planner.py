@@ -26,6 +26,7 @@ from fullframe.section import (
     label_axes,
     tiled,
 )
+from fullframe.task import KEPT, NBYTES
 
 WINDOW = 1_400_000  # bytes of the largest window of a tile: about the second-level cache of one core,
 MORE = 1.5  # and so much more where the library is called, whose calls take a while to begin, or numbers are narrow
@@ -198,6 +199,8 @@ def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, S
                   if op.rule.kind == "whole" and tiled(op.output, labels))  # fmt: skip
     slots = {v: Slot(offsets[v], maps[v]) for v in offsets}
     here, away = (0, arena) if request.host else (arena, 0)
+    if request.fixed is None:  # tasks lie in the same memory
+        fixed += NBYTES * min(KEPT, sum(len(s.grid) for s in steps))
     total = Bytes(here, max(0, untiled - scratch), scratch, outputs, fixed, away)
     return Plan(graph, labels, steps, draft.early, slots, total, request.budget, request.workers, whole,
                 request.ahead)  # fmt: skip

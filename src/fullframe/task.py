@@ -18,7 +18,8 @@ from fullframe.plan import Plan, Step
 from fullframe.region import Region
 from fullframe.section import Tile, own_region, tiled
 
-KEPT = 1 << 14  # tiles of a plan whose tasks are kept: some kilobytes each
+KEPT = 1 << 13  # tiles of a plan whose tasks are kept in any case,
+NBYTES = 16 << 10  # and bytes of each, with its tape
 Part = tuple[slice, ...] | None  # of a tensor; None is all of it
 
 
@@ -99,8 +100,8 @@ class Tasks:
     They do not hold the plan, which is the key under which they are found.
     """
 
-    def __init__(self, steps: Sequence[Step]):
-        room = KEPT
+    def __init__(self, steps: Sequence[Step], room: int):
+        """Of so many tiles tasks are kept; those of the other steps are made anew each time."""
         self.kept: list[list[Task | None] | None] = []
         for step in steps:
             fits = len(step.grid) <= room
@@ -120,6 +121,11 @@ class Tasks:
             else:
                 kept[k] = found
         return found
+
+
+def room_of(plan: Plan) -> int:
+    """Of how many tiles the tasks are kept: more than `KEPT` where the plan leaves memory of its budget."""
+    return KEPT + max(0, plan.budget - plan.projected_bytes) // NBYTES
 
 
 def tile_at(step: Step, k: int) -> Tile:
