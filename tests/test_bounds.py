@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fullframe.kernels import Axis, convolution, for_convolution, weight_grad
+from fullframe.kernels import Axis, convolution, for_convolution, for_winograd, suits_winograd, weight_grad, winograd
 from fullframe.kernels.own import own
 
 PAGE, CASES = mmap.PAGESIZE, 40
@@ -45,6 +45,8 @@ def draw(rng: random.Random) -> Case:
         )
         pixels = [rng.randint(1, 12 if rank == 3 else 40) for _ in range(rank)]
         pixels[-1] = rng.randint(60, 200) if rng.random() < 0.2 else pixels[-1]
+        if rng.random() < 0.3:
+            kernel[-1], stride[-1], dilation[-1] = 3, 1, 1
         out, deep = rng.choice([8, 16, 17, 31, 48, 50, 100]), rng.choice([1, 2, 3, 6, 16, 18, 32, 34, 64])
         dtype, batch = rng.choice([torch.float32, torch.bfloat16]), rng.choice([1, 2])
         padding = [rng.randint(0, 3) for _ in range(rank)]
@@ -98,6 +100,9 @@ def test_exact_and_within_bounds(seed):
             like = F.conv2d if rank == 2 else F.conv3d
             truth = like(x.double(), weight.double(), bias.double(), *geometry)
             assert torch.equal(made, truth.to(case.dtype)), case
+        if suits_winograd(shape, case.dtype, 1, case.stride, case.dilation):
+            sums, first = guarded.copy(for_winograd(weight), rng.random() < 0.5), rng.randint(0, 3)
+            assert torch.equal(winograd(x, sums, bias, axes, first), made), case
         made = weight_grad(g, x, shape, *geometry, 1)
         if made is not None:
             none, mask = torch.zeros(1, dtype=torch.float64).expand(shape), [False, True, False]

@@ -22,7 +22,11 @@ from fullframe.ops.pointwise import Along, Pointwise
 from fullframe.ops.rule import BaseRule
 from fullframe.testing import combines, regions, sufficient, tight
 
-WEIGHTED = ("tile.conv", "tile.conv_transpose")  # their weights are read in full, whatever the region
+WEIGHTED = (
+    "tile.conv",
+    "tile.conv_transpose",
+    "tile.winograd",
+)  # their weights are read in full, whatever the region
 
 
 def loose(op: Op) -> str:

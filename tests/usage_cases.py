@@ -458,6 +458,14 @@ case(
     lambda: nn.Conv2d(4, 4, 3),
 )
 case(
+    "narrow convolution",
+    lambda x, c: (
+        c(w := torch.cat([x, 2 * x, x.abs(), x.square()], 1))
+        + 1e-7 * F.conv2d(w.detach().float(), c.weight.detach().float(), padding=1).to(x.dtype)
+    ),
+    lambda: nn.Conv2d(16, 16, 3, padding=1),
+)
+case(
     "narrow dtypes",
     lambda x, c: c(x).half().mul(2).to(x.dtype) + c(x).bfloat16().float().double() * 0,
     lambda: nn.Conv2d(4, 4, 3),

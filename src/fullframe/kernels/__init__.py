@@ -10,7 +10,8 @@ On CUDA devices groups run as generated CUDA, compiled by the library that comes
 A `Tape` notes all that is done on a tile, kernels and the library's calls; a `NativeFlow` plays the tapes of many
 steps without Python.
 
-Two sums are not pointwise: `convolution`, in short chains, and `weight_grad`, its gradient.
+Two sums are not pointwise: `convolution`, in short chains, or by fewer products as `winograd`, and `weight_grad`, its
+gradient.
 """
 
 from .call import Call
@@ -24,6 +25,7 @@ from .native import taping
 from .table import SUPPORTED, supports
 from .tape import Tape, run
 from .taped import Taped
+from .winograd import for_winograd, suits_winograd, winograd
 
 __all__ = [
     "CHAIN",
@@ -48,12 +50,15 @@ __all__ = [
     "build_many",
     "convolution",
     "for_convolution",
+    "for_winograd",
     "parts_of",
     "plain",
     "run",
     "suits",
     "suits_gradient",
+    "suits_winograd",
     "supports",
     "taping",
     "weight_grad",
+    "winograd",
 ]

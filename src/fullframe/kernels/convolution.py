@@ -68,9 +68,9 @@ def convolution(
     if function is None:
         return None
     if x.stride(1) != 1 and x.shape[1] > 1:
-        x = x.contiguous(memory_format=_format(x.dim()))
+        x = x.contiguous(memory_format=channels_last(x.dim()))
     shape = (x.shape[0], weight.shape[0], *extents)
-    made = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x.dim()))
+    made = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=channels_last(x.dim()))
     sizes = zip(axes, x.shape[2:], weight.shape[2:], strict=True)
     geometry = tuple((a.extent, n, kernel, a.stride, a.before, a.dilation) for a, n, kernel in sizes)
     words = _words((x.shape[0], *weight.shape[:2]), geometry, x.stride(), made.stride(), weight.stride())
@@ -93,7 +93,7 @@ def for_convolution(weight: torch.Tensor, turned: bool = False) -> torch.Tensor:
     function = own(name, "convolution") if name and some else None
     if function is None:
         return made.copy_(weight.flip(tuple(range(2, rank))) if turned else weight)
-    run(function, _order(tuple(weight.shape), weight.stride(), turned), (weight, made))
+    run(function, order(tuple(weight.shape), weight.stride(), turned), (weight, made))
     return made
 
 
@@ -117,7 +117,8 @@ def _suits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gro
     return some and plain and suits(weight.shape, weight.dtype, groups)
 
 
-def _format(dim: int) -> torch.memory_format:
+def channels_last(dim: int) -> torch.memory_format:
+    """Channels innermost, in a plane or in space."""
     return torch.channels_last if dim == 4 else torch.channels_last_3d
 
 
@@ -128,24 +129,26 @@ _Strides = tuple[int, ...]
 def _words(channels: tuple[int, ...], geometry: tuple[tuple[int, ...], ...], x: _Strides, made: _Strides,
            weight: _Strides) -> Any:  # fmt: skip
     """What the kernel is told of a call. Kept, since to make it takes as long as a small window."""
-    return _array([*_numbers(channels, geometry, x, made, weight), *parts_of(geometry[-1][2], channels[2])])
+    return array([*numbers(channels, geometry, x, made, weight), *parts_of(geometry[-1][2], channels[2])])
 
 
 @lru_cache(maxsize=4096)
-def _order(shape: tuple[int, ...], strides: _Strides, turned: bool) -> Any:
+def order(shape: tuple[int, ...], strides: _Strides, turned: bool) -> Any:
     """What `pack` is told of a weight."""
     out, deep, *kernel = shape
     none = (0,) * (len(kernel) + 2)
-    words = _numbers((0, out, deep), [(0, 0, n, 1, 0, 1) for n in kernel], none, none, strides)
-    return _array([*words, 0, 0, int(turned)])
+    words = numbers((0, out, deep), [(0, 0, n, 1, 0, 1) for n in kernel], none, none, strides)
+    return array([*words, 0, 0, int(turned)])
 
 
-def _array(words: Sequence[int]) -> Any:
+def array(words: Sequence[int]) -> Any:
+    """Numbers as a kernel takes them."""
     return (ctypes.c_int64 * len(words))(*words)
 
 
-def _numbers(channels: Sequence[int], geometry: Sequence[tuple[int, ...]], x: _Strides, made: _Strides,
+def numbers(channels: Sequence[int], geometry: Sequence[tuple[int, ...]], x: _Strides, made: _Strides,
              weight: _Strides) -> list[int]:  # fmt: skip
+    """The sizes and strides of a convolution, as a kernel takes them: ``channels`` begin with the batch."""
     lead = 3 - len(geometry)
     words = [*channels]
     for axis in (((1, 1, 1, 1, 0, 1),) * lead, geometry):

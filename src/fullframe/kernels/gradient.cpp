@@ -67,7 +67,7 @@ static inline void some_rows(int64_t r, const Patch &p, const float *thin, const
 // All rows against V vectors of columns, in even shares.
 template <Kind K, int V>
 static void strip(const Patch &p, const float *thin, const float *wide, float *out, int64_t rows, int64_t skip) {
-    constexpr int64_t MOST = ROWS / V < 8 ? ROWS / V : 8;
+    constexpr int64_t MOST = ROWS / V < 12 ? ROWS / V : 12;
     const int64_t blocks = (rows + MOST - 1) / MOST;
     for (int64_t k = 0, r = 0; k < blocks; k++) {
         const int64_t end = rows * (k + 1) / blocks;

@@ -13,13 +13,16 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 
 from .own import own, run
+from .winograd import by_couples
 
 LEAST = 16  # channels of a vector, on the widest processor
+PRODUCTS = 32  # rows of taps times channels, from which on it is worth it to take two pixels at once
 
 
 def weight_grad(
@@ -48,7 +51,9 @@ def weight_grad(
         return None
     function = _of_halves() if g.dtype == torch.bfloat16 else None
     if function is None:
-        function, g, x = own("gradient"), g.float(), x.float()
+        few = min(shape[0] // groups, shape[1])
+        couples = by_couples(shape, stride, dilation) and few >= LEAST and prod(shape[2:-1]) * few >= PRODUCTS
+        function, g, x = own("winograd_gradient" if couples else "gradient", "gradient"), g.float(), x.float()
     if function is None:
         return None
     g, x = _innermost(g), _innermost(x)

@@ -15,11 +15,16 @@ from .tape import current
 
 _LOCK = Lock()
 _LOADED: dict[str, Callable[..., int] | None] = {}
+SOURCES = {
+    "convolution": ("vectors.h", "blocks.h", "convolution.cpp", "winograd.cpp"),
+    "gradient": ("vectors.h", "gradient.cpp", "winograd_gradient.cpp"),
+}
+"""The files that are compiled together."""
 
 
 def own(name: str, source: str = "") -> Callable[..., int] | None:
-    """A function of a source beside this file, by default the one it is named after; None without a compiler, or
-    where the source has it only for other processors.
+    """A function of one of the `SOURCES`, by default the one it is named after; None without a compiler, or where the
+    source has it only for other processors.
 
     It is compiled by the thread that asks first.
     """
@@ -32,7 +37,7 @@ def own(name: str, source: str = "") -> Callable[..., int] | None:
 
 def _load(name: str, source: str) -> Callable[..., int] | None:
     here = Path(__file__).parent
-    text = "".join((here / file).read_text() for file in ("vectors.h", f"{source}.cpp"))
+    text = "".join((here / file).read_text() for file in SOURCES[source])
     try:
         return compiler.load(text, f"fullframe_{name}")
     except compiler.BuildError:

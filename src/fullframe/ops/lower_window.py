@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fullframe.graph import CaptureError, Op, Value
-from fullframe.kernels import for_convolution, suits
+from fullframe.kernels import for_convolution, for_winograd, suits, suits_winograd
 from fullframe.ops.build import Builder
 from fullframe.ops.normal import cast, lowers
 from fullframe.ops.pool import choice_dtype
@@ -24,12 +24,25 @@ def convolution(b: Builder, x: Value, w: Value, bias: Any, *geometry: Any) -> Va
     stride, padding, dilation, transposed, _, groups = geometry[:6]
     target = "tile.conv_transpose" if transposed else "tile.conv"
     geometry = (stride, padding, dilation, groups)
-    if not transposed and b.device.type == "cpu" and suits(w.shape, w.dtype, groups):
-        w = b.small(for_convolution, (w,), w.shape, w.dtype)
+    if not transposed and b.device.type == "cpu":
+        target, w = _ordered(b, w, w.shape, geometry, False)
     if bias is None or not bias_apart(b.device):
         return b.emit(target, (x, w, bias), b.meta_shape, b.meta_dtype, args=geometry)
     made = b.emit(target, (x, w, None), b.meta_shape, b.meta_dtype, args=geometry)
     return b.aten(aten.add.Tensor, made, b.reshape(bias, (bias.shape[0], *[1] * (len(made.shape) - 2))))
+
+
+def _ordered(b: Builder, w: Value, shape: Sequence[int], geometry: Any, turned: bool) -> tuple[str, Value]:
+    """The op of a convolution on a processor, and its weight of this ``shape`` as a kernel wants it.
+
+    ``turned``: it is that of an input gradient.
+    """
+    stride, _, dilation, groups = geometry
+    if suits_winograd(shape, w.dtype, groups, stride, dilation):
+        return "tile.winograd", b.small(for_winograd, (w,), (*shape[:-1], shape[-1] + 1), w.dtype, turned)
+    if suits(shape, w.dtype, groups):
+        return "tile.conv", b.small(for_convolution, (w,), shape, w.dtype, turned)
+    return "tile.conv", b.small(flip_weight, (w,), shape, w.dtype, groups) if turned else w
 
 
 def bias_apart(device: torch.device) -> bool:
@@ -91,13 +104,12 @@ def conv_input_grad(b: Builder, g: Value, x: Value, w: Value, geometry: Any) -> 
         return b.emit("tile.conv", (g, w), x.shape, x.dtype, args=args)
     reach = [d * (k - 1) - p for d, k, p in zip(dilation, w.shape[2:], padding, strict=True)]
     if all(s == 1 for s in stride) and min(reach) >= 0:
-        shape = (x.shape[1], w.shape[0] // groups, *w.shape[2:])
-        if b.device.type == "cpu" and suits(shape, w.dtype, groups):
-            flipped = b.small(for_convolution, (w,), shape, w.dtype, True)
+        shape, geometry = (x.shape[1], w.shape[0] // groups, *w.shape[2:]), (stride, reach, dilation, groups)
+        if b.device.type == "cpu":
+            target, flipped = _ordered(b, w, shape, geometry, True)
         else:
-            flipped = b.small(flip_weight, (w,), shape, w.dtype, groups)
-        args = (None, stride, reach, dilation, groups)
-        return b.emit("tile.conv", (g, flipped), x.shape, x.dtype, args=args)
+            target, flipped = "tile.conv", b.small(flip_weight, (w,), shape, w.dtype, groups)
+        return b.emit(target, (g, flipped), x.shape, x.dtype, args=(None, *geometry))
     args = (None, stride, padding, dilation, groups)
     return b.emit("tile.conv_transpose", (g, w), x.shape, x.dtype, args=args)
 

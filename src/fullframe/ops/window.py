@@ -15,7 +15,7 @@ import torch
 from fullframe import region as box
 from fullframe.graph import Kind, Link, Op
 from fullframe.kernels import Axis as Placed
-from fullframe.kernels import convolution, suits, suits_gradient, weight_grad
+from fullframe.kernels import convolution, suits, suits_gradient, weight_grad, winograd
 from fullframe.ops.convolve import DOT, convolve, in_pieces, pad_window, spread
 from fullframe.ops.rule import BaseRule, Reduction
 from fullframe.region import Interval, Region
@@ -67,9 +67,7 @@ class Conv(BaseRule):
         x, weight = windows[0], windows[1]
         bias = windows[2] if len(windows) > 2 else None
         _, _, _, stride, _, dilation, groups = op.args
-        pads = outside(self.reads(op, region), op.inputs[0].shape[2:])
-        sizes = zip(box.shape_of(region[2:]), self.axes(op), pads, strict=True)
-        axes = [Placed(n, a.stride, before, a.dilation) for n, a, (before, _) in sizes]
+        pads, axes = self.placed(op, region)
         made = convolution(x, weight, bias, axes, groups)
         if made is not None:
             return made
@@ -79,12 +77,39 @@ class Conv(BaseRule):
             x, padding = pad_window(x, pads), [0]
         return convolve(x, weight, bias, stride, padding, dilation, False, [0], groups)
 
+    def placed(self, op: Op, region: Region) -> tuple[list[Interval], list[Placed]]:
+        """How much of what a region reads lies outside of the input, and how windows lie in the rest."""
+        pads = outside(self.reads(op, region), op.inputs[0].shape[2:])
+        sizes = zip(box.shape_of(region[2:]), self.axes(op), pads, strict=True)
+        return pads, [Placed(n, a.stride, before, a.dilation) for n, a, (before, _) in sizes]
+
     def cost(self, op: Op, elements: int) -> int:
         return 2 * elements * prod(op.inputs[1].shape[1:])
 
     def calls(self, op: Op) -> bool:
         weight = op.inputs[1]
         return not suits(weight.shape, weight.dtype, op.args[6])
+
+
+class Winograd(Conv):
+    """``tile.winograd(x, weight, bias?, stride, padding, dilation, groups)``.
+
+    `Conv` with rows of three taps, of which the weight has four sums (`for_winograd`).
+    """
+
+    def axes(self, op: Op) -> list[Axis]:
+        *axes, row = super().axes(op)
+        return [*axes, row._replace(kernel=row.kernel - 1)]
+
+    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+        bias = windows[2] if len(windows) > 2 else None
+        return winograd(windows[0], windows[1], bias, self.placed(op, region)[1], region[-1][0])
+
+    def cost(self, op: Op, elements: int) -> int:
+        return elements * prod(op.inputs[1].shape[1:])
+
+    def calls(self, op: Op) -> bool:
+        return False
 
 
 class ConvTranspose(BaseRule):
@@ -222,4 +247,5 @@ RULES: dict[str, BaseRule] = {
     "tile.conv": Conv(),
     "tile.conv_transpose": ConvTranspose(),
     "tile.conv_weight_grad": ConvWeightGrad(),
+    "tile.winograd": Winograd(),
 }

@@ -1,0 +1,143 @@
+// The weight gradient of rows of three neighbouring taps in float32, by four products for two pixels instead of six: the
+// transpose of Winograd's F(2, 3).
+//
+// Of the neighbouring pixels y0, y1 of g and d0 ... d3 of x, with
+//     p = (d0 - d2) y0,  q = (d1 + d2) (y0 + y1),  r = (d2 - d1) (y0 - y1),  s = (d3 - d1) y1
+// each summed over all such couples, the taps' gradients are p + (q + r) / 2, (q - r) / 2 and s + (q + r) / 2. What the
+// products are of is made once for a patch of couples, in planes, with zeros outside of the window.
+
+constexpr int64_t PRODUCTS = 4;
+constexpr int64_t HIGH = 8, COUPLES = 128;  // rows of a patch, and couples, at most
+
+struct Row {  // of pixels, null outside of the window; steps in elements
+    const float *at;
+    int64_t pixel, extent, channels;
+    const float *pixel_or(int64_t k, const float *none) const { return at && k >= 0 && k < extent ? at + k * pixel : none; }
+};
+
+struct Room {  // for the planes of a patch of so many rows and pixels, and a pixel outside of the window
+    int64_t tall, width;
+    float *planes;
+    const float *zeros;
+};
+
+template <typename T> static inline T get(const float *at) {
+    T found;
+    memcpy(&found, at, sizeof found);
+    return found;
+}
+template <typename T> static inline void put(float *at, T value) { memcpy(at, &value, sizeof value); }
+
+// Calls `some` for all channels, as many at a time as it can.
+template <typename F> static inline void by_channels(int64_t count, F &&some) {
+    int64_t n = 0;
+    for (; n + LANES <= count; n += LANES) some(n, Vec{});
+    for (; n < count; n++) some(n, float{});
+}
+
+static void planes_of_x(float *to, int64_t plane, const Row &x, int64_t first, int64_t couples, const float *zeros) {
+    const float *d[4] = {nullptr, nullptr, x.pixel_or(first, zeros), x.pixel_or(first + 1, zeros)};
+    for (int64_t k = 0; k < couples; k++, to += x.channels) {
+        d[0] = d[2], d[1] = d[3];
+        d[2] = x.pixel_or(first + 2 * k + 2, zeros), d[3] = x.pixel_or(first + 2 * k + 3, zeros);
+        by_channels(x.channels, [&](int64_t n, auto kind) {
+            typedef decltype(kind) T;
+            const T a = get<T>(d[0] + n), b = get<T>(d[1] + n), c = get<T>(d[2] + n), e = get<T>(d[3] + n);
+            put<T>(to + n, a - c), put<T>(to + plane + n, b + c);
+            put<T>(to + 2 * plane + n, c - b), put<T>(to + 3 * plane + n, e - b);
+        });
+    }
+}
+
+static void planes_of_g(float *to, int64_t plane, const Row &g, int64_t first, int64_t couples, const float *zeros) {
+    for (int64_t k = 0; k < couples; k++, to += g.channels) {
+        const float *y = g.pixel_or(first + 2 * k, zeros), *next = g.pixel_or(first + 2 * k + 1, zeros);
+        by_channels(g.channels, [&](int64_t n, auto kind) {
+            typedef decltype(kind) T;
+            const T a = get<T>(y + n), b = get<T>(next + n);
+            put<T>(to + n, a), put<T>(to + plane + n, a + b);
+            put<T>(to + 2 * plane + n, a - b), put<T>(to + 3 * plane + n, b);
+        });
+    }
+}
+
+// The products of a patch, of one slice of g and of x; `out` has four in the place of three taps.
+static void patch(const Task &t, const float *g, const float *x, float *out, const int64_t rows[2],
+                  const int64_t pixels[2], const Room &room) {
+    const Axis &h = t.axis[1], &w = t.axis[2];
+    const int64_t tall = rows[1] - rows[0], wide = (pixels[1] - pixels[0] + 1) / 2;
+    const int64_t above = h.at(rows[0], 0), lines = h.at(rows[1] - 1, h.kernel - 1) + 1 - above;
+    const int64_t thick_row = wide * t.thick, deep_row = wide * t.deep;
+    const int64_t thick_plane = tall * thick_row, deep_plane = lines * deep_row;
+    float *thick = room.planes, *deep = thick + PRODUCTS * thick_plane;
+    for (int64_t r = 0; r < tall; r++) {
+        const Row row = {g + (rows[0] + r) * t.g_step[2], t.g_step[3], pixels[1], t.thick};
+        planes_of_g(thick + r * thick_row, thick_plane, row, pixels[0], wide, room.zeros);
+    }
+    for (int64_t r = 0; r < lines; r++) {
+        const int64_t y = above + r;
+        const Row row = {y >= 0 && y < h.in ? x + y * t.x_step[2] : nullptr, t.x_step[3], w.in, t.deep};
+        planes_of_x(deep + r * deep_row, deep_plane, row, w.at(pixels[0], 0), wide, room.zeros);
+    }
+    const int64_t products = t.axis[0].kernel * h.kernel * PRODUCTS, down = h.stride * deep_row;
+    const Patch forward = {tall, wide, t.thick, thick_row, t.deep, down, products * t.deep};
+    const Patch swapped = {tall, wide, t.deep, down, t.thick, thick_row, t.thick};
+    for (int64_t k = 0; k < PRODUCTS; k++)
+        for (int64_t j = 0; j < h.kernel; j++) {
+            const float *a = thick + k * thick_plane, *b = deep + k * deep_plane + j * h.dilation * deep_row;
+            const int64_t first = (j * PRODUCTS + k) * t.deep;
+            if (t.swapped) product<SINGLE>(swapped, b, a, out + first * t.thick, t.deep, t.thick);
+            else product<SINGLE>(forward, a, b, out + first, t.thick, t.deep);
+        }
+}
+
+static void plane(const Task &t, const float *g, const float *x, float *out, const Room &room) {
+    const int64_t high = t.axis[1].out, wide = t.axis[2].out;
+    for (int64_t top = 0; top < high; top += room.tall)
+        for (int64_t left = 0; left < wide; left += room.width) {
+            const int64_t rows[2] = {top, least(top + room.tall, high)}, pixels[2] = {left, least(left + room.width, wide)};
+            patch(t, g, x, out, rows, pixels, room);
+        }
+}
+
+// The size of a share, where a whole goes into as few even shares as are not larger than `most`.
+static int64_t share(int64_t whole, int64_t most) {
+    const int64_t count = (whole + most - 1) / most;
+    return (whole + count - 1) / count;
+}
+
+// The gradients of the taps, from `count` times four runs of products.
+static void taps(const float *products, float *out, int64_t count, int64_t run) {
+    for (int64_t k = 0; k < count; k++, products += PRODUCTS * run, out += 3 * run) {
+        const float *p = products, *q = p + run, *r = q + run, *s = r + run;
+        by_channels(run, [&](int64_t n, auto kind) {
+            typedef decltype(kind) T;
+            const T a = get<T>(q + n), b = get<T>(r + n), half = (a + b) / 2;
+            put<T>(out + n, get<T>(p + n) + half), put<T>(out + run + n, (a - b) / 2);
+            put<T>(out + 2 * run + n, get<T>(s + n) + half);
+        });
+    }
+}
+
+// words and tensors as of the other.
+extern "C" int fullframe_winograd_gradient(const int64_t *words, float *const *tensors) {
+    Task t = task(words);
+    const Axis &h = t.axis[1];
+    const int64_t wide = t.swapped ? t.thick : 1, run = t.deep * wide;
+    const int64_t count = t.groups * t.axis[0].kernel * h.kernel * (t.thick / wide), size = PRODUCTS * run * count;
+    Room room = {share(h.out, HIGH), 0, nullptr, nullptr};
+    room.width = 2 * share((t.axis[2].out + 1) / 2, COUPLES / room.tall);
+    const int64_t lines = (room.tall - 1) * h.stride + (h.kernel - 1) * h.dilation + 1, zeros = most(t.thick, t.deep);
+    const int64_t planes_size = PRODUCTS * room.width / 2 * (room.tall * t.thick + lines * t.deep);
+    void *kept = nullptr;
+    if (posix_memalign(&kept, 64, 4 * (size + zeros + planes_size))) return 1;
+    float *products = (float *)kept;
+    memset(products, 0, 4 * (size + zeros));
+    room.zeros = products + size, room.planes = products + size + zeros;
+    t.axis[2].kernel = PRODUCTS;
+    planes(t, (const float *)tensors[0], (const float *)tensors[1], products,
+           [&](const float *g, const float *x, float *out) { plane(t, g, x, out, room); });
+    taps(products, tensors[2], count, run);
+    free(kept);
+    return 0;
+}
