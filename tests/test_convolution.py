@@ -10,7 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fullframe.kernels import Axis, compiler, convolution, for_convolution, parts_of, weight_grad
+from fullframe.kernels import (
+    Axis,
+    compiler,
+    convolution,
+    for_convolution,
+    for_winograd,
+    parts_of,
+    weight_grad,
+    winograd,
+)
 from fullframe.kernels import own as loading
 from fullframe.kernels.own import own
 from fullframe.ops.convolve import convolve
@@ -201,6 +210,9 @@ def test_processors_with_shorter_vectors(processor, monkeypatch):
     truth = F.conv2d(x.double(), weight.double(), padding=1)
     made = _made(x, weight, None, (9, 30), (1, 1), (1, 1), (1, 1), 1)
     assert made is not None and torch.equal(made.double(), truth)
+    assert own("winograd", "convolution") is not None
+    axes = [Axis(9, 1, 1, 1), Axis(30, 1, 1, 1)]
+    assert torch.equal(winograd(x, for_winograd(weight), None, axes, 1).double(), truth)
     g = torch.randint(-3, 4, truth.shape).float()
     made = weight_grad(g, x, weight.shape, (1, 1), (1, 1), (1, 1), 1)
     back, mask = torch.ops.aten.convolution_backward, [False, True, False]

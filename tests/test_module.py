@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
 
 import pytest
@@ -608,3 +609,10 @@ def test_check_takes_the_corner_of_a_large_image():
     rigid = nn.Sequential(nn.MaxPool2d(20), nn.Flatten(), nn.Linear(1600, 2))
     with pytest.raises(ValueError, match="small instance"):
         fullframe.check(rigid, image)
+
+
+def test_workers_are_as_asked_for_where_the_system_does_not_tell_cores(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    net, image = nn.Conv2d(1, 2, 3), torch.zeros(1, 1, 64, 64)
+    assert fullframe.tile(net, workers=1).plan(image).workers == 1
+    assert fullframe.tile(net).plan(image).workers == os.cpu_count()

@@ -117,6 +117,7 @@ def test_an_op_that_cannot_run_whole_is_named() -> None:
 
 CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "tile 0": (lambda n: fullframe.tile(n, tile=0), ValueError, "tile=0 must be positive"),
+    "workers 0": (lambda n: fullframe.tile(n, workers=0), ValueError, "workers=0 must be positive"),
     "tile rank": (lambda n: fullframe.tile(n, tile=(3, 4, 5))(IMAGE), ValueError, "2 spatial axes"),
     "budget words": (lambda n: fullframe.tile(n, budget="much"), ValueError, "write for example"),
     "budget negative": (lambda n: fullframe.tile(n, budget=-5), ValueError, "positive"),

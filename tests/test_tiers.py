@@ -32,12 +32,14 @@ def test_maps_in_the_second_tier_give_the_same_numbers(second_tier, tile):
     second_tier.setattr(planner, "WINDOW", 100_000)
     second_tier.setattr(planner, "MORE", 1)
     here, away = copy.deepcopy(net), copy.deepcopy(net)
-    expected = gradients(here, fullframe.tile(here, loss=F.cross_entropy, tile=tile, budget="1 GB"), image, label)
-    plenty = fullframe.tile(here, loss=F.cross_entropy, tile=tile, budget="1 GB").plan(image, label)
+    expected = gradients(
+        here, fullframe.tile(here, loss=F.cross_entropy, tile=tile, budget="1 GB", workers=2), image, label
+    )
+    plenty = fullframe.tile(here, loss=F.cross_entropy, tile=tile, budget="1 GB", workers=2).plan(image, label)
     assert not plenty.away
     # Below what dropping and making again can reach, and yet enough for windows.
     budget = plenty.bytes.fixed + plenty.bytes.outputs + 3_150_000
-    step = fullframe.tile(away, loss=F.cross_entropy, tile=tile, budget=budget)
+    step = fullframe.tile(away, loss=F.cross_entropy, tile=tile, budget=budget, workers=2)
     plan = step.plan(image, label)
     assert plan.away and plan.bytes.host and plan.projected_bytes <= budget
     assert "in the host's memory" in str(plan)

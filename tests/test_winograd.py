@@ -92,6 +92,24 @@ def test_an_output_does_not_depend_on_where_its_window_is_cut(deep, request):
         assert torch.equal(made, whole[:, :, top : top + rows - 2, left : left + columns - 2])
 
 
+@pytest.mark.parametrize("out", [16, 32, 48, 20])
+def test_an_output_is_the_same_in_windows_of_every_width(out):
+    """A block of pixels is made by a kernel for so many, down to one, and each must round as the others."""
+    if own("winograd", "convolution") is None:
+        pytest.skip("no compiler")
+    torch.manual_seed(0)
+    x, weight = innermost(torch.randn(1, 32, 3, 66)), torch.randn(out, 32, 3, 3)
+    sums, ordered, rows = for_winograd(weight), for_convolution(weight), Axis(1, 1, 0, 1)
+    whole = winograd(x, sums, None, [rows, Axis(64, 1, 0, 1)], 0)
+    direct = convolution(x, ordered, None, [rows, Axis(64, 1, 0, 1)], 1)
+    assert direct is not None
+    for width in range(1, 64):
+        axes = [rows, Axis(width, 1, 0, 1)]
+        assert torch.equal(winograd(x[..., : width + 2], sums, None, axes, 0), whole[..., :width])
+        made = convolution(x[..., : width + 2], ordered, None, axes, 1)
+        assert made is not None and torch.equal(made, direct[..., :width])
+
+
 @pytest.mark.parametrize("size", [(5, 7), (4, 4), (16, 16), (17, 19), (30, 37), (47, 101)])
 @pytest.mark.parametrize("first", [0, 1])
 def test_where_a_row_is_constant_all_outputs_are_equal(size, first):

@@ -443,5 +443,11 @@ def tile(
     extents = tile if tile is None or isinstance(tile, int) else tuple(tile)
     if extents is not None and any(n < 1 for n in ([extents] if isinstance(extents, int) else extents)):
         raise ValueError(f"tile={tile} must be positive, in pixels of the input")
-    count = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Tiled(module, loss, Options(nbytes, extents, count))
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers} must be positive; leave it out for one per core")
+    return Tiled(module, loss, Options(nbytes, extents, workers or _cores()))
+
+
+def _cores() -> int:
+    """Those that this process may run on, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

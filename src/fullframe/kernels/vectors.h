@@ -3,7 +3,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -19,11 +19,17 @@ constexpr int64_t LANES = 4, HELD = 12;
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
-// Sums are rounded once per product here, as in the library's kernels.
-#if defined(__clang__)
+// Sums are rounded once per product here, as in the library's kernels: in every kernel, or an output would depend on
+// which made it. Where the processor's instruction is not named, the compiler may choose it, and may not.
 #define FUSED
+#if defined(__AVX512F__)
+#define MADD(a, b, c) (Vec) _mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
+#elif defined(__AVX__) && defined(__FMA__)
+#define MADD(a, b, c) (Vec) _mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c))
+#elif defined(__clang__) && !defined(__x86_64__)
 #define MADD(a, b, c) __builtin_elementwise_fma(a, b, c)
 #else
+#undef FUSED
 #define FUSED __attribute__((optimize("fp-contract=fast")))
 #define MADD(a, b, c) ((a) * (b) + (c))
 #endif
