@@ -128,8 +128,10 @@ struct Part {  // of the sums: of one product, some rows of taps and some channe
 };
 
 // Adds a part to the sums of a block.
-static inline void add(const Work &w, const Strip &s, const Part &part, Chain &c, const Block &b, const float *const *lines) {
-    const int64_t count = b.couples.count(), from = part.product * w.planes.plane() + b.couples.first * w.t.deep + part.number;
+static inline void add(const Work &w, const Strip &s, const Part &part, Chain &c, const Block &b,
+                       const float *const *lines) {
+    const int64_t count = b.couples.count(), plane = part.product * w.planes.plane();
+    const int64_t from = plane + b.couples.first * w.t.deep + part.number;
     for (int64_t j = 0; j < c.count; j++) {
         const float *line = lines[part.row + j];
         c.rows[j] = line ? (const char *)(line + from) : nullptr;
