@@ -106,38 +106,63 @@ static int64_t share(int64_t whole, int64_t most) {
     return (whole + count - 1) / count;
 }
 
-// The gradients of the taps, from `count` times four runs of products.
-static void taps(const float *products, float *out, int64_t count, int64_t run) {
-    for (int64_t k = 0; k < count; k++, products += PRODUCTS * run, out += 3 * run) {
-        const float *p = products, *q = p + run, *r = q + run, *s = r + run;
-        by_channels(run, [&](int64_t n, auto kind) {
-            typedef decltype(kind) T;
-            const T a = get<T>(q + n), b = get<T>(r + n), half = (a + b) / 2;
-            put<T>(out + n, get<T>(p + n) + half), put<T>(out + run + n, (a - b) / 2);
-            put<T>(out + 2 * run + n, get<T>(s + n) + half);
-        });
-    }
+// The gradients of the taps: `runs` of three, each from four of the products, and `count` of those.
+struct Runs {
+    int64_t count, runs, length;  // numbers of a run
+    int64_t from, to;             // from one run to the next
+    int64_t taps, again;          // in the gradients, from tap to tap, and from one of the count to the next
+};
+
+static void fold(const Runs &r, const float *products, float *out) {
+    const int64_t plane = r.runs * r.from;
+    for (int64_t k = 0; k < r.count; k++, products += PRODUCTS * plane, out += r.again)
+        for (int64_t j = 0; j < r.runs; j++) {
+            const float *p = products + j * r.from, *q = p + plane, *s = q + plane, *e = s + plane;
+            float *a = out + j * r.to, *b = a + r.taps, *c = b + r.taps;
+            by_channels(r.length, [&](int64_t n, auto kind) {
+                typedef decltype(kind) T;
+                const T sum = get<T>(q + n), other = get<T>(s + n), half = (sum + other) / 2;
+                put<T>(a + n, get<T>(p + n) + half), put<T>(b + n, (sum - other) / 2), put<T>(c + n, get<T>(e + n) + half);
+            });
+        }
+}
+
+// As many output channels at once as their products fit into a cache of one core, in even shares of whole vectors.
+static int64_t channels_at_once(const Task &t) {
+    constexpr int64_t FIT = 1 << 17, FEWEST = 2 * LANES;
+    const int64_t each = t.axis[0].kernel * t.axis[1].kernel * PRODUCTS * t.deep;
+    return (share(t.thick, most(FEWEST, FIT / each)) + LANES - 1) / LANES * LANES;
 }
 
 // words and tensors as of the other.
 extern "C" int fullframe_winograd_gradient(const int64_t *words, float *const *tensors) {
-    Task t = task(words);
+    const Task t = task(words);
     const Axis &h = t.axis[1];
-    const int64_t wide = t.swapped ? t.thick : 1, run = t.deep * wide;
-    const int64_t count = t.groups * t.axis[0].kernel * h.kernel * (t.thick / wide), size = PRODUCTS * run * count;
+    const int64_t rows = t.axis[0].kernel * h.kernel, some = channels_at_once(t), zeros = most(some, t.deep);
+    const int64_t size = PRODUCTS * rows * t.deep * some;
     Room room = {share(h.out, HIGH), 0, nullptr, nullptr};
     room.width = 2 * share((t.axis[2].out + 1) / 2, COUPLES / room.tall);
-    const int64_t lines = (room.tall - 1) * h.stride + (h.kernel - 1) * h.dilation + 1, zeros = most(t.thick, t.deep);
-    const int64_t planes_size = PRODUCTS * room.width / 2 * (room.tall * t.thick + lines * t.deep);
+    const int64_t lines = (room.tall - 1) * h.stride + (h.kernel - 1) * h.dilation + 1;
+    const int64_t planes_size = PRODUCTS * room.width / 2 * (room.tall * some + lines * t.deep);
     void *kept = nullptr;
     if (posix_memalign(&kept, 64, 4 * (size + zeros + planes_size))) return 1;
     float *products = (float *)kept;
-    memset(products, 0, 4 * (size + zeros));
     room.zeros = products + size, room.planes = products + size + zeros;
-    t.axis[2].kernel = PRODUCTS;
-    planes(t, (const float *)tensors[0], (const float *)tensors[1], products,
-           [&](const float *g, const float *x, float *out) { plane(t, g, x, out, room); });
-    taps(products, tensors[2], count, run);
+    memset(products + size, 0, 4 * zeros);
+    for (int64_t first = 0; first < t.groups * t.thick;) {
+        const int64_t group = first / t.thick, wide = least(some, (group + 1) * t.thick - first);
+        Task part = t;
+        part.groups = 1, part.thick = wide, part.axis[2].kernel = PRODUCTS;
+        memset(products, 0, 4 * PRODUCTS * rows * t.deep * wide);
+        planes(part, (const float *)tensors[0] + first, (const float *)tensors[1] + group * t.deep, products,
+               [&](const float *g, const float *x, float *out) { plane(part, g, x, out, room); });
+        const int64_t whole = rows * 3 * t.deep;
+        if (t.swapped) {
+            float *out = tensors[2] + group * whole * t.thick + first - group * t.thick;
+            fold({rows, t.deep, wide, wide, t.thick, t.deep * t.thick, 3 * t.deep * t.thick}, products, out);
+        } else fold({wide * rows, 1, t.deep, t.deep, 0, t.deep, 3 * t.deep}, products, tensors[2] + first * whole);
+        first += wide;
+    }
     free(kept);
     return 0;
 }
