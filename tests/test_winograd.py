@@ -61,6 +61,32 @@ def test_exact_for_integers(case, layout, first):
     assert torch.equal(made.double(), truth) and made.stride(1) == 1
 
 
+@pytest.mark.usefixtures("_either")
+def test_a_bias_with_gaps():
+    torch.manual_seed(0)
+    x, weight, bias = integers(1, 16, 6, 9), integers(20, 16, 3, 3), integers(40)[::2]
+    truth = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    made = winograd(x, for_winograd(weight), bias, [Axis(6, 1, 1, 1), Axis(9, 1, 1, 1)], 0)
+    assert torch.equal(made.double(), truth)
+
+
+@pytest.mark.usefixtures("_either")
+@pytest.mark.parametrize("extents", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_nothing_nothing(extents, first):
+    x, weight = torch.randn(2, 16, 7, 7), for_winograd(torch.randn(16, 16, 3, 3))
+    made = winograd(x, weight, None, [Axis(n, 1, 0, 1) for n in extents], first)
+    assert made.shape == (2, 16, *extents)
+
+
+@pytest.mark.usefixtures("_either")
+@pytest.mark.parametrize("pixels", [(0, 4), (3, 0)])
+def test_outputs_that_read_only_padding_are_the_bias(pixels):
+    weight, bias = for_winograd(torch.randn(16, 16, 3, 3)), torch.randn(16)
+    made = winograd(torch.randn(1, 16, *pixels), weight, bias, [Axis(2, 1, 3, 1), Axis(3, 1, 4, 1)], 1)
+    assert torch.equal(made, bias.view(1, -1, 1, 1).expand_as(made))
+
+
 @pytest.mark.parametrize("shape", [(16, 24, 3, 3), (20, 33, 5, 3), (17, 16, 2, 3, 3)])
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("layout", ["plain", "transposed"])

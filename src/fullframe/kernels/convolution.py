@@ -61,18 +61,13 @@ def convolution(
     Returns:
         As ``x``, (batch, out, extents), channels innermost.
     """
-    extents = [a.extent for a in axes]
-    if not _suits(x, weight, bias, groups) or 0 in extents:
+    if not _suits(x, weight, bias, groups) or any(a.extent == 0 for a in axes):
         return None
     function = _kernel(x.dtype)
     if function is None:
         return None
-    if x.stride(1) != 1 and x.shape[1] > 1:
-        x = x.contiguous(memory_format=channels_last(x.dim()))
-    shape = (x.shape[0], weight.shape[0], *extents)
-    made = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=channels_last(x.dim()))
-    sizes = zip(axes, x.shape[2:], weight.shape[2:], strict=True)
-    geometry = tuple((a.extent, n, kernel, a.stride, a.before, a.dilation) for a, n, kernel in sizes)
+    x, made = innermost(x), outputs(x, weight.shape[0], axes)
+    geometry = geometry_of(axes, x, weight.shape[2:])
     words = _words((x.shape[0], *weight.shape[:2]), geometry, x.stride(), made.stride(), weight.stride())
     run(function, words, (x, weight, made, bias))
     return made
@@ -85,14 +80,12 @@ def for_convolution(weight: torch.Tensor, turned: bool = False) -> torch.Tensor:
     in, and the taps are in the other order.
     """
     weight = weight.transpose(0, 1) if turned else weight
-    (out, deep, *kernel), rank = weight.shape, weight.dim()
-    steps = [prod(kernel[k + 1 :]) * out * deep for k in range(rank - 2)]
-    made = weight.new_empty_strided(weight.shape, (1, out, *steps))
+    made = in_order(weight, weight.shape)
     name = {torch.float32: "pack", torch.bfloat16: "pack_halves"}.get(weight.dtype)
-    some = weight.device.type == "cpu" and weight.numel() and rank in (4, 5)
+    some = weight.device.type == "cpu" and weight.numel() and weight.dim() in (4, 5)
     function = own(name, "convolution") if name and some else None
     if function is None:
-        return made.copy_(weight.flip(tuple(range(2, rank))) if turned else weight)
+        return made.copy_(weight.flip(tuple(range(2, weight.dim()))) if turned else weight)
     run(function, order(tuple(weight.shape), weight.stride(), turned), (weight, made))
     return made
 
@@ -117,9 +110,32 @@ def _suits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gro
     return some and plain and suits(weight.shape, weight.dtype, groups)
 
 
-def channels_last(dim: int) -> torch.memory_format:
-    """Channels innermost, in a plane or in space."""
-    return torch.channels_last if dim == 4 else torch.channels_last_3d
+def in_order(weight: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Room for a weight of a ``shape`` (out, in, ...): output channels innermost in memory, then input channels."""
+    out, deep, *kernel = shape
+    steps = [prod(kernel[k + 1 :]) * out * deep for k in range(len(kernel))]
+    return weight.new_empty_strided(tuple(shape), (1, out, *steps))
+
+
+def innermost(x: torch.Tensor) -> torch.Tensor:
+    """With neighbouring channels; ``x`` itself where they are."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous(memory_format=_channels_last(x))
+
+
+def outputs(x: torch.Tensor, channels: int, axes: Sequence[Axis]) -> torch.Tensor:
+    """Room for the outputs of a window, channels innermost."""
+    shape = (x.shape[0], channels, *(a.extent for a in axes))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_channels_last(x))
+
+
+def geometry_of(axes: Sequence[Axis], x: torch.Tensor, kernel: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Of each spatial axis, as a kernel takes it."""
+    sizes = zip(axes, x.shape[2:], kernel, strict=True)
+    return tuple((a.extent, n, k, a.stride, a.before, a.dilation) for a, n, k in sizes)
+
+
+def _channels_last(x: torch.Tensor) -> torch.memory_format:
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
 _Strides = tuple[int, ...]

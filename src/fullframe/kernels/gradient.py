@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .convolution import innermost
 from .own import own, run
 from .winograd import by_couples
 
@@ -56,7 +57,7 @@ def weight_grad(
         function, g, x = own("winograd_gradient" if couples else "gradient", "gradient"), g.float(), x.float()
     if function is None:
         return None
-    g, x = _innermost(g), _innermost(x)
+    g, x = innermost(g), innermost(x)
     geometry = tuple(zip(shape[2:], stride, before, dilation, strict=True))
     form = _form((tuple(g.shape), g.stride()), (tuple(x.shape), x.stride()), geometry, (*shape[:2], groups))
     made = g.new_zeros(form.made, dtype=torch.float32)
@@ -126,10 +127,3 @@ def _slow() -> bool:
 def _of_halves() -> Callable[..., int] | None:
     """The kernel for bfloat16; None on a processor without its products."""
     return own("gradient_of_halves", "gradient")
-
-
-def _innermost(tensor: torch.Tensor) -> torch.Tensor:
-    """With neighbouring channels."""
-    if tensor.stride(1) == 1 or tensor.shape[1] == 1:
-        return tensor
-    return tensor.contiguous(memory_format=torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d)

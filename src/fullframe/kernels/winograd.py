@@ -19,14 +19,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .convolution import Axis, array, channels_last, numbers, order, parts_of
+from .convolution import LEAST as OUT
+from .convolution import ROWS, Axis, array, geometry_of, in_order, innermost, numbers, order, outputs, parts_of
 from .own import own, run
 
 TAPS = 3  # of a row
-LEAST = 16  # channels, so that vectors are full
-OUT = 8  # channels out, as for the direct way
+LEAST = 16  # channels in, so that vectors are full
 PRODUCTS = 48  # rows of taps times channels in, from which on sums and differences cost little beside the products
-ROWS = 64  # rows of taps, as the source has it
 
 
 def suits_winograd(
@@ -51,15 +50,10 @@ def for_winograd(weight: torch.Tensor, turned: bool = False) -> torch.Tensor:
     which is the input gradient (of stride 1), (in, out, ..., 4), with the taps in the other order.
     """
     weight = weight.transpose(0, 1) if turned else weight
-    (out, deep, *kernel), rank = weight.shape, weight.dim()
-    kernel[-1] += 1
-    steps, step = [0] * (rank - 2), out * deep
-    for axis in reversed(range(rank - 2)):
-        steps[axis], step = step, step * kernel[axis]
-    made = weight.new_empty_strided((out, deep, *kernel), (1, out, *steps))
+    made = in_order(weight, (*weight.shape[:-1], TAPS + 1))
     function = own("pack_winograd", "convolution") if weight.dtype == torch.float32 else None
     if function is None:
-        a, b, c = (weight.flip(tuple(range(2, rank))) if turned else weight).unbind(-1)
+        a, b, c = (weight.flip(tuple(range(2, weight.dim()))) if turned else weight).unbind(-1)
         return made.copy_(torch.stack([a, (a + b + c) / 2, (a - b + c) / 2, c], -1))
     run(function, order(tuple(weight.shape), weight.stride(), turned), (weight, made))
     return made
@@ -80,15 +74,14 @@ def winograd(
     Returns:
         As ``x``, (batch, out, extents), channels innermost.
     """
+    x, made = innermost(x), outputs(x, weight.shape[0], axes)
+    if not made.numel():
+        return made
     function = own("winograd", "convolution")
     if function is None:
-        return _plain(x, weight, bias, axes, first)
-    if x.stride(1) != 1 and x.shape[1] > 1:
-        x = x.contiguous(memory_format=channels_last(x.dim()))
-    shape = (x.shape[0], weight.shape[0], *(a.extent for a in axes))
-    made = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=channels_last(x.dim()))
-    sizes = zip(axes, x.shape[2:], (*weight.shape[2:-1], TAPS), strict=True)
-    geometry = tuple((a.extent, n, kernel, a.stride, a.before, a.dilation) for a, n, kernel in sizes)
+        return made.copy_(_plain(x, weight, bias, axes, first))
+    bias = None if bias is None else bias.contiguous()
+    geometry = geometry_of(axes, x, (*weight.shape[2:-1], TAPS))
     words = _words((x.shape[0], *weight.shape[:2]), geometry, x.stride(), made.stride(), weight.stride(), first % 2)
     run(function, words, (x, weight, made, bias))
     return made
@@ -121,5 +114,4 @@ def _plain(
         for k, of in enumerate((d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]))
     )
     made = torch.stack([p + q + r, q - r - s], -1).flatten(-2)[..., phase : phase + axes[-1].extent]
-    made = made if bias is None else made + bias.view(-1, *[1] * (x.dim() - 2))
-    return made.contiguous(memory_format=channels_last(x.dim()))
+    return made if bias is None else made + bias.view(-1, *[1] * (x.dim() - 2))

@@ -22,25 +22,24 @@ aten = torch.ops.aten
 @lowers("convolution", "_convolution")
 def convolution(b: Builder, x: Value, w: Value, bias: Any, *geometry: Any) -> Value:
     stride, padding, dilation, transposed, _, groups = geometry[:6]
-    target = "tile.conv_transpose" if transposed else "tile.conv"
     geometry = (stride, padding, dilation, groups)
-    if not transposed and b.device.type == "cpu":
-        target, w = _ordered(b, w, w.shape, geometry, False)
+    target, w = ("tile.conv_transpose", w) if transposed else _ordered(b, w, w.shape, geometry)
     if bias is None or not bias_apart(b.device):
         return b.emit(target, (x, w, bias), b.meta_shape, b.meta_dtype, args=geometry)
     made = b.emit(target, (x, w, None), b.meta_shape, b.meta_dtype, args=geometry)
     return b.aten(aten.add.Tensor, made, b.reshape(bias, (bias.shape[0], *[1] * (len(made.shape) - 2))))
 
 
-def _ordered(b: Builder, w: Value, shape: Sequence[int], geometry: Any, turned: bool) -> tuple[str, Value]:
-    """The op of a convolution on a processor, and its weight of this ``shape`` as a kernel wants it.
+def _ordered(b: Builder, w: Value, shape: Sequence[int], geometry: Any, turned: bool = False) -> tuple[str, Value]:
+    """The op of a convolution, and its weight of this ``shape`` as a kernel wants it.
 
     ``turned``: it is that of an input gradient.
     """
     stride, _, dilation, groups = geometry
-    if suits_winograd(shape, w.dtype, groups, stride, dilation):
+    here = b.device.type == "cpu"
+    if here and suits_winograd(shape, w.dtype, groups, stride, dilation):
         return "tile.winograd", b.small(for_winograd, (w,), (*shape[:-1], shape[-1] + 1), w.dtype, turned)
-    if suits(shape, w.dtype, groups):
+    if here and suits(shape, w.dtype, groups):
         return "tile.conv", b.small(for_convolution, (w,), shape, w.dtype, turned)
     return "tile.conv", b.small(flip_weight, (w,), shape, w.dtype, groups) if turned else w
 
@@ -105,10 +104,7 @@ def conv_input_grad(b: Builder, g: Value, x: Value, w: Value, geometry: Any) -> 
     reach = [d * (k - 1) - p for d, k, p in zip(dilation, w.shape[2:], padding, strict=True)]
     if all(s == 1 for s in stride) and min(reach) >= 0:
         shape, geometry = (x.shape[1], w.shape[0] // groups, *w.shape[2:]), (stride, reach, dilation, groups)
-        if b.device.type == "cpu":
-            target, flipped = _ordered(b, w, shape, geometry, True)
-        else:
-            target, flipped = "tile.conv", b.small(flip_weight, (w,), shape, w.dtype, groups)
+        target, flipped = _ordered(b, w, shape, geometry, turned=True)
         return b.emit(target, (g, flipped), x.shape, x.dtype, args=(None, *geometry))
     args = (None, stride, padding, dilation, groups)
     return b.emit("tile.conv_transpose", (g, w), x.shape, x.dtype, args=args)
