@@ -16,8 +16,8 @@ from .tape import current
 _LOCK = Lock()
 _LOADED: dict[str, Callable[..., int] | None] = {}
 SOURCES = {
-    "convolution": ("vectors.h", "blocks.h", "convolution.cpp", "winograd.cpp"),
-    "gradient": ("vectors.h", "gradient.cpp", "winograd_gradient.cpp"),
+    "convolution": ("vectors.h", "blocks.h", "convolution.cpp", "couples.h", "winograd.cpp"),
+    "gradient": ("vectors.h", "gradient.cpp", "couples.h", "winograd_gradient.cpp"),
 }
 """The files that are compiled together."""
 

@@ -9,7 +9,6 @@
 // Each row of pixels is made into four planes of what the products are of when it enters a band of output rows; each
 // product is then a convolution of its own, one pixel wide, by the blocks above, in chains as short as theirs.
 
-constexpr int64_t PRODUCTS = 4;
 constexpr int64_t FEW = 1 << 16, MANY = 1 << 19;  // numbers of the planes kept, about: for a cache of a core, and for all
 
 struct Couples {
@@ -40,33 +39,6 @@ struct Work {
     bool large() const { return 4 * products() * least(vectors(), 3) * LANES > 2 * LARGE; }
 };
 
-// What the products of a couple are of.
-static inline __attribute__((always_inline)) void couple(const float *const *d, int64_t deep, float *to, int64_t plane) {
-    int64_t n = 0;
-    for (; n + LANES <= deep; n += LANES) {
-        const Vec a = *(const Loose *)(d[0] + n), b = *(const Loose *)(d[1] + n), c = *(const Loose *)(d[2] + n);
-        *(Loose *)(to + n) = a - c, *(Loose *)(to + n + plane) = b + c;
-        *(Loose *)(to + n + 2 * plane) = c - b, *(Loose *)(to + n + 3 * plane) = b - *(const Loose *)(d[3] + n);
-    }
-    for (; n < deep; n++) {
-        to[n] = d[0][n] - d[2][n], to[n + plane] = d[1][n] + d[2][n];
-        to[n + 2 * plane] = d[2][n] - d[1][n], to[n + 3 * plane] = d[1][n] - d[3][n];
-    }
-}
-
-// A row of pixels from `from` on in planes.
-static void row(const Work &w, const char *line, int64_t from, int64_t couples, float *to) {
-    const Task &t = w.t;
-    const auto at = [&](int64_t k) {
-        return k >= 0 && k < t.axis[2].in ? (const float *)(line + k * t.x_step[3]) : w.zeros;
-    };
-    const float *d[4] = {nullptr, nullptr, at(from), at(from + 1)};
-    for (int64_t k = 0; k < couples; k++, to += t.deep) {
-        d[0] = d[2], d[1] = d[3], d[2] = at(from + 2 * k + 2), d[3] = at(from + 2 * k + 3);
-        couple(d, t.deep, to, w.planes.plane());
-    }
-}
-
 // The rows that the outputs [top, bottom) of a slice read: where they are, and made where they are not kept.
 static void fill(const Work &w, int64_t image, int64_t z, int64_t top, int64_t bottom, const Couples &c) {
     const Task &t = w.t;
@@ -81,7 +53,9 @@ static void fill(const Work &w, int64_t image, int64_t z, int64_t top, int64_t b
             *list = w.planes.at(a, y);
             if (w.planes.held[w.planes.index(a, y)] == y) continue;
             w.planes.held[w.planes.index(a, y)] = y;
-            row(w, t.x + image * t.x_step[0] + slice * t.x_step[1] + y * t.x_step[2], from, c.count(), w.planes.at(a, y));
+            const char *line = t.x + image * t.x_step[0] + slice * t.x_step[1] + y * t.x_step[2];
+            const Row row = {(const float *)line, t.x_step[3] / 4, t.axis[2].in, t.deep};
+            planes_of(row, from, c.count(), w.zeros, w.planes.at(a, y), w.planes.plane());
         }
 }
 

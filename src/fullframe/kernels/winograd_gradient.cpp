@@ -2,18 +2,11 @@
 // transpose of Winograd's F(2, 3).
 //
 // Of the neighbouring pixels y0, y1 of g and d0 ... d3 of x, with
-//     p = (d0 - d2) y0,  q = (d1 + d2) (y0 + y1),  r = (d2 - d1) (y0 - y1),  s = (d3 - d1) y1
-// each summed over all such couples, the taps' gradients are p + (q + r) / 2, (q - r) / 2 and s + (q + r) / 2. What the
+//     p = (d0 - d2) y0,  q = (d1 + d2) (y0 + y1),  r = (d2 - d1) (y0 - y1),  s = (d1 - d3) y1
+// each summed over all such couples, the taps' gradients are p + (q + r) / 2, (q - r) / 2 and (q + r) / 2 - s. What the
 // products are of is made once for a patch of couples, in planes, with zeros outside of the window.
 
-constexpr int64_t PRODUCTS = 4;
 constexpr int64_t HIGH = 8, COUPLES = 128;  // rows of a patch, and couples, at most
-
-struct Row {  // of pixels, null outside of the window; steps in elements
-    const float *at;
-    int64_t pixel, extent, channels;
-    const float *pixel_or(int64_t k, const float *none) const { return at && k >= 0 && k < extent ? at + k * pixel : none; }
-};
 
 struct Room {  // for the planes of a patch of so many rows and pixels, and a pixel outside of the window
     int64_t tall, width;
@@ -21,35 +14,7 @@ struct Room {  // for the planes of a patch of so many rows and pixels, and a pi
     const float *zeros;
 };
 
-template <typename T> static inline T get(const float *at) {
-    T found;
-    memcpy(&found, at, sizeof found);
-    return found;
-}
-template <typename T> static inline void put(float *at, T value) { memcpy(at, &value, sizeof value); }
-
-// Calls `some` for all channels, as many at a time as it can.
-template <typename F> static inline void by_channels(int64_t count, F &&some) {
-    int64_t n = 0;
-    for (; n + LANES <= count; n += LANES) some(n, Vec{});
-    for (; n < count; n++) some(n, float{});
-}
-
-static void planes_of_x(float *to, int64_t plane, const Row &x, int64_t first, int64_t couples, const float *zeros) {
-    const float *d[4] = {nullptr, nullptr, x.pixel_or(first, zeros), x.pixel_or(first + 1, zeros)};
-    for (int64_t k = 0; k < couples; k++, to += x.channels) {
-        d[0] = d[2], d[1] = d[3];
-        d[2] = x.pixel_or(first + 2 * k + 2, zeros), d[3] = x.pixel_or(first + 2 * k + 3, zeros);
-        by_channels(x.channels, [&](int64_t n, auto kind) {
-            typedef decltype(kind) T;
-            const T a = get<T>(d[0] + n), b = get<T>(d[1] + n), c = get<T>(d[2] + n), e = get<T>(d[3] + n);
-            put<T>(to + n, a - c), put<T>(to + plane + n, b + c);
-            put<T>(to + 2 * plane + n, c - b), put<T>(to + 3 * plane + n, e - b);
-        });
-    }
-}
-
-static void planes_of_g(float *to, int64_t plane, const Row &g, int64_t first, int64_t couples, const float *zeros) {
+static void planes_of_g(const Row &g, int64_t first, int64_t couples, const float *zeros, float *to, int64_t plane) {
     for (int64_t k = 0; k < couples; k++, to += g.channels) {
         const float *y = g.pixel_or(first + 2 * k, zeros), *next = g.pixel_or(first + 2 * k + 1, zeros);
         by_channels(g.channels, [&](int64_t n, auto kind) {
@@ -72,12 +37,12 @@ static void patch(const Task &t, const float *g, const float *x, float *out, con
     float *thick = room.planes, *deep = thick + PRODUCTS * thick_plane;
     for (int64_t r = 0; r < tall; r++) {
         const Row row = {g + (rows[0] + r) * t.g_step[2], t.g_step[3], pixels[1], t.thick};
-        planes_of_g(thick + r * thick_row, thick_plane, row, pixels[0], wide, room.zeros);
+        planes_of_g(row, pixels[0], wide, room.zeros, thick + r * thick_row, thick_plane);
     }
     for (int64_t r = 0; r < lines; r++) {
         const int64_t y = above + r;
         const Row row = {y >= 0 && y < h.in ? x + y * t.x_step[2] : nullptr, t.x_step[3], w.in, t.deep};
-        planes_of_x(deep + r * deep_row, deep_plane, row, w.at(pixels[0], 0), wide, room.zeros);
+        planes_of(row, w.at(pixels[0], 0), wide, room.zeros, deep + r * deep_row, deep_plane);
     }
     const int64_t products = t.axis[0].kernel * h.kernel * PRODUCTS, down = h.stride * deep_row;
     const Patch forward = {tall, wide, t.thick, thick_row, t.deep, down, products * t.deep};
@@ -122,7 +87,7 @@ static void fold(const Runs &r, const float *products, float *out) {
             by_channels(r.length, [&](int64_t n, auto kind) {
                 typedef decltype(kind) T;
                 const T sum = get<T>(q + n), other = get<T>(s + n), half = (sum + other) / 2;
-                put<T>(a + n, get<T>(p + n) + half), put<T>(b + n, (sum - other) / 2), put<T>(c + n, get<T>(e + n) + half);
+                put<T>(a + n, get<T>(p + n) + half), put<T>(b + n, (sum - other) / 2), put<T>(c + n, half - get<T>(e + n));
             });
         }
 }
