@@ -18,7 +18,7 @@ from fullframe.plan import Plan, Step
 from fullframe.region import Region
 from fullframe.section import Tile, own_region, tiled
 
-KEPT = 1 << 13  # tiles of a plan whose tasks are kept in any case,
+KEPT = 1 << 14  # tiles of a plan whose tasks are kept in any case,
 NBYTES = 16 << 10  # and bytes of each, with its tape
 Part = tuple[slice, ...] | None  # of a tensor; None is all of it
 
