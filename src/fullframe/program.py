@@ -155,7 +155,7 @@ class _Recorder:
         # As in PyTorch, backward runs outside autocast, in the dtypes the forward chose.
         with torch.set_grad_enabled(call.grad):
             pairs = zip(tensors, call.tensors, strict=True)
-            self.sources = [t.detach().requires_grad_(old.requires_grad) for t, old in pairs]
+            self.sources = [_detached(t).requires_grad_(old.requires_grad) for t, old in pairs]
             # What is no leaf may be changed in place, which a leaf may not.
             made = [t if old.is_leaf else t.clone() for t, old in zip(self.sources, call.tensors, strict=True)]
             self._root(made)
@@ -208,7 +208,7 @@ class _Recorder:
         self.devices = tuple(t.device for t in handed)
         # What a former call left is there until this one's takes its place: twice in the arithmetic.
         again = [handed[k] for k in sorted(self.leaving.used)]
-        return [*handed, *again, *(t.detach() for t in kept), *grads], seeds
+        return [*handed, *again, *(_detached(t) for t in kept), *grads], seeds
 
     def _root(self, made: Tensors) -> None:
         """Give what a former step left without its graph something to stand for that graph."""
@@ -345,6 +345,11 @@ def _undisturbed(leaving: Leaving) -> Iterator[None]:
                 f"the forward stores a tensor under {lost}, which a recorded step would not bring up to date; "
                 "return it as an output, or register it as a buffer of fixed shape and copy into it"
             )
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    """Without its graph; a sparse one, which no step computes with, as it is: torch 2.14 records no views of it."""
+    return tensor.detach() if tensor.layout is torch.strided else tensor
 
 
 def compile_call(call: Call, options: Options) -> Program:

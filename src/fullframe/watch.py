@@ -166,7 +166,7 @@ class Watch(TorchFunctionMode):
         function: Any = torch.autograd.Function
         own = function.__dict__["apply"]
         # Which no mode sees.
-        function.apply = classmethod(lambda cls, *a, **k: own.__func__(cls, *self._swap(a, "apply"), **k))
+        function.apply = classmethod(lambda cls, *a, **k: own.__get__(None, cls)(*self._swap(a, "apply"), **k))
         try:
             with self, self.states.followed():
                 yield
