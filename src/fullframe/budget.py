@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -23,29 +24,77 @@ def parse_bytes(budget: int | str) -> int:
     return int(budget)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes free on a device now: on the CPU the machine's available memory or what the container's
-    limit leaves, whichever is less; on a CUDA device what torch's allocator holds unused counts as free."""
+def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
+    """Bytes free on a device now: on the CPU the machine's available memory or what the container's limits leave,
+    whichever is less; on a CUDA device what torch's allocator holds unused counts as free. ``root`` holds /proc."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
-    found = [_available()]
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):
-            continue  # no such controller, or "max": no limit
-    return max(1, min(found))
+    return max(1, min([_available(root), *_left(root)]))
 
 
-def _available() -> int:
+def _available(root: Path) -> int:
+    found = _numbers(root / "proc/meminfo").get("MemAvailable:")
+    return (
+        8 * 10**9 if found is None else found * 1024
+    )  # no way to ask: a modest guess, and plans print what they need
+
+
+# Control groups: of version 1 (a hierarchy for memory alone) and 2 (one for all) ------------------------------------
+
+LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")
+USED = ("memory.current", "memory.usage_in_bytes")
+PAGES = ("inactive_file", "active_file")  # of files, which the system takes back before a limit is felt
+
+
+def _left(root: Path) -> Iterator[int]:
+    """What each limit leaves on the group of this process, and on those that it lies in."""
+    for group in _groups(root):
+        limits = [n for name in LIMITS if (n := _number(group / name)) is not None]
+        used = next((n for name in USED if (n := _number(group / name)) is not None), None)
+        if limits and used is not None:
+            stat = _numbers(group / "memory.stat")
+            pages = sum(stat.get(f"total_{name}", stat.get(name, 0)) for name in PAGES)  # version 1 has both
+            yield min(limits) - max(0, used - pages)
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """The folders of the groups, from this process's own to the highest that is mounted here."""
+    own = {}
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "memory" in controllers.split(","):
+            own["cgroup" if controllers else "cgroup2"] = path
+    for line in _lines(root / "proc/self/mountinfo"):
+        before, _, after = line.partition(" - ")
+        fields, kind = before.split(), after.split()
+        if len(fields) < 5 or len(kind) < 3 or kind[0] not in own:
+            continue
+        if kind[0] == "cgroup" and "memory" not in kind[2].split(","):
+            continue
+        mounted, top = own[kind[0]], PurePosixPath(fields[3])
+        below = PurePosixPath(mounted).relative_to(top) if PurePosixPath(mounted).is_relative_to(top) else None
+        # A container may see its own group as the highest, under the name that it has outside.
+        parts = () if below is None or ".." in below.parts else below.parts
+        at = root / fields[4].lstrip("/")
+        for n in range(len(parts), -1, -1):
+            yield at.joinpath(*parts[:n])
+
+
+def _lines(path: Path) -> list[str]:
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 8 * 10**9  # no way to ask: a modest guess, and plans print what they need
+        return path.read_text().splitlines()
+    except (OSError, ValueError):
+        return []
+
+
+def _number(path: Path) -> int | None:
+    """None where there is no such file, or it says "max": no limit."""
+    text = "".join(_lines(path)).strip()
+    return int(text) if text.isdecimal() else None
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Names and numbers, one of each a line."""
+    fields = (line.split() for line in _lines(path))
+    return {f[0]: int(f[1]) for f in fields if len(f) > 1 and f[1].isdecimal()}
