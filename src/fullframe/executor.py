@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from fullframe.fusion import Unit
 from fullframe.graph import Op, Value
 from fullframe.kernels import DeviceKernel, Kernel, Plain, Tape, taping
 from fullframe.lowering import build
+from fullframe.patched import Turns
 from fullframe.plan import LARGE, Plan, Step
 from fullframe.ready import Ready, ready
 from fullframe.reel import Reel, taped
@@ -33,8 +33,8 @@ MOVED = "a tensor whose layout has changed"
 Kernels = dict[Unit, Kernel | DeviceKernel | Plain]
 _POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
 _RUNTIMES: WeakKeyDictionary[Plan, Runtime] = WeakKeyDictionary()
-_LOCK = threading.Lock()
-_WRITING = threading.Lock()  # one tile at a time is put on tape
+_LOCK = Turns()
+_WRITING = Turns()  # one tile at a time is put on tape
 
 
 class Runtime:

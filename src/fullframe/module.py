@@ -11,10 +11,12 @@ from torch import nn
 from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
+from fullframe.ambient import Flight, landing, refuse_modes
 from fullframe.budget import parse_bytes
 from fullframe.call import Call, Pair, Tensors
 from fullframe.executor import Run
 from fullframe.graph import CaptureError, Value, followers
+from fullframe.patched import RECORDING, Turns
 from fullframe.plan import Plan
 from fullframe.program import Options, Program, compile_call, refuse_shared
 from fullframe.replay import Feed, Replays
@@ -91,18 +93,24 @@ class Tiled(nn.Module):
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for these inputs, before anything runs; printable."""
-        call = Call(self._fullframe["pair"], args, kwargs)
-        return self._program(call).plan
+        with self._fullframe["turns"], RECORDING:
+            return self._program(Call(self._fullframe["pair"], args, kwargs)).plan
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         pair = self._fullframe["pair"]
         if recording():
             return pair(args, kwargs)  # part of a larger module that is being recorded
-        call = Call(pair, args, kwargs)
-        _refuse_transforms(call)
-        program = self._program(call)
+        with self._fullframe["turns"]:
+            return self._tiled(pair, args, kwargs)
+
+    def _tiled(self, pair: Pair, args: Any, kwargs: Any) -> Any:
+        with RECORDING:  # another thread's recording must not be met by the survey either
+            call = Call(pair, args, kwargs)
+            _refuse_transforms(call)
+            refuse_modes()
+            program = self._program(call)
         _refuse_retained(program, call)
-        kept = Kept(self._fullframe["arenas"], self._fullframe["replays"])
+        kept = Kept(self._fullframe["arenas"], self._fullframe["replays"], self._fullframe["turns"])
         wanted = [call.tensors[k] for k in program.reached]
         with torch.inference_mode(False):
             made = _Function.apply(kept, program, call, *wanted) if wanted else _forward(kept, program, call)[0]
@@ -150,10 +158,11 @@ class Kept(NamedTuple):
 
     arenas: Arenas
     replays: Replays
+    turns: Turns
 
 
 def _empty() -> dict[str, Any]:
-    return {"programs": {}, "arenas": Arenas(), "replays": Replays()}
+    return {"programs": {}, "arenas": Arenas(), "replays": Replays(), "turns": Turns()}
 
 
 Guard = list[tuple[str, torch.Tensor, int, torch.Tensor | None]]
@@ -296,8 +305,12 @@ class _Function(torch.autograd.Function):
         outputs, run, arena, guard = _forward(kept, program, call)
         ctx.set_materialize_grads(False)
         ctx.program = program
-        ctx.late = (run, arena, kept.arenas, guard) if program.graph.late else None
-        if not program.graph.late:
+        ctx.late, ctx.spent, ctx.turns = None, False, kept.turns
+        if program.graph.late:
+            flight = Flight((program, run, arena, kept.arenas, guard))
+            ctx.late = flight.own()
+            ctx.save_for_backward(flight.token())
+        else:
             ctx.save_for_backward(*_gradients(program, run))
         quiet = [t for t, yes in zip(outputs, program.differentiable, strict=True) if not yes]
         ctx.mark_non_differentiable(*quiet)
@@ -305,49 +318,55 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        if all(g is None for g in upstream):  # of what an earlier call left in a buffer, and nothing has used
-            return (None,) * len(ctx.needs_input_grad)
-        if any(g is not None and is_legacy_batchedtensor(g) for g in upstream):
-            raise RuntimeError(
-                "is_grads_batched=True asks for several gradients at once, which a tiled module does not have; ask "
-                "for them one after the other, of a forward each"
-            )
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "create_graph=True asks for gradients of gradients, which a tiled module or step does not have; use "
-                "the plain module for that term, or compute it inside the forward, where it is recorded"
-            )
-        program: Program = ctx.program
-        if not program.graph.late:
-            scale = upstream[0]
-            grads = ctx.saved_tensors
-            # On a device the product costs less than to wait for the scale.
-            if (scale.is_cuda and not program.narrow) or not bool(scale == 1):
-                if program.narrow:
-                    raise RuntimeError(
-                        "a loss scale must reach float16 gradients before they are made, and those of a tiled step "
-                        "were made with the loss. Use bfloat16 without a scale, or fullframe.tile(net) without loss="
-                    )
-                grads = [None if g is None else g * scale.to(g.dtype) for g in grads]
-            return None, None, None, *_reached(program, grads)
-        if ctx.late is None:
-            raise RuntimeError(
-                "the backward of a tiled module can run only once, retain_graph or not: its memory is reused as it "
-                "goes. Call the module again, or add the losses and call backward once"
-            )
-        run, arena, arenas, guard = ctx.late
-        ctx.late = None
-        _unchanged(guard)
-        given = [g for g, yes in zip(upstream, program.differentiable, strict=True) if yes]
-        late = [v for v in program.graph.inputs if v in program.graph.late]
-        run.feed(late, [_or_zeros(g, v, device=run.device) for g, v in zip(given, late, strict=True)])
-        run.advance(len(program.plan.steps))
-        grads = _gradients(program, run)
-        arenas.give(arena)
-        unused = [v for v, g in zip(late, given, strict=True) if g is None]
-        if unused:
-            grads = _without(program, grads, set(late) - set(unused), unused)
+        with ctx.turns:
+            return _backward(ctx, *upstream)
+
+
+def _backward(ctx: Any, *upstream: Any) -> Any:
+    if all(g is None for g in upstream):  # of what an earlier call left in a buffer, and nothing has used
+        return (None,) * len(ctx.needs_input_grad)
+    if any(g is not None and is_legacy_batchedtensor(g) for g in upstream):
+        raise RuntimeError(
+            "is_grads_batched=True asks for several gradients at once, which a tiled module does not have; ask "
+            "for them one after the other, of a forward each"
+        )
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph=True asks for gradients of gradients, which a tiled module or step does not have; use "
+            "the plain module for that term, or compute it inside the forward, where it is recorded"
+        )
+    program: Program = ctx.program
+    if not program.graph.late:
+        scale = upstream[0]
+        grads = ctx.saved_tensors
+        # On a device the product costs less than to wait for the scale.
+        if (scale.is_cuda and not program.narrow) or not bool(scale == 1):
+            if program.narrow:
+                raise RuntimeError(
+                    "a loss scale must reach float16 gradients before they are made, and those of a tiled step "
+                    "were made with the loss. Use bfloat16 without a scale, or fullframe.tile(net) without loss="
+                )
+            grads = [None if g is None else g * scale.to(g.dtype) for g in grads]
         return None, None, None, *_reached(program, grads)
+    flight = None if ctx.spent else landing(ctx.saved_tensors[0], ctx.late)
+    if flight is None or flight.load is None:
+        raise RuntimeError(
+            "the backward of a tiled module can run only once, retain_graph or not: its memory is reused as it "
+            "goes. Call the module again, or add the losses and call backward once"
+        )
+    program, run, arena, arenas, guard = flight.load
+    ctx.spent, flight.load, ctx.late = ctx.late is not None, None, None
+    _unchanged(guard)
+    given = [g for g, yes in zip(upstream, program.differentiable, strict=True) if yes]
+    late = [v for v in program.graph.inputs if v in program.graph.late]
+    run.feed(late, [_or_zeros(g, v, device=run.device) for g, v in zip(given, late, strict=True)])
+    run.advance(len(program.plan.steps))
+    grads = _gradients(program, run)
+    arenas.give(arena)
+    unused = [v for v, g in zip(late, given, strict=True) if g is None]
+    if unused:
+        grads = _without(program, grads, set(late) - set(unused), unused)
+    return None, None, None, *_reached(program, grads)
 
 
 class _Lost(torch.autograd.Function):

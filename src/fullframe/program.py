@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from threading import RLock
+from threading import active_count
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from fullframe.ambient import unhooked
 from fullframe.budget import free_bytes
 from fullframe.call import Call, Tensors
 from fullframe.cumulative import recordable
+from fullframe.drawing import FROZEN, Drawn, by_calls, by_state
 from fullframe.fingerprint import LEFT, Survey, state_of
 from fullframe.graph import CaptureError, Graph, Value, followers
 from fullframe.left import PLAIN, Leaving, recorded
 from fullframe.lowering import fusable
+from fullframe.patched import RECORDING
 from fullframe.places import Left, Place
 from fullframe.plan import Plan
 from fullframe.planner import FIXED, Request, plan
-from fullframe.tracer import FROZEN, Recording, capture
+from fullframe.tracer import Recording, capture
 from fullframe.watch import Watch
 
 WINDOWS = 32  # so many of the largest windows fit in the budget of a device
@@ -174,6 +177,11 @@ class _Recorder:
             registered = dict(call.pair.named_buffers(remove_duplicate=False))
 
             def rest(returned: Any) -> Any:
+                if any(g is not None for g in take_grads(self.sources)):
+                    raise CaptureError(
+                        "the forward or the loss calls backward() itself, which adds to .grad before the step's own "
+                        "backward; return that loss as well, or use torch.autograd.grad"
+                    )
                 outputs = self._take(returned)
                 self._refuse_parted(registered)
                 self.wanted = tuple(self._wanted()) if call.grad else ()
@@ -303,14 +311,26 @@ class _Recorder:
                     raise
                 self._leave_out(outputs, leaves)
                 grads, seeds = self._backward(outputs, leaves)
-        for k, grad in zip(self.roots, grads[len(wanted) :], strict=True):
-            if grad is not None:
+        nested = take_grads(self.roots.values())
+        for k, *found in zip(self.roots, grads[len(wanted) :], nested, strict=True):
+            if any(g is not None for g in found):
                 name = self.leaving.name_of(self.call.tensors[k])
                 raise CaptureError(
                     f"the step reads what its last call left under {name}, and its gradient would flow on into that "
                     "call, whose graph is gone; leave it detached (.detach())"
                 )
-        return list(grads[: len(wanted)]), [] if self.criterion else seeds
+        return self._with_nested(grads[: len(wanted)]), [] if self.criterion else seeds
+
+    def _with_nested(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """The gradients, and what a backward inside of the backward has added up at the call's tensors.
+
+        It may have reached such as the forward had not met, which are wanted from now on.
+        """
+        nested = take_grads(self.sources)
+        more = [k for k, g in enumerate(nested) if g is not None and k not in self.wanted]
+        found = [*zip(self.wanted, grads, strict=True), *((k, None) for k in more)]
+        self.wanted = (*self.wanted, *more)
+        return [g if nested[k] is None else nested[k] if g is None else g + nested[k] for k, g in found]
 
     def _backward(self, outputs: Tensors, leaves: Tensors) -> tuple[Sequence[torch.Tensor | None], Tensors]:
         """The gradients of the leaves, and those of the outputs that they were made from."""
@@ -319,6 +339,7 @@ class _Recorder:
             return [None] * len(leaves), []
         seeds = [torch.ones_like(t) if self.criterion else torch.empty_like(t) for t in chosen]
         again = not self.criterion  # when it fails for one of several outputs
+        take_grads(self.sources)  # of an attempt that failed
         return torch.autograd.grad(chosen, leaves, seeds, allow_unused=True, retain_graph=again), seeds
 
     def _leave_out(self, outputs: Tensors, leaves: Tensors) -> None:
@@ -347,6 +368,16 @@ def _undisturbed(leaving: Leaving) -> Iterator[None]:
             )
 
 
+def take_grads(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor | None]:
+    """What lies at tensors as ``.grad``, which is then gone."""
+    with torch._C.DisableTorchFunction():  # the recording's own mode refuses this to the step's code
+        found = [(t, t.grad if t.is_leaf else None) for t in tensors]
+        for tensor, grad in found:
+            if grad is not None:
+                tensor.grad = None
+    return [grad for _, grad in found]
+
+
 def _detached(tensor: torch.Tensor) -> torch.Tensor:
     """Without its graph; a sparse one, which no step computes with, as it is: torch 2.14 records no views of it."""
     return tensor.detach() if tensor.layout is torch.strided else tensor
@@ -354,14 +385,16 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
 
 def compile_call(call: Call, options: Options) -> Program:
     """Record and plan a call; raises `CaptureError`, `BudgetError` or `UnsupportedOpError`."""
-    with _ONE_AT_A_TIME:
-        return _compile(call, options)
+    with RECORDING, unhooked():
+        try:
+            return _compile(call, options, by_state)
+        except Drawn:
+            if active_count() == 1:
+                raise
+            return _compile(call, options, by_calls)  # it may have been another thread that drew
 
 
-_ONE_AT_A_TIME = RLock()  # a recording patches torch for the whole process
-
-
-def _compile(call: Call, options: Options) -> Program:
+def _compile(call: Call, options: Options, undrawn: Callable[[], AbstractContextManager[None]]) -> Program:
     devices = sorted({str(t.device) for t in call.tensors if t.device.type != "cpu"})
     if len(devices) > 1:
         raise CaptureError(
@@ -373,13 +406,11 @@ def _compile(call: Call, options: Options) -> Program:
     before = Survey(call.roots)
     _refuse_identities(call, before)
     numbers = [state_of(g) for g in call.survey.generators]
-    # Recorded draws advance torch's generators, and plans would then change what is drawn afterwards.
-    unmoved = torch.random.fork_rng([call.device] if call.device.type == "cuda" else [])
     with (
-        torch.inference_mode(False), unmoved, _undisturbed(recorder.leaving), recordable(call.pair),
+        torch.inference_mode(False), _undisturbed(recorder.leaving), recordable(call.pair),
         _forgetful(call.survey.caches),
     ):  # fmt: skip
-        graph = capture(Recording(recorder, call.tensors, call.names, watch, call.device))
+        graph = capture(Recording(recorder, call.tensors, call.names, watch, call.device, undrawn))
     if [state_of(g) for g in call.survey.generators] != numbers:
         raise CaptureError(f"the module or the loss drew from a generator of its own; {FROZEN}")
     after = Survey(call.roots)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fullframe.patched import replaced
+
 SEEDED = -1  # in place of a mark: a state that this step has not had
 
 
@@ -45,28 +47,33 @@ class States:
         self._note(state)
 
     @contextmanager
-    def followed(self) -> Iterator[None]:
-        """Inside, torch's functions for the state of its default generator tell of their calls."""
-        names = ("get_rng_state", "set_rng_state", "manual_seed")
-        old: dict[str, Any] = {name: getattr(torch.random, name) for name in names}
+    def followed(self, real: bool = False) -> Iterator[None]:
+        """Inside, torch's functions for the state of its default generator tell of their calls.
 
-        def put(state: torch.Tensor) -> None:
-            self._set(state)
-            old["set_rng_state"](state)
+        The generator itself is set only if ``real``: nothing that is recorded draws from it, and other threads do.
+        """
+        owners = (torch, torch.random)
 
-        def seed(number: int) -> Any:
-            self._set(None)
-            return old["manual_seed"](number)
+        def ask(own: Any) -> Any:
+            return lambda: self._asked(own())
 
-        new: dict[str, Any] = {
-            "get_rng_state": lambda: self._asked(old["get_rng_state"]()), "set_rng_state": put, "manual_seed": seed,
-        }  # fmt: skip
-        for name in names:
-            for module in (torch, torch.random):
-                setattr(module, name, new[name])
-        try:
+        def put(own: Any) -> Any:
+            def to(state: torch.Tensor) -> None:
+                self._set(state)
+                if real:
+                    own(state)
+
+            return to
+
+        def seed(own: Any) -> Any:
+            def to(number: int) -> Any:
+                self._set(None)
+                return own(number) if real else torch.default_generator
+
+            return to
+
+        with (
+            replaced(owners, "get_rng_state", ask), replaced(owners, "set_rng_state", put),
+            replaced(owners, "manual_seed", seed),
+        ):  # fmt: skip
             yield
-        finally:
-            for name in names:
-                for module in (torch, torch.random):
-                    setattr(module, name, old[name])

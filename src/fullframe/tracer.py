@@ -7,11 +7,10 @@ so no alias survives.
 
 from __future__ import annotations
 
-import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +20,13 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx import Node
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fullframe.graph import CaptureError, Graph, Value, live_ops, verify
 from fullframe.ops import LOWERINGS, Builder
 from fullframe.watch import Watch, reads_data
 
 Function = Callable[..., "tuple[Sequence[torch.Tensor | None], Sequence[torch.Tensor]]"]
-FROZEN = (
-    "they would be frozen into the captured step. Draw them outside and pass them in, or use torch's random functions"
-)
 
 
 @dataclass
@@ -45,6 +42,7 @@ class Recording:
     names: list[str]
     watch: Watch
     device: torch.device
+    undrawn: Callable[[], AbstractContextManager[None]]
 
 
 def capture(recording: Recording) -> Graph:
@@ -55,12 +53,12 @@ def capture(recording: Recording) -> Graph:
 def _record(recording: Recording) -> Any:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(t.detach()) for t in recording.inputs]
-    random_before = random.getstate()
-    numpy_before = _numpy_state()
     try:
         with (
             _active(), recording.watch.paths(), fx_traceback.preserve_node_meta(), _uncompiled(), _own_norms(),
             torch.autograd.set_detect_anomaly(False),  # it looks for NaN, and here are no numbers
+            torch.autograd.set_multithreading_enabled(False),  # a device's backward stays in this thread
+            _Undrawn(mode), recording.undrawn(),
         ):  # fmt: skip
             module = make_fx(dispatch_functionalize(recording.function))(*fakes)
     except NotImplementedError as error:
@@ -88,9 +86,20 @@ def _record(recording: Recording) -> Any:
         torch.clear_autocast_cache()
     if recording.watch.failed is not None:  # and the step's own code went on as if nothing had been
         raise _data_dependent(recording.watch.current, recording.watch.failed) from recording.watch.failed
-    if random.getstate() != random_before or _numpy_state() != numpy_before:
-        raise CaptureError(f"the module or the loss drew from Python's or NumPy's random numbers; {FROZEN}")
     return module
+
+
+class _Undrawn(TorchDispatchMode):
+    """Random numbers made from nothing, for which no fake tensor asks, are fake too: torch's generators stay as they
+    are, from which other threads may be drawing."""
+
+    def __init__(self, fake: FakeTensorMode):
+        super().__init__()
+        self.fake = fake
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self.fake if torch.Tag.nondeterministic_seeded in func.tags else nullcontext():
+            return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -128,14 +137,6 @@ def _data_dependent(path: str, error: Exception) -> CaptureError:
         "recorded once for all inputs; compute that value outside the step and pass it in, or use a mask of fixed "
         "shape (torch.where) in place of an if or of a selection"
     )
-
-
-def _numpy_state() -> Any:
-    numpy = sys.modules.get("numpy")
-    if numpy is None:
-        return None
-    state = numpy.random.get_state()
-    return state[1].tobytes(), state[2:]
 
 
 def _lower(module: Any, names: Sequence[str], device: torch.device) -> Graph:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from fullframe.graph import CaptureError
 from fullframe.known import MAKERS, READERS, Known
+from fullframe.patched import replaced
 from fullframe.states import States
 
 WRITERS = frozenset(("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__iand__",
@@ -58,6 +60,7 @@ class Watch(TorchFunctionMode):
         self.owners: dict[Any, str] = {}  # autograd node -> path of the module that made it
         self.failed: Exception | None = None  # what no code of the step's may catch and go on
         self.states = States(lambda _: self._at(self.current))
+        self.thread = get_ident()  # hooks on all modules are called by every thread
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
@@ -163,16 +166,26 @@ class Watch(TorchFunctionMode):
     def replacing(self, stand_ins: dict[int, torch.Tensor]) -> Iterator[None]:
         """Inside, each tensor with one of these ids is replaced by its stand-in."""
         self.stand_ins = stand_ins
-        function: Any = torch.autograd.Function
-        own = function.__dict__["apply"]
-        # Which no mode sees.
-        function.apply = classmethod(lambda cls, *a, **k: own.__get__(None, cls)(*self._swap(a, "apply"), **k))
-        try:
-            with self, self.states.followed():
+
+        def applied(own: Any) -> Any:  # which no mode sees
+            return lambda cls, *a, **k: own(cls, *self._swap(a, "apply"), **k)
+
+        def backward(own: Any) -> Any:  # torch calls it with this mode set aside
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with self:
+                    return own(*args, **kwargs)
+
+            return run
+
+        engine: Any = torch.autograd
+        with (
+            replaced([torch.autograd.Function], "apply", applied), self.states.followed(),
+            replaced([engine], "_engine_run_backward", backward), self,
+        ):  # fmt: skip
+            try:
                 yield
-        finally:
-            function.apply = own
-            self.stand_ins, self.known = {}, Known()
+            finally:
+                self.stand_ins, self.known = {}, Known()
 
     @contextmanager
     def paths(self) -> Iterator[None]:
@@ -192,10 +205,14 @@ class Watch(TorchFunctionMode):
             self.owners.clear()
 
     def _enter(self, module: nn.Module, _: Any) -> None:
+        if get_ident() != self.thread:
+            return
         self.stack.append(id(module))
         self._at(self.names.get(id(module)) or type(module).__name__)
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
+        if get_ident() != self.thread:
+            return
         while self.stack and self.stack.pop() != id(module):
             pass  # modules whose forward failed and was caught
         self._at(self.names.get(self.stack[-1], "") if self.stack else "")

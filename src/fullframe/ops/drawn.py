@@ -24,7 +24,7 @@ def drawn(seed: int | None = None) -> Iterator[None]:
     default generator, as a step draws its own.
     """
     number = int(torch.randint(2**62, (), dtype=torch.int64)) if seed is None else seed
-    with _Draws(number) as draws, draws.states.followed():
+    with _Draws(number) as draws, draws.states.followed(real=True):
         yield
 
 
