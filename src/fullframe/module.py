@@ -21,7 +21,7 @@ from fullframe.plan import Plan
 from fullframe.program import Options, Program, compile_call, refuse_shared
 from fullframe.replay import Feed, Replays
 from fullframe.store import Arena, Arenas
-from fullframe.tracer import recording
+from fullframe.tracer import nested, recording
 
 Grads = list["torch.Tensor | None"]
 
@@ -39,8 +39,8 @@ class Tiled(nn.Module):
         state: dict[str, Any] = {"pair": Pair(module, criterion), "options": options}
         self.__dict__["_fullframe"] = state | _empty()
         for name in SHARED:
-            self.__dict__[name] = module.__dict__[name]
-        self.__dict__["training"] = module.training
+            self.__dict__[name] = getattr(module, name)  # of a traced module not in its dictionary
+        self.__dict__["training"] = getattr(module, "training", False)  # which a frozen one does not have
 
     @property
     def module(self) -> nn.Module:
@@ -65,15 +65,20 @@ class Tiled(nn.Module):
         return getattr(inner["pair"].module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in OWN:
+        # A method put in another's place is this module's, whose own it may call; so is a method kept for later.
+        replaces = callable(value) and callable(getattr(Tiled, name, None)) and not name.startswith("__")
+        if name in OWN or replaces or getattr(value, "__self__", None) is self:
             self.__dict__[name] = value
-            if name == "training":  # as code does that puts back what it found
+            if name == "training" and isinstance(value, bool):  # as code does that puts back what it found
                 self.module.training = value
         else:
             setattr(self.module, name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(self.module, name)
+        if name in self.__dict__ and name not in OWN:
+            del self.__dict__[name]
+        else:
+            delattr(self.module, name)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -99,7 +104,8 @@ class Tiled(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         pair = self._fullframe["pair"]
         if recording():
-            return pair(args, kwargs)  # part of a larger module that is being recorded
+            with nested(pair):
+                return pair(args, kwargs)  # part of a larger module that is being recorded
         with self._fullframe["turns"]:
             return self._tiled(pair, args, kwargs)
 

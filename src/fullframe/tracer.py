@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def _record(recording: Recording) -> Any:
             _active(), recording.watch.paths(), fx_traceback.preserve_node_meta(), _uncompiled(), _own_norms(),
             torch.autograd.set_detect_anomaly(False),  # it looks for NaN, and here are no numbers
             torch.autograd.set_multithreading_enabled(False),  # a device's backward stays in this thread
-            _Undrawn(mode), recording.undrawn(),
+            _Undrawn(mode), recording.undrawn(), _control_flow(recording.watch),
         ):  # fmt: skip
             module = make_fx(dispatch_functionalize(recording.function))(*fakes)
     except NotImplementedError as error:
@@ -89,16 +90,36 @@ def _record(recording: Recording) -> Any:
     return module
 
 
+@contextmanager
+def _control_flow(watch: Watch) -> Iterator[None]:
+    """Name the function of torch's that has failed because it chooses its course by the data."""
+    try:
+        yield
+    except Exception as error:
+        frames = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
+        names = [n.rpartition(".")[2] for n in frames if n.startswith("torch._higher_order_ops.")]
+        found = next((n for n in names if n in ("cond", "while_loop", "scan", "associative_scan", "map")), None)
+        if found is None:
+            raise
+        raise CaptureError(
+            f"in {watch.current or 'the step'}, torch's {found} makes the course of the computation depend on the "
+            "data, so it cannot be recorded once for all inputs; use torch.where, or Python's own if and for over "
+            "what is known"
+        ) from error
+
+
 class _Undrawn(TorchDispatchMode):
     """Random numbers made from nothing, for which no fake tensor asks, are fake too: torch's generators stay as they
     are, from which other threads may be drawing."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, fake: FakeTensorMode):
         super().__init__()
         self.fake = fake
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with self.fake if torch.Tag.nondeterministic_seeded in func.tags else nullcontext():
+        with self.fake if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()) else nullcontext():
             return func(*args, **(kwargs or {}))
 
 
@@ -241,6 +262,25 @@ def _active() -> Iterator[None]:
         yield
     finally:
         _STATE.active = False
+
+
+DEEPEST = 8  # calls of a tiled module inside of each other
+
+
+@contextmanager
+def nested(pair: Any) -> Iterator[None]:
+    """Inside, a tiled module is at work as a part of what is recorded; refuses one that calls itself without end."""
+    inside: list[int] = _STATE.__dict__.setdefault("inside", [])
+    if inside.count(id(pair)) >= DEEPEST:
+        raise CaptureError(
+            f"the tiled {type(pair.module).__name__} calls itself, {DEEPEST} times over, from its own forward, loss "
+            "or hooks; let those call the plain module, or another one"
+        )
+    inside.append(id(pair))
+    try:
+        yield
+    finally:
+        inside.pop()
 
 
 def recording() -> bool:
