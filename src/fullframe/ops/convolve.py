@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from fullframe.kernels import CHAIN, parts_of
+from fullframe.ops import phases
 from fullframe.region import Interval
 
 
@@ -87,15 +88,42 @@ def _in_chains(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
 
     With channels innermost the library adds up all products of an output in one chain, and its rounding error grows
     with the chain: for 192 channels of 3 x 3 it is three times that of the layout of plain PyTorch. So a wide
-    convolution is made in parts, or, where it has groups or one spatial axis, in that layout.
+    convolution is made in parts, group by group, or, where it has one spatial axis, in that layout.
     """
     taps = prod(weight.shape[2:])
-    wide = taps > 1 and taps * weight.shape[1] > CHAIN and not how.transposed
-    if wide and how.groups == 1 and x.dim() > 3:
+    wide = taps > 1 and taps * weight.shape[1] > CHAIN
+    if wide and how.groups > 1:
+        return _by_groups(x, weight, bias, how)
+    if wide and x.dim() > 3:
         return _in_parts(innermost(x), weight, bias, how)
     if wide:
         return innermost(_by_onednn(x.contiguous(), weight.contiguous(), bias, how))
     return _by_onednn(innermost(x), weight, bias, how)
+
+
+def _by_groups(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: _Geometry) -> torch.Tensor:
+    """A convolution for each group: of wide ones the library makes matrix products, whose last columns differ."""
+    n, each = how.groups, how._replace(groups=1)
+    biases = [None] * n if bias is None else bias.chunk(n)
+    pieces = zip(x.chunk(n, 1), weight.chunk(n), biases, strict=True)
+    return innermost(torch.cat([_in_chains(part, taps, b, each) for part, taps, b in pieces], 1))
+
+
+def _by_phases(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: _Geometry) -> torch.Tensor:
+    """A transposed convolution, as convolutions of stride 1.
+
+    Which ways the library has for a transposed one depends on the processor, and in some of them the order in which
+    an output is added up depends on its place.
+    """
+
+    def plain(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, step: list[int], n: int
+    ) -> torch.Tensor:
+        none = [0] * len(step)
+        return _in_chains(x, weight, bias, _Geometry([1] * len(step), none, step, False, n))
+
+    axes = zip(x.shape[2:], weight.shape[2:], how.stride, how.padding, how.dilation, strict=True)
+    return phases.transposed(plain, x, weight, bias, [phases.Axis(*a) for a in axes], how.groups)
 
 
 def _in_parts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: _Geometry) -> torch.Tensor:
@@ -131,14 +159,11 @@ def _added(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, how: _Geo
 
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: _Geometry) -> torch.Tensor:
     """A convolution as `torch.convolution` makes large ones: it gives small ones, and small windows, to others."""
-    stride, padding, dilation, transposed, groups = how
+    stride, padding, dilation, _, groups = how
+    bias = None if bias is None else bias.contiguous()  # the library does not look at its stride
     if x.dim() == 3:
         flat = how._replace(stride=[1, *stride], padding=[0, *padding], dilation=[1, *dilation])
         return _by_onednn(x.unsqueeze(2), weight.unsqueeze(2), bias, flat).squeeze(2)
-    if transposed:
-        direct = torch.ops.mkldnn._convolution_transpose_pointwise
-        more = [0] * len(stride)
-        return direct(x, weight, bias, padding, more, stride, dilation, groups, "none", [], None)
     direct = torch.ops.mkldnn._convolution_pointwise
     return direct(x, weight, bias, padding, stride, dilation, groups, "none", [], None)
 
@@ -173,19 +198,27 @@ def _by_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return innermost(made.narrow(-1, 0, width))
 
 
+def _beyond(padding: Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> bool:
+    """Whether whole windows may lie in the padding: there the library may read beyond the image (oneDNN 3.12)."""
+    return any(n > d * (k - 1) for n, k, d in zip(padding, kernel, dilation, strict=True))
+
+
 def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *geometry: Any) -> torch.Tensor:
-    """`torch.convolution`, its outputs added up in an order that depends on neither their place nor the window's size
-    (but for some transposed ones of stride 1), and in bfloat16 also on a processor without such arithmetic.
+    """`torch.convolution`, its outputs added up in an order that depends on neither their place nor the window's
+    size, and in bfloat16 also on a processor without such arithmetic.
 
     There it adds up in float32 and rounds once, as processors that have it do; the library's way takes ten to thirty
     times as long.
     """
-    stride, padding, dilation, transposed, _, groups = geometry
+    stride, padding, dilation, transposed, more, groups = geometry
     if x.device.type == "cpu" and x.numel():
         stride, padding, dilation = (spread(n, x.dim() - 2) for n in (stride, padding, dilation))
+        if not transposed and _beyond(padding, weight.shape[2:], dilation):
+            x, padding = pad_window(x, [(n, n) for n in padding]), [0] * len(padding)
+        geometry = (stride, padding, dilation, transposed, more, groups)
         how = _Geometry(stride, padding, dilation, transposed, groups)
         if _fast(x):
-            return _in_chains(x, weight, bias, how)
+            return (_by_phases if transposed else _in_chains)(x, weight, bias, how)
         if x.dtype == torch.float64:
             return _by_product(x, weight, bias, how)
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or _has_bfloat16():

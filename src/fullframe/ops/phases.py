@@ -1,0 +1,118 @@
+"""Transposed convolutions as convolutions of stride 1.
+
+An output at place o reads input i through tap t where o + padding = i * stride + t * dilation. So outputs whose
+place, plus padding, leaves the same remainder by the stride read through the same taps, and inputs that lie in a row:
+they are a convolution of their own. Remainders of as many taps that begin as far back are channels of one of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import product
+from math import gcd, prod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+Convolve = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, list[int], int], torch.Tensor]
+"""convolve(x, weight, bias, dilation, groups), of stride 1 and without padding."""
+
+
+class Axis(NamedTuple):
+    """A spatial axis of a transposed convolution; ``extent`` of its input."""
+
+    extent: int
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int
+
+    @property
+    def made(self) -> int:
+        """Extent of the output."""
+        return (self.extent - 1) * self.stride - 2 * self.padding + self.dilation * (self.kernel - 1) + 1
+
+    @property
+    def quotients(self) -> tuple[int, int]:
+        """From the first to behind the last of the outputs' places, plus padding, by the stride."""
+        return self.padding // self.stride, (self.padding + self.made - 1) // self.stride + 1
+
+
+class Class(NamedTuple):
+    """``remainders`` whose outputs read ``taps`` inputs that lie ``step`` apart, the last of them ``shift`` before
+    the quotient; and the tap that reads that one, for each remainder."""
+
+    taps: int
+    shift: int
+    step: int
+    remainders: tuple[tuple[int, int], ...]
+
+
+@cache
+def classes(kernel: int, stride: int, dilation: int) -> tuple[Class, ...]:
+    """The classes of the remainders that a tap reaches."""
+    found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    common = gcd(stride, dilation)
+    for remainder in range(0, stride, common):
+        taps = [t for t in range(kernel) if t * dilation % stride == remainder]
+        if taps:
+            found.setdefault((len(taps), taps[0] * dilation // stride), []).append((remainder, taps[0]))
+    return tuple(Class(*key, dilation // common, tuple(some)) for key, some in found.items())
+
+
+def transposed(
+    convolve: Convolve, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axes: Sequence[Axis],
+    groups: int,
+) -> torch.Tensor:  # fmt: skip
+    """A transposed convolution of a weight (in, out / groups, ...); outputs have their channels innermost."""
+    sizes = (x.shape[0], *(a.made for a in axes), groups * weight.shape[1])
+    made = x.new_empty(sizes).movedim(-1, 1)
+    parts = list(product(*(classes(a.kernel, a.stride, a.dilation) for a in axes)))
+    if sum(prod(len(c.remainders) for c in part) for part in parts) < prod(a.stride for a in axes):
+        made.zero_()  # outputs that nothing reaches
+        if bias is not None:
+            made += bias.view(-1, *[1] * len(axes))
+    weight = weight.flip(tuple(range(2, weight.dim()))).unflatten(0, (groups, -1)).transpose(1, 2)
+    for part in parts:
+        found = _outputs(convolve, x, weight, bias, axes, part)
+        for values, remainders in zip(found, product(*(c.remainders for c in part)), strict=True):
+            _put(made, values, axes, [r for r, _ in remainders])
+    return made
+
+
+def _outputs(
+    convolve: Convolve, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axes: Sequence[Axis],
+    part: Sequence[Class],
+) -> Sequence[torch.Tensor]:  # fmt: skip
+    """The outputs of a class on each axis: (batch, groups, out / groups, quotients) for each of their remainders."""
+    groups, pads, taps = weight.shape[0], list[int](), list[torch.Tensor]()
+    for axis, c in zip(reversed(axes), reversed(part), strict=True):
+        low, high = axis.quotients
+        pads += [(c.taps - 1) * c.step + c.shift - low, high - c.shift - axis.extent]
+    for remainders in product(*(c.remainders for c in part)):
+        some = weight
+        for k, (axis, c, (_, first)) in enumerate(zip(axes, part, remainders, strict=True)):
+            apart = axis.stride // gcd(axis.stride, axis.dilation)
+            last = axis.kernel - 1 - first - (c.taps - 1) * apart
+            some = some[(slice(None),) * (3 + k) + (slice(last, axis.kernel - first, apart),)]
+        taps.append(some)
+    count = len(taps)
+    if bias is not None and count > 1:
+        bias = bias.view(groups, 1, -1).repeat(1, count, 1).flatten()
+    x = F.pad(x, pads) if any(pads) else x
+    found = convolve(x, torch.stack(taps, 1).flatten(0, 2), bias, [c.step for c in part], groups)
+    return found.unflatten(1, (groups, count, -1)).unbind(2)
+
+
+def _put(made: torch.Tensor, values: torch.Tensor, axes: Sequence[Axis], remainders: Sequence[int]) -> None:
+    """Put the outputs of some remainders into their places."""
+    target = made.unflatten(1, (values.shape[1], -1))
+    for k, (axis, remainder) in enumerate(zip(axes, remainders, strict=True), 3):
+        low, _ = axis.quotients
+        skipped = max(0, -((low * axis.stride + remainder - axis.padding) // axis.stride))
+        first = (low + skipped) * axis.stride + remainder - axis.padding
+        target = target[(slice(None),) * k + (slice(first, None, axis.stride),)]
+        values = values.narrow(k, skipped, target.shape[k])
+    target.copy_(values)
