@@ -2,20 +2,24 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
 PIP    := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test lint fuzz slow clean
+SUITE  := .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+.PHONY: help demo test lint fuzz slow compat-isa compat-nocompiler clean
 
 help:
 	@echo "make demo   simulate, train at full resolution, evaluate; leaves out/demo/report.html"
 	@echo "make test   lint and the ordinary tests (under 10 minutes)"
 	@echo "make fuzz   random search for wrong numbers (long)"
 	@echo "make slow   tests that need minutes or many gigabytes"
+	@echo "make compat-isa         the ordinary tests with no more than AVX2, on any x86-64 processor"
+	@echo "make compat-nocompiler  the ordinary tests without a C++ compiler"
 	@echo "make lint   ruff, pyright and the import floors alone"
 
 demo: .venv/app.stamp
 	.venv/bin/python -m cosmictagger demo --out out/demo
 
 test: lint
-	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(SUITE)
 
 lint: .venv/test.stamp
 	.venv/bin/ruff check src tests $(wildcard bench examples)
@@ -28,6 +32,14 @@ fuzz: .venv/test.stamp
 
 slow: .venv/test.stamp
 	.venv/bin/python -m pytest -m slow
+
+# Every library's own limit, and that of our kernels.
+compat-isa: .venv/test.stamp
+	FULLFRAME_CPU_ISA=x86-64-v3 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(SUITE)
+
+# A path on which nothing is found.
+compat-nocompiler: .venv/test.stamp
+	PATH= $(SUITE)
 
 clean:
 	rm -rf .venv out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from datetime import date
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+# Variables that limit the instruction set: of kernels of ours, oneDNN's, ATen's and MKL's.
+LIMITS = ("FULLFRAME_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -23,7 +26,16 @@ def setting() -> str:
     ).stdout.strip()
     cores = torch.get_num_threads()
     state = f"{commit or 'no commit'}{' with changes' if changed else ''}"
-    return f"{date.today()}, commit {state}, {processor()}, {cores} cores, torch {torch.__version__}"
+    limits = [f"{name}={os.environ[name]}" for name in LIMITS if os.environ.get(name)]
+    said = [
+        str(date.today()),
+        f"commit {state}",
+        processor(),
+        f"{cores} cores",
+        f"torch {torch.__version__}",
+        *limits,
+    ]
+    return ", ".join(said)
 
 
 def processor() -> str:

@@ -1,7 +1,17 @@
 """Fixtures that several files ask for by name."""
 
+import os
+
 import pytest
 import torch
+
+from fullframe.kernels import compiler
+
+
+def pytest_report_header() -> str:
+    """What computes: `make compat-isa` and `make compat-nocompiler` limit it."""
+    library = os.environ.get("ONEDNN_MAX_CPU_ISA", "native")
+    return f"kernels: {compiler.isa()}; ATen: {torch.backends.cpu.get_cpu_capability()}; oneDNN: {library}"
 
 
 @pytest.fixture

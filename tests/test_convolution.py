@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import platform
-from dataclasses import replace
 
 import pytest
 import torch
@@ -200,9 +199,8 @@ def test_the_default_dtype_is_not_that_of_the_outputs():
 @pytest.mark.parametrize("processor", ["x86-64", "haswell"])
 def test_processors_with_shorter_vectors(processor, monkeypatch):
     """Compiled for an older processor, which has no products of bfloat16."""
-    here = compiler.find()
-    flags = tuple(f"-march={processor}" if flag == "-march=native" else flag for flag in here.flags)
-    monkeypatch.setattr(compiler, "find", lambda: replace(here, flags=flags))
+    older = compiler.for_isa(processor)
+    monkeypatch.setattr(compiler, "find", lambda: older)
     monkeypatch.setattr(loading, "_LOADED", {})
     assert own("convolution_of_halves", "convolution") is None and own("gradient_of_halves", "gradient") is None
     torch.manual_seed(0)

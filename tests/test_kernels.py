@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -552,6 +553,25 @@ def test_without_a_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_pa
     made = kernels.build(affine(F32, REDUCTIONS[:2]))
     assert not made.compiled and "no C++ compiler" in made.reason
     same_as_plain(made)
+
+
+def test_the_environment_names_the_instruction_set(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one is another kernel in the cache; one that would end the process is refused."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("another architecture")
+    monkeypatch.delenv(compiler.VARIABLE, raising=False)
+    same_as_plain(kernels.build(affine(F32)))
+    monkeypatch.setenv(compiler.VARIABLE, "x86-64")
+    compiler.find.cache_clear()
+    same_as_plain(kernels.build(affine(F32)))
+    assert compiler.isa().endswith("-march=x86-64")
+    assert len(list(fresh.glob("*.so"))) == 2
+    for wrong, said in (("pdp-11", "knows no such instruction set"), ("sapphirerapids", "this processor has no AMX")):
+        monkeypatch.setenv(compiler.VARIABLE, wrong)
+        compiler.find.cache_clear()
+        if wrong == "pdp-11" or "__AMX_TILE__" not in compiler.for_isa("native").identity:
+            with pytest.raises(ValueError, match=f"FULLFRAME_CPU_ISA={wrong}: .*{said}"):
+                kernels.build(affine(F32, REDUCTIONS[:2]))
 
 
 def test_a_compiler_that_fails(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

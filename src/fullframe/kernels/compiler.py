@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -23,7 +24,9 @@ from pathlib import Path
 OPTIMISE = ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-fpeel-loops")
 # Every node is rounded as PyTorch rounds it, so multiplications and additions are not contracted; NaN,
 # infinities and signed zeros keep their meaning. Only errno and floating-point traps are given up.
-FLAGS = (*OPTIMISE, "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+FLAGS = (*OPTIMISE, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+# The instruction set, as `-march` names it; for tests and measurements, as oneDNN's and ATen's own variables are.
+VARIABLE = "FULLFRAME_CPU_ISA"
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
 _SECONDS = 300
 
@@ -43,10 +46,31 @@ class Compiler:
 
 @cache
 def find() -> Compiler:
-    """The compiler of this machine. Raises BuildError when there is none that works."""
+    """The compiler of this machine, for the instruction set that the environment names, else for this processor's.
+
+    Raises BuildError when there is none that works, and ValueError for an instruction set that it does not know, or
+    that this processor does not have.
+    """
+    here = for_isa("native")
+    wanted = os.environ.get(VARIABLE) or "native"
+    if wanted == "native":
+        return here
+    try:
+        other = for_isa(wanted)
+    except BuildError as error:
+        raise ValueError(f"{VARIABLE}={wanted}: {here.path} knows no such instruction set") from error
+    missing = sorted(_features(other) - _features(here))
+    if missing:
+        raise ValueError(f"{VARIABLE}={wanted}: this processor has no {', '.join(missing)}")
+    return other
+
+
+def for_isa(name: str) -> Compiler:
+    """The first compiler that makes kernels for an instruction set. Raises BuildError when there is none."""
     paths = [path for path in map(shutil.which, ("g++", "c++", "clang++")) if path]
     for path in paths:
-        for flags in ((*FLAGS, *WIDE), FLAGS):
+        for more in (WIDE, ()):
+            flags = (*FLAGS, f"-march={name}", *more)
             command = [path, *flags, "-dM", "-E", "-x", "c++", os.devnull]
             try:
                 asked = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
@@ -55,6 +79,21 @@ def find() -> Compiler:
             if asked.returncode == 0:
                 return Compiler(path, flags, asked.stdout)
     raise BuildError("no C++ compiler found (g++, c++ or clang++ on the path)")
+
+
+def _features(compiler: Compiler) -> set[str]:
+    """The instructions that the compiler may use, as it predefines them: ``__AVX2__``."""
+    return set(re.findall(r"^#define __([A-Z][A-Z0-9_]*?)__ 1$", compiler.identity, re.MULTILINE))
+
+
+def isa() -> str:
+    """In words, for reports: which compiler makes the kernels, for which instruction set."""
+    try:
+        found = find()
+    except BuildError as error:
+        return str(error)
+    [march] = [flag for flag in found.flags if flag.startswith("-march=")]
+    return f"{Path(found.path).name} {march}"
 
 
 @cache
