@@ -1,33 +1,29 @@
 """Training: one loop, one folder that holds all it leaves.
 
-    recipe.json          what was asked for
-    log.jsonl            one line per step and per validation
-    checkpoint/          where to go on from (torch.distributed.checkpoint)
-    weights.safetensors  the network so far, to release or to evaluate
-    plan.txt             how the engine runs a step, printed before the first one
+    recipe.json             what was asked for
+    log.jsonl               one line per step and per validation
+    checkpoint.safetensors  where to go on from
+    weights.safetensors     the network so far, to release or to evaluate
+    plan.txt                how the engine runs a step, printed before the first one
 
 A resumed training takes the steps that an uninterrupted one would have taken, with the same events in the same order.
 """
 
 import json
 import math
-import shutil
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Adam
 
 from cosmictagger import engine
 from cosmictagger.atomic import replacing
 from cosmictagger.batches import Batch, indices_of_step, load_batch
+from cosmictagger.checkpoint import NAME as CHECKPOINT
+from cosmictagger.checkpoint import load_checkpoint, save_checkpoint
 from cosmictagger.data import DataError, EventFile
 from cosmictagger.evaluate import Running, Tagger, check_suits, evaluate
 from cosmictagger.memory import PeakMemory
@@ -236,47 +232,28 @@ def _start(recipe: Recipe, out: Path, running: Running, resume: bool) -> _State:
         expect_background(net, recipe.background)
     net = net.to(running.device)
     state = _State(net, Adam(net.parameters(), recipe.learning_rate))
-    kept = [path for path in (out / "checkpoint", out / "checkpoint.old") if path.is_dir()]
+    kept = out / CHECKPOINT
     if not resume:
-        if kept or (out / "log.jsonl").exists():
+        if kept.exists() or (out / "log.jsonl").exists():
             raise DataError(f"{out}: holds a training already; go on with --resume, or name another folder")
         return state
-    if not kept:
-        raise DataError(f"{out}: no checkpoint to resume from")
+    if not kept.is_file():
+        old = (out / "checkpoint").is_dir()
+        raise DataError(
+            f"{out}: no checkpoint to resume from" + ", but for an older one, which could hold code" * old
+        )
     before = json.loads((out / "recipe.json").read_text())
     for key, value in json.loads(json.dumps(_described(recipe, running))).items():
         if key not in _MAY_CHANGE and before.get(key) != value:
             raise DataError(f"{out}: was trained with {key} = {before.get(key)}, not {value}")
-    model, optimizer = get_state_dict(state.net, state.optimizer)
-    content = {"model": model, "optimizer": optimizer, "step": torch.zeros((), dtype=torch.int64)}
-    with _one_process():
-        dcp.load(content, checkpoint_id=kept[0], no_dist=True)
-    set_state_dict(state.net, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
-    state.step = int(content["step"])
+    state.step = load_checkpoint(kept, state.net, state.optimizer)
     return state
 
 
 def _save(state: _State, out: Path) -> None:
     """Checkpoint and weights; an interruption leaves the ones before."""
-    model, optimizer = get_state_dict(state.net, state.optimizer)
-    content = {"model": model, "optimizer": optimizer, "step": torch.tensor(state.step)}
-    part, old, final = out / "checkpoint.part", out / "checkpoint.old", out / "checkpoint"
-    shutil.rmtree(part, ignore_errors=True)
-    with _one_process():
-        dcp.save(content, checkpoint_id=part, no_dist=True)
-    if final.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-    part.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+    save_checkpoint(out / CHECKPOINT, state.net, state.optimizer, state.step)
     save_weights(state.net, out / "weights.safetensors")
-
-
-@contextmanager
-def _one_process() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked: no_dist=True
-        yield
 
 
 def _write(path: Path, text: str) -> None:

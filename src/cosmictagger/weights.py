@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -36,7 +37,7 @@ def load_weights(path: Path, variant: str | None = None) -> UResNet:
     if config is None:
         raise DataError(f"{path}: does not say which network it is for; name it with --variant")
     net = UResNet(config)
-    problem = _misfit(state, net.state_dict())
+    problem = misfit(state, net.state_dict())
     if problem:
         raise DataError(f"{path}: does not fit the network: {problem}")
     net.load_state_dict(state)
@@ -68,9 +69,21 @@ def _config(path: Path, text: str) -> NetworkConfig:
         raise DataError(f"{path}: its description of the network cannot be used: {error}") from error
 
 
+# All that a checkpoint may be made of beside tensors and Python's own containers and numbers: the public trainer
+# keeps NumPy's numbers in its optimiser and scheduler, by the name that their module has in NumPy 2, or had before.
+_scalar = np.float64(0).__reduce__()[0]
+ALLOWED = [
+    (_scalar, "numpy._core.multiarray.scalar"),
+    (_scalar, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("?", "i4", "i8", "u4", "u8", "f4", "f8")),
+]
+
+
 def _read_public(path: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)  # tensors only, no pickled code
+        with torch.serialization.safe_globals(ALLOWED):
+            content = torch.load(path, map_location="cpu", weights_only=True)  # tensors and numbers, no pickled code
     except Exception as error:
         raise DataError(f"{path}: neither safetensors nor a checkpoint of tensors") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
@@ -83,7 +96,8 @@ def _read_public(path: Path) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _misfit(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> str | None:
+def misfit(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> str | None:
+    """What is missing, or of another shape, or too much; None where all fits."""
     for key, value in wanted.items():
         if key not in found:
             return f"{key} is missing"

@@ -1,12 +1,16 @@
 """Training, interrupted and not; weights in and out; the page at the end."""
 
 import json
+import pickle
+import zipfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from cosmictagger import checkpoint
 from cosmictagger.batches import indices_of_step
 from cosmictagger.data import DataError, EventFile
 from cosmictagger.evaluate import Running, Tagger, evaluate
@@ -51,12 +55,84 @@ def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(engine, recipe, s
     assert logs[0] == logs[1]
     assert [line["step"] for line in logs[0]] == [1, 2, 2, 3, 4, 4]
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
-        "checkpoint",
+        "checkpoint.safetensors",
         "log.jsonl",
         "plan.txt",
         "recipe.json",
         "weights.safetensors",
     ]
+
+
+def test_a_training_that_ends_while_it_saves_goes_on_from_the_checkpoint_before(
+    engine, recipe, small_events, tmp_path, monkeypatch
+):
+    recipe = replace(recipe, steps=3, validate_every=1)
+
+    def ends(tensors, path, metadata):
+        if json.loads(metadata["training"])["step"] == 2:
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+        save_file(tensors, path, metadata=metadata)
+
+    with EventFile(small_events) as events:
+        train(recipe, events, tmp_path / "a", Running())
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(checkpoint, "save_file", ends)
+            train(recipe, events, tmp_path / "b", Running())
+        train(recipe, events, tmp_path / "b", Running(), resume=True)
+    a, b = (load_file(tmp_path / x / "checkpoint.safetensors") for x in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert [line["step"] for line in read_log(tmp_path / "b")] == [1, 2, 3]
+
+
+class Payload:
+    """Pickled, it makes a file where it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_nothing_that_is_resumed_can_run_code(recipe, small_events, tmp_path):
+    ran, out = tmp_path / "ran", tmp_path / "a"
+    with EventFile(small_events) as events:
+        train(replace(recipe, steps=1), events, out, Running())
+        made = out / "checkpoint.safetensors"
+        whole = made.read_bytes()
+        made.unlink()
+        (out / "checkpoint").mkdir()
+        (out / "checkpoint" / ".metadata").write_bytes(pickle.dumps(Payload(ran)))
+        with pytest.raises(
+            DataError, match="no checkpoint to resume from, but for an older one, which could hold code"
+        ):
+            train(recipe, events, out, Running(), resume=True)
+        for content in (pickle.dumps(Payload(ran)), whole[:-9], b""):
+            made.write_bytes(content)
+            with pytest.raises(DataError, match="is not a checkpoint of a training"):
+                train(recipe, events, out, Running(), resume=True)
+        torch.save(Payload(ran), made)
+        with pytest.raises(DataError, match="is not a checkpoint of a training"):
+            train(recipe, events, out, Running(), resume=True)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "more", "step"])
+def test_a_checkpoint_of_another_training_is_refused(change, recipe, small_events, tmp_path):
+    made = tmp_path / "a" / "checkpoint.safetensors"
+    with EventFile(small_events) as events:
+        train(replace(recipe, steps=1), events, tmp_path / "a", Running())
+        content, step = load_file(made), 0 if change == "step" else 1
+        if change == "missing":
+            del content["optimizer/1/exp_avg"]
+        if change == "shape":
+            content["optimizer/1/exp_avg"] = torch.zeros(1, 2, 3)
+        if change == "more":
+            content["optimizer/99/exp_avg"] = torch.zeros(3)
+        save_file(content, made, metadata={"training": json.dumps({"step": step})})
+        with pytest.raises(DataError, match="does not fit the training"):
+            train(recipe, events, tmp_path / "a", Running(), resume=True)
 
 
 def test_lines_after_the_checkpoint_are_dropped_on_resume(engine, recipe, small_events, tmp_path):
@@ -96,7 +172,7 @@ def test_time_limit_ends_with_a_checkpoint(engine, recipe, small_events, tmp_pat
     with EventFile(small_events) as events:
         trained = train(replace(recipe, steps=1000, minutes=1e-9), events, tmp_path / "a", Running())
     assert trained.steps == 1
-    assert (tmp_path / "a" / "checkpoint").is_dir()
+    assert (tmp_path / "a" / "checkpoint.safetensors").is_file()
 
 
 def test_folder_in_use_and_other_recipe_are_refused(engine, recipe, small_events, tmp_path):
@@ -145,6 +221,50 @@ def test_public_checkpoint_loads_by_variant(small, tmp_path):
         load_weights(tmp_path / "public.ckpt")
     with pytest.raises(DataError, match="does not fit the network"):
         load_weights(tmp_path / "public.ckpt", "polaris")
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_checkpoint_as_the_public_trainer_writes_it(old, small, tmp_path):
+    """Its optimiser and scheduler keep NumPy's numbers."""
+    net = UResNet(small)
+    optimizer = torch.optim.Adam(net.parameters(), lr=np.float64(1e-3))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.float64(0.5))
+    sum(p.sum() for p in net.parameters()).backward()
+    optimizer.step()
+    numbers = {kind: np.dtype(kind).type(1) for kind in ("f4", "f8", "i4", "i8", "?")}
+    content = {"global_step": np.int64(7), "state_dict": net.state_dict(), "optimizer": optimizer.state_dict(),
+               "scheduler": scheduler.state_dict(), "more": numbers}  # fmt: skip
+    path = tmp_path / "model-7.ckpt"
+    torch.save(content, path)
+    if old:
+        renamed(path)
+    back = load_weights(path, "a21")
+    assert all(torch.equal(v, back.state_dict()[k]) for k, v in net.state_dict().items())
+
+
+def renamed(path):
+    """As NumPy 1 named its module."""
+    with zipfile.ZipFile(path) as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
+        for name, data in parts.items():
+            if name.endswith("data.pkl"):
+                assert b"numpy._core.multiarray" in data
+                data = data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            file.writestr(name, data)
+
+
+@pytest.mark.parametrize("where", ["alone", "beside weights"])
+def test_a_foreign_checkpoint_does_not_run_code(where, small, tmp_path):
+    content = Payload(tmp_path / "ran")
+    if where == "beside weights":
+        content = {"state_dict": UResNet(small).state_dict(), "optimizer": content}
+    torch.save(content, tmp_path / "model.ckpt")
+    with pytest.raises(DataError, match="neither safetensors nor a checkpoint of tensors"):
+        load_weights(tmp_path / "model.ckpt", "a21")
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "model.ckpt", weights_only=False)
+    assert (tmp_path / "ran").exists(), "it would have"
 
 
 def test_weights_that_are_none(tmp_path):
