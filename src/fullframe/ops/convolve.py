@@ -91,6 +91,14 @@ def _in_chains(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     convolution is made in parts, group by group, or, where it has one spatial axis, in that layout.
     """
     taps = prod(weight.shape[2:])
+    if taps == 1 and max(how.stride) > 1:  # the library has several ways of steps; what they read is all that is kept
+        x = pad_window(x, [(p, p) for p in how.padding])[(..., *(slice(None, None, s) for s in how.stride))]
+        how = how._replace(stride=[1] * len(how.stride), padding=[0] * len(how.padding))
+    if taps == weight.shape[1] == how.groups == 1 and not any(how.padding):  # one product, which it may round, or not
+        some = innermost(x * weight.view(1, -1, *[1] * len(how.stride)))
+        return some if bias is None else some + bias.view(-1, *[1] * len(how.stride))
+    if taps == 1 and all(n == 1 for n in x.shape[2:]) and not any(how.padding):  # one pixel has a way of its own
+        return innermost(_in_chains(torch.cat([x, x], -1), weight, bias, how).narrow(-1, 0, 1))
     wide = taps > 1 and taps * weight.shape[1] > CHAIN
     if wide and how.groups > 1:
         return _by_groups(x, weight, bias, how)
