@@ -97,7 +97,7 @@ def test_criterion_module_with_extras():
     step = fullframe.tile(plain_net(), loss=criterion, tile=TILE)
     loss, extras = step(image, labels)
     loss.backward()
-    assert loss.requires_grad and not extras["logits"].requires_grad and not extras["accuracy"].requires_grad
+    assert loss.requires_grad and extras["logits"].requires_grad and not extras["accuracy"].requires_grad
     assert criterion.temperature.grad is not None and criterion.calls == 1
     assert not any("temperature" in k for k in step.state_dict())
 
@@ -166,8 +166,8 @@ def test_retain_graph():
     with pytest.raises(RuntimeError, match="second time"):
         tiled.backward()
     output = fullframe.tile(plain_net(), tile=TILE)(image).sum()
-    output.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="only once"):
+    output.backward()
+    with pytest.raises(RuntimeError, match="second time"):
         output.backward()
 
 
@@ -541,8 +541,8 @@ def test_bad_input_is_named():
     step = fullframe.tile(plain_net(), loss=cross_entropy, tile=TILE)
     with pytest.raises(ValueError, match=r"input 0 has shape \(0, 1, 18, 18\)"):
         step(torch.zeros(0, 1, 18, 18, dtype=torch.float64), torch.zeros(0, 18, 18, dtype=torch.long))
-    with pytest.raises(ValueError, match="scalar loss"):
-        fullframe.tile(plain_net(), loss=lambda y, t: y)(*batch())
+    with pytest.raises(ValueError, match="the criterion must return a loss"):
+        fullframe.tile(plain_net(), loss=lambda y, t: None)(*batch())
     with pytest.raises(ValueError, match="spatial axes"):
         fullframe.tile(plain_net(), loss=cross_entropy, tile=(3, 3, 3))(*batch())
     with pytest.raises(TypeError, match="input and a target"):

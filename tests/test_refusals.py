@@ -123,7 +123,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "budget negative": (lambda n: fullframe.tile(n, budget=-5), ValueError, "positive"),
     "no target": (lambda n: fullframe.tile(n, loss=F.mse_loss)(IMAGE), TypeError, "step\\(input, target\\)"),
     "no elements": (lambda n: fullframe.tile(n)(IMAGE[:0]), ValueError, "leave that batch out"),
-    "map as loss": (lambda n: fullframe.tile(n, loss=lambda y, t: y - t)(IMAGE, IMAGE), ValueError, "reduction='mean' or 'sum'"),
+    "no loss": (lambda n: fullframe.tile(n, loss=lambda y, t: 1.0)(IMAGE, IMAGE), ValueError, "must return a loss.*got float"),
     "no image": (lambda n: fullframe.tile(nn.Flatten(), tile=3)(torch.ones(2, 3)), ValueError, "needs an image input"),
 }  # fmt: skip
 

@@ -175,11 +175,32 @@ Guard = list[tuple[str, torch.Tensor, int, torch.Tensor | None]]
 SMALL = 1 << 20  # bytes: cheaper to copy than to refuse a change of
 
 
-def _forward(kept: Kept, program: Program, call: Call) -> tuple[Tensors, Run, Arena | None, Guard]:
+class Made(NamedTuple):
+    """A run that has made a forward's outputs, to go on in a backward."""
+
+    run: Run
+    arena: Arena | None
+    guard: Guard
+    seed: torch.Tensor | None
+
+
+class Load(NamedTuple):
+    """What a forward leaves for its backward: a run to go on, or gradients that are made already."""
+
+    program: Program
+    made: Made | None
+    grads: Grads
+
+
+Again = list["torch.Tensor | None"]  # what it takes to make gradients once more; None: it is gone
+
+
+def _forward(kept: Kept, program: Program, call: Call, wanted: Sequence[int] = ()) -> tuple[Tensors, Again, Made]:
     graph, plan, device = program.graph, program.plan, call.device
     refuse_shared(program.changed, call.tensors, call.names, program.unused)
     tensors, arenas = call.tensors, kept.arenas
-    feeds = _feeds(program, call)
+    seed = None if graph.seed is None else torch.randint(2**62, (), dtype=torch.int64)
+    feeds = _feeds(program, call, seed)
     arena: Arena | None = None
     run = kept.replays.play(program, arenas, device, feeds)
     if run is None:
@@ -191,12 +212,20 @@ def _forward(kept: Kept, program: Program, call: Call) -> tuple[Tensors, Run, Ar
     guard = _guard(program, call, run, outputs) if graph.late else []
     _take_apart(program, run, [tensors[k] for k in program.changed])
     _refuse_resized(program, call, run)
+    again = [_as_it_was(tensors[k], k in program.changed) for k in wanted]
     for k, value in program.changed.items():
         with torch.inference_mode(tensors[k].is_inference()), torch.no_grad():
             tensors[k].copy_(run.values[value])
     if arena is not None and not graph.late:
         arenas.give(arena)
-    return outputs, run, arena, guard
+    return outputs, again, Made(run, arena, guard, seed)
+
+
+def _as_it_was(tensor: torch.Tensor, changed: bool) -> torch.Tensor | None:
+    """A tensor of the call for a second backward: a copy where the call changes it, if it is small."""
+    if not changed and not tensor.is_inference():
+        return tensor
+    return tensor.detach().clone() if tensor.nbytes <= SMALL else None
 
 
 def _refuse_retained(program: Program, call: Call) -> None:
@@ -241,14 +270,14 @@ def _take_apart(program: Program, run: Run, changed: Tensors) -> None:
             run.values[value] = run.values[value].clone()
 
 
-def _feeds(program: Program, call: Call) -> list[Feed]:
+def _feeds(program: Program, call: Call, seed: torch.Tensor | None) -> list[Feed]:
     """What a run reads: those of the call's tensors that it needs, and the seed of its draws."""
     graph, lasting = program.graph, len(call.parameters) + len(call.buffers)
     pairs = enumerate(zip(graph.inputs, call.tensors, strict=False))
     here = call.device
     feeds = [Feed(v, t, k < lasting and t.device == here) for k, (v, t) in pairs if v in program.read]
-    if graph.seed is not None:
-        feeds.append(Feed(graph.seed, torch.randint(2**62, (), dtype=torch.int64), False))
+    if graph.seed is not None and seed is not None:
+        feeds.append(Feed(graph.seed, seed, False))
     return feeds
 
 
@@ -307,24 +336,28 @@ class _Function(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, kept: Kept, program: Program, call: Call, *wanted: torch.Tensor) -> Any:
-        outputs, run, arena, guard = _forward(kept, program, call)
+    def forward(ctx: Any, kept: Kept, whole: Program, call: Call, *wanted: torch.Tensor) -> Any:
+        program = whole.expected()
+        outputs, again, made = _forward(kept, program, call, whole.again)
         ctx.set_materialize_grads(False)
-        ctx.program = program
-        ctx.late, ctx.spent, ctx.turns = None, False, kept.turns
-        if program.graph.late:
-            flight = Flight((program, run, arena, kept.arenas, guard))
-            ctx.late = flight.own()
-            ctx.save_for_backward(flight.token())
+        ctx.kept, ctx.whole, ctx.program, ctx.device = kept, whole, program, call.device
+        ctx.seed, ctx.names = made.seed, [call.names[k] for k in whole.again]
+        ctx.late, ctx.spent, ctx.begun = None, False, False
+        grads = [] if program.graph.late else _gradients(program, made.run)
+        if whole.asks is None:
+            ctx.save_for_backward(*grads)
         else:
-            ctx.save_for_backward(*_gradients(program, run))
+            flight = Flight(Load(program, made if program.graph.late else None, grads))
+            # Gradients that are made already are let go with the number that is saved.
+            ctx.late = flight.own() if program.graph.late else None
+            ctx.save_for_backward(flight.token(), *again)
         quiet = [t for t, yes in zip(outputs, program.differentiable, strict=True) if not yes]
         ctx.mark_non_differentiable(*quiet)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        with ctx.turns:
+        with ctx.kept.turns:
             return _backward(ctx, *upstream)
 
 
@@ -334,45 +367,109 @@ def _backward(ctx: Any, *upstream: Any) -> Any:
     if any(g is not None and is_legacy_batchedtensor(g) for g in upstream):
         raise RuntimeError(
             "is_grads_batched=True asks for several gradients at once, which a tiled module does not have; ask "
-            "for them one after the other, of a forward each"
+            "for them one after the other"
         )
     if torch.is_grad_enabled():
         raise RuntimeError(
             "create_graph=True asks for gradients of gradients, which a tiled module or step does not have; use "
             "the plain module for that term, or compute it inside the forward, where it is recorded"
         )
-    program: Program = ctx.program
-    if not program.graph.late:
-        scale = upstream[0]
-        grads = ctx.saved_tensors
-        # On a device the product costs less than to wait for the scale.
-        if (scale.is_cuda and not program.narrow) or not bool(scale == 1):
-            if program.narrow:
-                raise RuntimeError(
-                    "a loss scale must reach float16 gradients before they are made, and those of a tiled step "
-                    "were made with the loss. Use bfloat16 without a scale, or fullframe.tile(net) without loss="
-                )
-            grads = [None if g is None else g * scale.to(g.dtype) for g in grads]
-        return None, None, None, *_reached(program, grads)
-    flight = None if ctx.spent else landing(ctx.saved_tensors[0], ctx.late)
-    if flight is None or flight.load is None:
-        raise RuntimeError(
-            "the backward of a tiled module can run only once, retain_graph or not: its memory is reused as it "
-            "goes. Call the module again, or add the losses and call backward once"
-        )
-    program, run, arena, arenas, guard = flight.load
-    ctx.spent, flight.load, ctx.late = ctx.late is not None, None, None
-    _unchanged(guard)
-    given = [g for g, yes in zip(upstream, program.differentiable, strict=True) if yes]
-    late = [v for v in program.graph.inputs if v in program.graph.late]
-    run.feed(late, [_or_zeros(g, v, device=run.device) for g, v in zip(given, late, strict=True)])
-    run.advance(len(program.plan.steps))
-    grads = _gradients(program, run)
+    whole: Program = ctx.whole
+    used = {k: g for k, g in enumerate(upstream) if g is not None}
+    if whole.asks is None:
+        grads = _scaled(whole, ctx.saved_tensors, used)
+    else:
+        grads = _asked(ctx, used)
+        if not ctx.begun and not used.keys() <= set(ctx.program.asked):
+            whole.asks.guess = whole.asks.guess.union(used)  # as the next forward will be planned
+        ctx.begun = True
+    assert grads is not None
+    return None, None, None, *(g for g, v in zip(grads, whole.gradients, strict=True) if v is not None)
+
+
+def _asked(ctx: Any, used: dict[int, torch.Tensor]) -> Grads:
+    """The gradients of these outputs: what the forward has prepared, or a run of its own."""
+    own: Flight | None = None if ctx.spent else ctx.late
+    if own is not None and own.load is not None:
+        _unchanged(own.load.made.guard)  # before autograd says less of it
+    saved = ctx.saved_tensors
+    flight = None if ctx.spent else landing(saved[0], own)
+    load: Load | None = None if flight is None else flight.load
+    grads: Grads | None = None
+    if flight is not None and load is not None and used.keys() <= set(load.program.asked):
+        if load.made is None:
+            grads = _scaled(load.program, load.grads, used)
+        else:
+            ctx.spent, flight.load, ctx.late = ctx.late is not None, None, None
+            grads = _finished(load.program, load.made, ctx.kept.arenas, used)
+    return _again(ctx, used, saved[1:]) if grads is None else grads
+
+
+def _scaled(program: Program, grads: Sequence[torch.Tensor | None], used: dict[int, torch.Tensor]) -> Grads | None:
+    """Gradients that were made with the forward; None where they were made too early."""
+    (scale,) = used.values()
+    # On a device the product costs less than to wait for the scale.
+    if (scale.is_cuda and not program.narrow) or not bool(scale == 1):
+        if program.narrow:
+            if program.asks is not None:
+                return None
+            raise RuntimeError(
+                "a loss scale must reach float16 gradients before they are made, and those of a tiled step "
+                "were made with the loss. Use bfloat16 without a scale, or fullframe.tile(net) without loss="
+            )
+        return [None if g is None else g * scale.to(g.dtype) for g in grads]
+    return list(grads)
+
+
+def _finished(program: Program, made: Made, arenas: Arenas, used: dict[int, torch.Tensor]) -> Grads | None:
+    """Gradients by the run that made the outputs; None where zeros in the place of others spoil them."""
+    _unchanged(made.guard)
+    grads = _advanced(program, made.run, used)
+    if made.arena is not None:
+        arenas.give(made.arena)
+    unused = [v for v, k in zip(_late(program), program.asked, strict=True) if k not in used]
+    if not unused:
+        return grads
+    grads = _without(program, grads, set(_late(program)) - set(unused), unused)
+    # Zero times infinity is no number.
+    return grads if all(g is None or bool(g.isfinite().all()) for g in grads) else None
+
+
+def _again(ctx: Any, used: dict[int, torch.Tensor], saved: Sequence[torch.Tensor | None]) -> Grads:
+    """Gradients of these outputs by a run of its own: the forward's part is made once more."""
+    whole: Program = ctx.whole
+    assert whole.asks is not None
+    program = whole.once_more(frozenset(used))
+    for name, tensor in zip(ctx.names, saved, strict=True):
+        if tensor is None:
+            raise RuntimeError(
+                f"this backward makes the forward's part once more, and {name} is not what it was: the forward has "
+                "changed it, or it was made in inference mode. Add up the losses and call backward once"
+            )
+    plan, arenas = program.plan, ctx.kept.arenas
+    arena = arenas.take(plan.bytes.arena + plan.bytes.host, ctx.device, bool(plan.away))
+    run = Run(plan, arena, ctx.device)
+    fed = {whole.asks.graph.inputs[k]: t for k, t in zip(whole.again, saved, strict=True) if t is not None}
+    if program.graph.seed is not None:
+        fed[program.graph.seed] = ctx.seed
+    read = [v for v in fed if v in program.read]
+    run.feed(read, [fed[v] for v in read])
+    grads = _advanced(program, run, used)
     arenas.give(arena)
-    unused = [v for v, g in zip(late, given, strict=True) if g is None]
-    if unused:
-        grads = _without(program, grads, set(late) - set(unused), unused)
-    return None, None, None, *_reached(program, grads)
+    return grads
+
+
+def _late(program: Program) -> list[Value]:
+    return [v for v in program.graph.inputs if v in program.graph.late]
+
+
+def _advanced(program: Program, run: Run, used: dict[int, torch.Tensor]) -> Grads:
+    """The gradients, once those of the outputs are there."""
+    late = _late(program)
+    given = (used.get(k) for k in program.asked)
+    run.feed(late, [_or_zeros(g, v, run.device) for g, v in zip(given, late, strict=True)])
+    run.advance(len(program.plan.steps))
+    return _gradients(program, run)
 
 
 class _Lost(torch.autograd.Function):
@@ -399,11 +496,6 @@ def _unchanged(guard: Guard) -> None:
                 f"{name} was changed in place, or given other data, between the forward and the backward of a tiled "
                 "module, which reads it again in its backward; change it afterwards, or change a clone"
             )
-
-
-def _reached(program: Program, grads: Sequence[torch.Tensor | None]) -> Grads:
-    outputs = program.graph.outputs[len(program.graph.outputs) - len(grads) :]
-    return [g for g, v in zip(grads, outputs, strict=True) if v is not None]
 
 
 def _or_zeros(given: torch.Tensor | None, value: Value, device: torch.device) -> torch.Tensor:
@@ -441,8 +533,10 @@ def tile(
     Parameters
     ----------
     module: any convolutional network, shared with the caller, not copied.
-    loss: a function or Module of (output, target) that returns a scalar, or (scalar, extras); the
-        extras come back detached.
+    loss: a function or Module of (output, target) that returns a scalar, or several tensors in tuples,
+        lists or dicts, each of which has its gradient. The first scalar is taken for the loss, and its
+        gradients are made with the forward; the first backward that asks for others makes the forward once
+        more, and the steps after it are planned for what was asked.
     budget: bytes, or text such as "8 GB" or "7.5 GiB": all that the step keeps and uses beyond
         inputs, parameters and gradients. None: what is free under the container's limit.
     tile: forces the tile, in pixels of the input: one extent per spatial axis or one for all.

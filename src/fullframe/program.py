@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from threading import active_count
 from typing import Any
@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fullframe.ambient import unhooked
+from fullframe.asked import asked_of, backward_of, sources
 from fullframe.budget import free_bytes
 from fullframe.call import Call, Tensors
 from fullframe.cumulative import recordable
@@ -43,6 +44,22 @@ class Options:
     workers: int
 
 
+@dataclass(eq=False)
+class Asks:
+    """Of which outputs a backward may ask the gradient: what that needs, and what has been planned for it.
+
+    ``graph`` is given the gradient of each, ``late`` by the output's number. A step's first scalar is taken for its
+    loss until a backward asks for others, too: ``guess`` is what the next forward is planned for.
+    """
+
+    graph: Graph
+    late: dict[int, Value]
+    request: Request
+    device: torch.device
+    guess: frozenset[int]
+    programs: dict[tuple[frozenset[int], bool], Program] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """A captured and planned call.
@@ -56,6 +73,8 @@ class Program:
     calls left; None where it has read nothing of them. ``devices`` are where the outputs belong, ``unused`` the
     numbers of tensors that were met and not read. ``lost`` are outputs that no gradient can be asked of, and why.
     ``alive`` are tensors of the call, by number, that have a graph when it ends, and the outputs that bring it.
+    ``asked`` are the outputs whose gradients the graph is given, in the order of ``late``, or the one whose gradient
+    it takes to be one. ``asks`` are the others of which they may be asked; None where there is only that one.
     """
 
     graph: Graph
@@ -74,12 +93,49 @@ class Program:
     unused: frozenset[int] = frozenset()
     lost: dict[int, str] = field(default_factory=dict)
     alive: dict[int, int] = field(default_factory=dict)
+    asked: tuple[int, ...] = ()
+    asks: Asks | None = None
+
+    def expected(self) -> Program:
+        """As it is planned for the outputs whose gradients were asked for lately."""
+        return self if self.asks is None else self._version(self.asks.guess, False)
+
+    def once_more(self, used: frozenset[int]) -> Program:
+        """What makes only the gradients, from those of these outputs."""
+        return self._version(used, True)
+
+    def _version(self, used: frozenset[int], alone: bool) -> Program:
+        asks = self.asks
+        assert asks is not None
+        if used == frozenset(self.asked) and not alone:
+            return self
+        if (used, alone) not in asks.programs:
+            graph = asked_of(asks.graph, {asks.late[k] for k in used}, asks.device)
+            graph = backward_of(graph) if alone else graph
+            planned = plan(graph, _freed(asks.request, graph, len(self.wanted)))
+            found = replace(self, graph=graph, plan=planned, asked=tuple(sorted(used)), asks=None)
+            asks.programs[used, alone] = found
+        return asks.programs[used, alone]
+
+    @property
+    def gradients(self) -> list[Value | None]:
+        """Of each of ``wanted``, whichever output it is asked of."""
+        graph = self.graph if self.asks is None else self.asks.graph
+        return graph.outputs[len(graph.outputs) - len(self.wanted) :]
 
     @property
     def reached(self) -> list[int]:
         """Those of ``wanted`` that have a gradient; the others take no part in autograd, nor do their hooks."""
-        grads = self.graph.outputs[len(self.graph.outputs) - len(self.wanted) :]
-        return [k for k, v in zip(self.wanted, grads, strict=True) if v is not None]
+        return [k for k, v in zip(self.wanted, self.gradients, strict=True) if v is not None]
+
+    @cached_property
+    def again(self) -> list[int]:
+        """The call's tensors that gradients follow from: what it takes to make them once more."""
+        if self.asks is None:
+            return []
+        graph = self.asks.graph
+        found = sources(graph, (v for v in self.gradients if v is not None)) - graph.late - {graph.seed}
+        return [k for k, v in enumerate(graph.inputs) if v in found]
 
     @cached_property
     def changed(self) -> dict[int, Value]:
@@ -141,6 +197,7 @@ class _Recorder:
         fixed = len(call.parameters) + len(call.buffers)
         self.leaving = Leaving(call.survey, watch.names, call.tensors, fixed)
         self.criterion = call.pair.criterion is not None
+        self.at_once = False  # whether there is one gradient to begin with, which is one
         self.spec: Any = None
         self.fixed: list[Any] = []
         self.differentiable: list[bool] = []
@@ -286,14 +343,13 @@ class _Recorder:
         self.fixed = [TENSOR if isinstance(x, torch.Tensor) else x for x in leaves]
         outputs = [x for x in leaves if isinstance(x, torch.Tensor)]
         self.differentiable = [t.requires_grad for t in outputs]
-        if self.criterion:
-            if not outputs or outputs[0].dim() != 0 or self.fixed[0] is not TENSOR:
-                shape = tuple(outputs[0].shape) if outputs else None
-                raise ValueError(
-                    f"the criterion must return a scalar loss, or (loss, extras); got shape {shape}. "
-                    "Use reduction='mean' or 'sum'"
-                )
-            self.differentiable = [outputs[0].requires_grad] + [False] * (len(outputs) - 1)
+        if self.criterion and not outputs:
+            raise ValueError(
+                "the criterion must return a loss, or several in tuples, lists or dicts, as tensors; got "
+                f"{type(returned).__name__}"
+            )
+        chosen = [t for t in outputs if t.requires_grad]
+        self.at_once = self.criterion and len(chosen) == 1 and chosen[0].dim() == 0
         return outputs
 
     def _gradients(self, outputs: Tensors, wanted: Tensors) -> tuple[list[Any], Tensors]:
@@ -304,22 +360,17 @@ class _Recorder:
             for kind in ("cpu", "cuda"):
                 stack.enter_context(torch.autocast(kind, enabled=False))
             self.watch.follow_backward()
+            failed = self.watch.failed
             try:
                 grads, seeds = self._backward(outputs, leaves)
-            except RuntimeError as error:
-                if self.criterion or "inplace operation" not in str(error):
+            except (RuntimeError, CaptureError) as error:
+                # Of a step's outputs, only the loss must have a gradient: it may be the only one that is asked for.
+                if self.at_once or not (self.criterion or "inplace operation" in str(error)):
                     raise
+                self.watch.failed = failed
                 self._leave_out(outputs, leaves)
                 grads, seeds = self._backward(outputs, leaves)
-        nested = take_grads(self.roots.values())
-        for k, *found in zip(self.roots, grads[len(wanted) :], nested, strict=True):
-            if any(g is not None for g in found):
-                name = self.leaving.name_of(self.call.tensors[k])
-                raise CaptureError(
-                    f"the step reads what its last call left under {name}, and its gradient would flow on into that "
-                    "call, whose graph is gone; leave it detached (.detach())"
-                )
-        return self._with_nested(grads[: len(wanted)]), [] if self.criterion else seeds
+        return self._with_nested(grads[: len(wanted)]), [] if self.at_once else seeds
 
     def _with_nested(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """The gradients, and what a backward inside of the backward has added up at the call's tensors.
@@ -337,19 +388,35 @@ class _Recorder:
         chosen = [t for t, yes in zip(outputs, self.differentiable, strict=True) if yes]
         if not chosen:
             return [None] * len(leaves), []
-        seeds = [torch.ones_like(t) if self.criterion else torch.empty_like(t) for t in chosen]
-        again = not self.criterion  # when it fails for one of several outputs
+        seeds = [torch.ones_like(t) if self.at_once else torch.empty_like(t) for t in chosen]
+        again = not self.at_once  # when it fails for one of several outputs
         take_grads(self.sources)  # of an attempt that failed
-        return torch.autograd.grad(chosen, leaves, seeds, allow_unused=True, retain_graph=again), seeds
+        grads = torch.autograd.grad(chosen, leaves, seeds, allow_unused=True, retain_graph=again)
+        nested = take_grads(self.roots.values())
+        for k, *found in zip(self.roots, grads[len(leaves) - len(self.roots) :], nested, strict=True):
+            if any(g is not None for g in found):
+                name = self.leaving.name_of(self.call.tensors[k])
+                raise CaptureError(
+                    f"the step reads what its last call left under {name}, and its gradient would flow on into that "
+                    "call, whose graph is gone; leave it detached (.detach())"
+                )
+        return grads, seeds
 
     def _leave_out(self, outputs: Tensors, leaves: Tensors) -> None:
         """Outputs whose own backward fails, and why: as in PyTorch, that is an error only when it is asked for."""
-        for k, t in enumerate(outputs):
-            if self.differentiable[k]:
+        had = self.differentiable
+        first = True
+        for k, yes in enumerate(had):
+            if yes:
+                self.differentiable = [j == k for j in range(len(had))]
                 try:
-                    torch.autograd.grad(t, leaves, torch.empty_like(t), allow_unused=True, retain_graph=True)
-                except RuntimeError as error:
-                    self.differentiable[k], self.lost[k] = False, str(error)
+                    self._backward(outputs, leaves)
+                except (RuntimeError, CaptureError) as error:
+                    if self.criterion and first:
+                        raise
+                    self.lost[k], self.watch.failed = str(error), None
+                first = False
+        self.differentiable = [yes and k not in self.lost for k, yes in enumerate(had)]
 
 
 @contextmanager
@@ -425,21 +492,44 @@ def _compile(call: Call, options: Options, undrawn: Callable[[], AbstractContext
     refuse_shared(changed, call.tensors, call.names, unused)
     late = followers(graph.ops, graph.late)
     for k, value in changed.items():
-        if value in late:
+        if value in late and call.pair.criterion is None:
             raise CaptureError(
                 f"the backward changes {call.names[k]}, which a tiled module hands on before it; use "
                 "fullframe.tile(net, loss=criterion), or change it outside"
             )
-    if graph.late:
-        graph.early = first_grad
-    request = _request(graph, call, options, first_grad)
     lasting = after.key == before.key and _who(after) == _who(before) and call.survey.lasting
+    request = _request(graph, call, options, first_grad)
+    graph, asked, asks = _asks(graph, call, recorder, first_grad, request)
+    planned = plan(graph, _freed(request, graph, len(recorder.wanted)))
     return Program(
-        graph, plan(graph, request), recorder.spec, tuple(recorder.fixed), outputs, start,
+        graph, planned, recorder.spec, tuple(recorder.fixed), outputs, start,
         recorder.wanted, tuple(recorder.differentiable), lasting,
         tuple(recorder.leaving.places), tuple(recorder.cut), call.details if _looked(call, watch) else None,
-        recorder.devices, unused, recorder.lost, recorder.alive,
+        recorder.devices, unused, recorder.lost, recorder.alive, asked, asks,
     )  # fmt: skip
+
+
+def _asks(
+    graph: Graph, call: Call, recorder: _Recorder, first_grad: int, request: Request
+) -> tuple[Graph, tuple[int, ...], Asks | None]:
+    """What is planned first, of which outputs it has the gradient, and of which it could have."""
+    asked = tuple(k for k, yes in enumerate(recorder.differentiable) if yes)
+    if not graph.late:
+        return graph, asked, None
+    graph.early = first_grad
+    late = dict(zip(asked, (v for v in graph.inputs if v in graph.late), strict=True))
+    asks = Asks(graph, late, request, call.device, frozenset(asked))
+    if not recorder.criterion:
+        return graph, asked, asks
+    at_once = not late[asked[0]].shape
+    first = asked[:1] if at_once else asked
+    asks.guess = frozenset(first)
+    return asked_of(graph, {late[k] for k in first}, call.device, at_once), first, asks
+
+
+def _freed(request: Request, graph: Graph, wanted: int) -> Request:
+    """A request for another version of its graph, whose gradients may be other values."""
+    return replace(request, free=frozenset(v for v in graph.outputs[len(graph.outputs) - wanted :] if v is not None))
 
 
 def _refuse_changes(call: Call, arguments: Any, given: Any, marks: Iterable[tuple[torch.Tensor, Any]]) -> None:
