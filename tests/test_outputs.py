@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
@@ -280,3 +282,149 @@ def test_nothing_is_kept_once_outputs_are_gone():
         assert seen() is None  # as in PyTorch, what the backward has used is let go
     finally:
         gc.enable()
+
+
+# Kinds of outputs --------------------------------------------------------------------------------
+
+
+@dataclass
+class Made:
+    logits: Any
+    count: int = 3
+    rest: Any = None
+
+
+@dataclass(frozen=True)
+class Frozen:
+    logits: Any
+    name: str = "frozen"
+
+
+class ModelOutput(OrderedDict):
+    """As published models return it: fields that are items, too."""
+
+    logits: Any
+
+    def __init__(self, **fields):
+        super().__init__()
+        for name, value in fields.items():
+            self[name] = value
+            super().__setattr__(name, value)
+
+    def __setattr__(self, name, value):
+        raise AttributeError("set by making it")
+
+
+class Attributed(dict):
+    __getattr__ = dict.__getitem__
+
+
+class Listed(list):
+    pass
+
+
+class Tupled(tuple):
+    unit = "pixels"
+
+
+class Slotted:
+    __slots__ = ("__hidden", "logits")
+
+    def __init__(self, logits):
+        self.logits, self.__hidden = logits, logits.mean()
+
+    def hidden(self):
+        return self.__hidden
+
+
+KINDS = {
+    "dataclass": lambda y: Made(y, rest=[Frozen(y * 2), {"again": y}]),
+    "frozen": Frozen,
+    "items and fields": lambda y: ModelOutput(logits=y, hidden=(y * 2, y.mean())),
+    "dictionary": lambda y: Attributed(logits=y, rest=Attributed(logits=y * 2)),
+    "list": lambda y: Listed([y, y * 2]),
+    "tuple": lambda y: Tupled((y, Tupled((y * 2,)))),
+    "slots": Slotted,
+    "distribution": lambda y: torch.distributions.Normal(y, 1.5, validate_args=False),
+    "the same twice": lambda y: Listed([y, y] + [Made(y)] * 2),
+    "with a circle": lambda y: circle(Made(y)),
+}
+
+
+def circle(made):
+    made.rest = made
+    return made
+
+
+class Returning(nn.Module):
+    def __init__(self, what):
+        super().__init__()
+        self.conv, self.what = nn.Conv2d(1, 2, 3, padding=1), what
+
+    def forward(self, x):
+        return self.what(self.conv(x))
+
+
+def contents(thing, met=()):
+    """Everything in an output, with the kinds of what it lies in."""
+    if isinstance(thing, torch.Tensor) or any(thing is m for m in met):
+        return [thing] if isinstance(thing, torch.Tensor) else []
+    inside = dict(thing) if isinstance(thing, dict) else list(thing) if isinstance(thing, (list, tuple)) else {}
+    values = list(inside.values()) if isinstance(inside, dict) else inside
+    values += [*vars(thing).values()] if hasattr(thing, "__dict__") and not isinstance(thing, type) else []
+    values += [getattr(thing, n) for n in ("logits", "_Slotted__hidden") if isinstance(thing, Slotted)]
+    return [type(thing), *(x for v in values for x in contents(v, (*met, thing)))]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_outputs_are_of_the_kind_that_the_forward_makes(name):
+    net, twin, tiled = sides(Returning(KINDS[name]).double())
+    image = batch()[0]
+    for _ in range(2):
+        plain, made = contents(net(image)), contents(tiled(image))
+        assert len(plain) == len(made)
+        for a, b in zip(plain, made, strict=True):
+            assert close(a, b) if isinstance(a, torch.Tensor) else a is b
+        first = next(k for k, a in enumerate(plain) if isinstance(a, torch.Tensor))
+        assert [a is plain[first] for a in plain] == [b is made[first] for b in made]
+        for found in (plain, made):
+            total([t for t in found if isinstance(t, torch.Tensor) and t.requires_grad]).backward()
+        assert close(grads(net), grads(twin))
+    assert len(tiled._fullframe["programs"]) == 1
+
+
+def test_each_call_returns_an_object_of_its_own():
+    tiled = sides(Returning(Made).double())[2]
+    first, second = tiled(batch()[0]), tiled(batch()[0] * 2)
+    assert first is not second and not torch.equal(first.logits, second.logits)
+
+
+def test_an_object_of_the_module_is_returned_itself():
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.made = nn.Conv2d(1, 2, 3, padding=1), Made(None)
+
+        def forward(self, x):
+            self.made.logits = self.conv(x)
+            return self.made
+
+    net, twin, tiled = sides(Keeping().double())
+    for k in range(1, 4):
+        assert tiled(batch()[0] * k) is twin.made and close(twin.made.logits, net(batch()[0] * k).logits)
+
+
+def test_losses_in_an_object():
+    net, twin, step = sides(loss=lambda o, t: Made(F.cross_entropy(o, t), rest=o.square().mean()))
+    image, labels = batch()
+    made = step(image, labels)
+    (made.logits + made.rest).backward()
+    output = net(image)
+    (F.cross_entropy(output, labels) + output.square().mean()).backward()
+    assert close(grads(net), grads(twin)) and made.count == 3
+
+
+@pytest.mark.parametrize("what", [lambda y: {1, 2}, lambda y: lambda: y, lambda y: Made(iter([y]))])
+def test_what_may_hide_tensors_is_refused(what):
+    with pytest.raises(fullframe.CaptureError, match="may hide tensors; return tensors in tuples"):
+        sides(Returning(what).double())[2](batch()[0])

@@ -123,7 +123,7 @@ class Tiled(nn.Module):
         made = [_Lost.apply(t, program.lost[k], _leaf()) if k in program.lost else t for k, t in enumerate(made)]
         program.leave(call, made)
         _revive(program, call, made)
-        return program.assemble(made)
+        return program.assemble(call, made)
 
     def _program(self, call: Call) -> Program:
         programs: dict[Any, Program] = self._fullframe["programs"]

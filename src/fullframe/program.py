@@ -21,18 +21,18 @@ from fullframe.cumulative import recordable
 from fullframe.drawing import FROZEN, Drawn, by_calls, by_state
 from fullframe.fingerprint import LEFT, Survey, state_of
 from fullframe.graph import CaptureError, Graph, Value, followers
-from fullframe.left import PLAIN, Leaving, recorded
+from fullframe.left import Leaving, recorded
 from fullframe.lowering import fusable
 from fullframe.patched import RECORDING
 from fullframe.places import Left, Place
 from fullframe.plan import Plan
 from fullframe.planner import FIXED, Request, plan
+from fullframe.returned import Tree, put_together, take_apart
 from fullframe.tracer import Recording, capture
 from fullframe.watch import Watch
 
 WINDOWS = 32  # so many of the largest windows fit in the budget of a device
 AHEAD = 8  # steps that may be in flight: two or three sections of each of two branches, and small ones between
-TENSOR = object()  # stands for a tensor among the leaves of a program's outputs
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ class Program:
 
     The graph's outputs are ``outputs`` tensors to hand out (those of the call's own output, then those left behind),
     then up to ``start`` those left behind again, then the new contents of each of `Call.tensors`, then the gradients
-    of those at ``wanted``. ``spec`` rebuilds the call's own output from ``fixed``, where `TENSOR` stands for the next
-    tensor; ``places`` say where the forward leaves tensors, and ``cut`` which of those handed out have lost a graph.
+    of those at ``wanted``. ``returned`` says how to make the call's own output of its tensors; ``places`` say where the forward leaves tensors, and ``cut`` which of those handed out have lost a graph.
     ``lasting`` is False where the forward changes what it reads (a counter) or reads what nobody can look at (an
     iterator), so that the next call must be recorded anew. ``details`` are what it has read of tensors that former
     calls left; None where it has read nothing of them. ``devices`` are where the outputs belong, ``unused`` the
@@ -79,8 +78,7 @@ class Program:
 
     graph: Graph
     plan: Plan
-    spec: Any
-    fixed: tuple[Any, ...]
+    returned: Tree
     outputs: int
     start: int
     wanted: tuple[int, ...]
@@ -173,10 +171,9 @@ class Program:
         """Whether anything is computed in float16, whose gradients may need a loss scale."""
         return any(op.output.dtype == torch.float16 for op in self.graph.ops)
 
-    def assemble(self, outputs: Sequence[torch.Tensor]) -> Any:
+    def assemble(self, call: Call, outputs: Sequence[torch.Tensor]) -> Any:
         """The call's own output from its tensors."""
-        found = iter(outputs)
-        return pytree.tree_unflatten([next(found) if x is TENSOR else x for x in self.fixed], self.spec)
+        return put_together(self.returned, outputs, call.survey)
 
     def leave(self, call: Call, outputs: Sequence[torch.Tensor]) -> None:
         """Put the call's tensors where its forward leaves them."""
@@ -198,8 +195,7 @@ class _Recorder:
         self.leaving = Leaving(call.survey, watch.names, call.tensors, fixed)
         self.criterion = call.pair.criterion is not None
         self.at_once = False  # whether there is one gradient to begin with, which is one
-        self.spec: Any = None
-        self.fixed: list[Any] = []
+        self.returned = Tree(None, ())
         self.differentiable: list[bool] = []
         self.wanted: tuple[int, ...] = ()
         self.cut: list[bool] = []
@@ -333,15 +329,7 @@ class _Recorder:
                 yield k
 
     def _take(self, returned: Any) -> Tensors:
-        leaves, self.spec = pytree.tree_flatten(returned, is_leaf=lambda x: isinstance(x, torch.Size))
-        for leaf in leaves:
-            if not isinstance(leaf, (torch.Tensor, *PLAIN)):
-                raise CaptureError(
-                    f"the step returns a {type(leaf).__name__}, which may hide tensors; "
-                    "return tensors in tuples, lists or dicts"
-                )
-        self.fixed = [TENSOR if isinstance(x, torch.Tensor) else x for x in leaves]
-        outputs = [x for x in leaves if isinstance(x, torch.Tensor)]
+        self.returned, outputs = take_apart(returned, self.call.survey)
         self.differentiable = [t.requires_grad for t in outputs]
         if self.criterion and not outputs:
             raise ValueError(
@@ -502,7 +490,7 @@ def _compile(call: Call, options: Options, undrawn: Callable[[], AbstractContext
     graph, asked, asks = _asks(graph, call, recorder, first_grad, request)
     planned = plan(graph, _freed(request, graph, len(recorder.wanted)))
     return Program(
-        graph, planned, recorder.spec, tuple(recorder.fixed), outputs, start,
+        graph, planned, recorder.returned, outputs, start,
         recorder.wanted, tuple(recorder.differentiable), lasting,
         tuple(recorder.leaving.places), tuple(recorder.cut), call.details if _looked(call, watch) else None,
         recorder.devices, unused, recorder.lost, recorder.alive, asked, asks,
