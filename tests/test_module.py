@@ -616,3 +616,45 @@ def test_workers_are_as_asked_for_where_the_system_does_not_tell_cores(monkeypat
     net, image = nn.Conv2d(1, 2, 3), torch.zeros(1, 1, 64, 64)
     assert fullframe.tile(net, workers=1).plan(image).workers == 1
     assert fullframe.tile(net).plan(image).workers == os.cpu_count()
+
+
+# Other ways of torch's ------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_operators_of_the_users_own_that_change_their_arguments():
+    @torch.library.custom_op("fullframe_tests::grow_", mutates_args={"x"})
+    def grow_(x: torch.Tensor, factor: float) -> None:
+        x.mul_(factor)
+
+    @grow_.register_fake
+    def _(x, factor):
+        return None
+
+    @torch.library.custom_op("fullframe_tests::count", mutates_args={"seen"})
+    def count(seen: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        seen.add_(1)
+        return y * seen
+
+    @count.register_fake
+    def _(seen, y):
+        return torch.empty_like(y)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3, padding=1)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            y = self.conv(x)
+            z = y.detach().clone()
+            grow_(z, 0.5)
+            return y * z + count(self.seen, z)
+
+    net, twin, tiled = both(Net().double())
+    for k in range(1, 5):
+        image = batch()[0] * k
+        plain, made = net(image), tiled(image)
+        plain.square().mean().backward(), made.square().mean().backward()
+        assert close(plain, made) and close(grads(net), grads(twin)) and twin.seen == net.seen == k

@@ -64,7 +64,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "reentrant": (lambda s, x: torch.utils.checkpoint.checkpoint(s.conv, x, use_reentrant=True), ("checkpoint", "use_reentrant=False")),
     "kept": (kept, (PLACE, "features", "return it as an output")),
     "grown": (grown, ("block.count", "its final shape")),
-    "set": (lambda s, x: {"a": x, "b": slice(0, 1)}, ("slice", "tuples, lists or dicts")),
+    "set": (lambda s, x: {"a": x, "b": slice(0, 1)}, ("slice", "tuples, lists, dicts or dataclasses")),
 }  # fmt: skip
 
 

@@ -66,7 +66,8 @@ class Program:
 
     The graph's outputs are ``outputs`` tensors to hand out (those of the call's own output, then those left behind),
     then up to ``start`` those left behind again, then the new contents of each of `Call.tensors`, then the gradients
-    of those at ``wanted``. ``returned`` says how to make the call's own output of its tensors; ``places`` say where the forward leaves tensors, and ``cut`` which of those handed out have lost a graph.
+    of those at ``wanted``. ``returned`` says how to make the call's own output of its tensors, ``places`` where the
+    forward leaves tensors, and ``cut`` which of those handed out have lost a graph.
     ``lasting`` is False where the forward changes what it reads (a counter) or reads what nobody can look at (an
     iterator), so that the next call must be recorded anew. ``details`` are what it has read of tensors that former
     calls left; None where it has read nothing of them. ``devices`` are where the outputs belong, ``unused`` the

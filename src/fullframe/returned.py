@@ -21,7 +21,7 @@ from fullframe.graph import CaptureError
 from fullframe.left import PLAIN
 from fullframe.places import fields_of
 
-BASES = (OrderedDict, dict, list, tuple)  # of containers, the narrower first
+BASES: tuple[Any, ...] = (OrderedDict, dict, list, tuple)  # of containers, the narrower first
 HEAP = 1 << 9  # the flag of a class that Python code has made
 
 
@@ -97,7 +97,7 @@ class _Taking:
 
     def _copy(self, thing: Any) -> Copy:
         kind = type(thing)
-        base = next((b for b in BASES if isinstance(thing, b)), None)
+        base: Any = next((b for b in BASES if isinstance(thing, b)), None)
         simple = kind.__new__ is object.__new__ and kind.__flags__ & HEAP and not isinstance(thing, nn.Module)
         if base is None and not simple:
             raise CaptureError(
@@ -108,42 +108,43 @@ class _Taking:
         self.met[id(thing)] = Copy(name)
         items = None
         if base is not None:
-            items = self.tree(dict(base.items(thing)) if issubclass(base, dict) else list(base.__iter__(thing)))
+            held: Any = thing
+            items = self.tree(dict(base.items(held)) if issubclass(base, dict) else list(base.__iter__(held)))
         fields = {**fields_of(thing), **slots_of(thing)}
         return Copy(name, kind, base, items, tuple((k, self.tree(v)) for k, v in fields.items()))
 
 
 def put_together(tree: Tree, tensors: Sequence[torch.Tensor], survey: Survey) -> Any:
     """What a step returns, of its own tensors and its call's objects."""
-    made: dict[int, Any] = {}
+    return _Making(tensors, survey).tree(tree)
 
-    def tree_of(tree: Tree) -> Any:
-        return pytree.tree_unflatten([leaf_of(p) for p in tree.parts], tree.spec)
 
-    def leaf_of(part: Any) -> Any:
+class _Making:
+    def __init__(self, tensors: Sequence[torch.Tensor], survey: Survey):
+        self.tensors, self.survey = tensors, survey
+        self.made: dict[int, Any] = {}
+
+    def tree(self, tree: Tree) -> Any:
+        return pytree.tree_unflatten([self._leaf(p) for p in tree.parts], tree.spec)
+
+    def _leaf(self, part: Any) -> Any:
         if isinstance(part, Fixed):
             return part.value
         if isinstance(part, Numbered):
-            return tensors[part.number]
+            return self.tensors[part.number]
         if isinstance(part, Known):
-            return survey.holders[part.number]
-        return made[part.name] if part.name in made else copy_of(part)
+            return self.survey.holders[part.number]
+        return self.made[part.name] if part.name in self.made else self._copy(part)
 
-    def copy_of(part: Copy) -> Any:
-        items = None if part.items is None or part.base is not tuple else tree_of(part.items)
-        thing: Any = object.__new__(part.kind) if part.base is None else part.base.__new__(part.kind, *_given(items))
-        made[part.name] = thing
-        if part.items is not None and part.base is list:
-            list.extend(thing, tree_of(part.items))
-        elif part.items is not None and part.base is not None and issubclass(part.base, dict):
-            for key, value in tree_of(part.items).items():
-                part.base.__setitem__(thing, key, value)
+    def _copy(self, part: Copy) -> Any:
+        base: Any = part.base or object
+        given = (self.tree(part.items),) if base is tuple and part.items is not None else ()
+        thing = self.made[part.name] = base.__new__(part.kind, *given)
+        if base is list and part.items is not None:
+            list.extend(thing, self.tree(part.items))
+        elif issubclass(base, dict) and part.items is not None:
+            for key, value in self.tree(part.items).items():
+                base.__setitem__(thing, key, value)
         for name, value in part.fields:
-            object.__setattr__(thing, name, tree_of(value))
+            object.__setattr__(thing, name, self.tree(value))
         return thing
-
-    return tree_of(tree)
-
-
-def _given(items: Any) -> tuple[Any, ...]:
-    return () if items is None else (items,)

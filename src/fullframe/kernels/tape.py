@@ -51,6 +51,8 @@ class Tape(TorchDispatchMode):
     One at a time in a process: torch keeps in one place that there is a mode, and what there was before.
     """
 
+    supports_higher_order_operators = True  # which have no instruction
+
     def __init__(self, bases: Sequence[torch.Tensor], starts: Sequence[int] = (), owned: int = 0):
         super().__init__()
         self.refused = ""
@@ -91,6 +93,8 @@ class Tape(TorchDispatchMode):
         return made
 
     def _note(self, func: Any, args: Any, kwargs: Any, made: Any) -> None:
+        if not isinstance(func, torch._ops.OpOverload):
+            raise _Unknown("an operator of another kind")
         if func in MADE:
             self._new(made, MADE[func])
         elif func in CALLS:
