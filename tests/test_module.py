@@ -658,3 +658,25 @@ def test_operators_of_the_users_own_that_change_their_arguments():
         plain, made = net(image), tiled(image)
         plain.square().mean().backward(), made.square().mean().backward()
         assert close(plain, made) and close(grads(net), grads(twin)) and twin.seen == net.seen == k
+
+
+def test_torch_compile_leaves_a_tiled_module_as_it_is():
+    """What is around it is compiled; of the engine, nothing is."""
+    net, twin, tiled = both(plain_net())
+    compiled = []
+
+    def backend(graph, _inputs):
+        compiled.extend(str(node.target) for node in graph.graph.nodes if node.op.startswith("call"))
+        return graph.forward
+
+    image, labels = batch()
+    step = fullframe.tile(twin, loss=cross_entropy, tile=TILE)
+    around = torch.compile(lambda x: tiled(x.sin()).cos().sum(), backend=backend)
+    for model, made in ((net, net(image.sin()).cos().sum()), (twin, around(image))):
+        assert close(made, net(image.sin()).cos().sum())
+        made.backward()
+        assert grads(model)[0] is not None
+    assert close(grads(net), grads(twin)) and {"sin", "cos"} <= set(compiled) and len(compiled) < 6, compiled
+    assert close(torch.compile(tiled, backend=backend)(image), net(image))
+    assert close(torch.compile(step, backend=backend)(image, labels), cross_entropy(net(image), labels))
+    assert len(compiled) < 6, compiled

@@ -6,9 +6,11 @@ recording inside them would run the caller's code and keep what it did.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +49,25 @@ def refuse_modes() -> None:
 def ours(thing: Any) -> bool:
     """Whether a function or the class of an object is the engine's."""
     return str(getattr(thing, "__module__", "")).partition(".")[0] == "fullframe"
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that torch.compile calls as it is, with all that it calls, instead of tracing it.
+
+    As `torch.compiler.disable` does, which would load the compiler, some seconds' work, to say so beforehand.
+    """
+    apart: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if not apart:
+            if "torch._dynamo" not in sys.modules:
+                return function(*args, **kwargs)
+            apart.append(torch.compiler.disable(function))
+        return apart[0](*args, **kwargs)
+
+    vars(called)["_torchdynamo_disable"] = True
+    return called
 
 
 class Flight(bytearray):

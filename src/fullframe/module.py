@@ -11,7 +11,7 @@ from torch import nn
 from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from fullframe.ambient import Flight, landing, refuse_modes
+from fullframe.ambient import Flight, landing, refuse_modes, uncompiled
 from fullframe.budget import parse_bytes
 from fullframe.call import Call, Pair, Tensors
 from fullframe.executor import Run
@@ -101,6 +101,7 @@ class Tiled(nn.Module):
         with self._fullframe["turns"], RECORDING:
             return self._program(Call(self._fullframe["pair"], args, kwargs)).plan
 
+    @uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         pair = self._fullframe["pair"]
         if recording():
