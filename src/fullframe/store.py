@@ -28,7 +28,13 @@ class Arena:
         self.away = away
         self.done: Any = None  # on a device: when the run before is done with it
         if (away or device.type == "cpu") and nbytes > 0 and hasattr(mmap, "MAP_PRIVATE"):
-            block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            try:
+                block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            except OSError as error:
+                raise MemoryError(
+                    f"no memory for the stored maps of a tiled step: {nbytes:,} bytes ({error.strerror}); free some, "
+                    "raise the limit (ulimit -v), or give a smaller budget"
+                ) from error
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with suppress(OSError):  # a kernel without huge pages: same numbers, slower first touch
                     block.madvise(mmap.MADV_HUGEPAGE)

@@ -6,6 +6,7 @@ It is written under a temporary name and then moved, so that other processes see
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -16,6 +17,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -98,20 +100,35 @@ def isa() -> str:
 
 @cache
 def directory() -> Path:
-    """The folder of compiled kernels: the user's, private; else a new one for this process alone."""
+    """The folder of compiled kernels: the user's, private, in their cache, else in the temporary folder; else one for
+    this process alone, which goes when it ends."""
     root = os.environ.get("XDG_CACHE_HOME") or ""
-    base = Path(root) if os.path.isabs(root) else Path.home() / ".cache"
-    folder = base / "fullframe" / "kernels"
-    try:
+    temporary = Path(tempfile.gettempdir())
+    with suppress(OSError, RuntimeError):
+        base = Path(root) if os.path.isabs(root) else Path.home() / ".cache"
         base.mkdir(parents=True, exist_ok=True)
-        for made in (folder.parent, folder):
-            made.mkdir(mode=0o700, exist_ok=True)
-            if not _ours(made.lstat(), stat.S_ISDIR):
-                raise PermissionError(f"{made} is open to others")
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, RuntimeError):
-        return Path(tempfile.mkdtemp(prefix="fullframe-"))
+        return _private(base / "fullframe", base / "fullframe" / "kernels")
+    with suppress(OSError):
+        return _private(temporary / f"fullframe-{os.geteuid()}")
+    made = Path(tempfile.mkdtemp(prefix="fullframe-"))
+    atexit.register(_remove, made, os.getpid())
+    return made
+
+
+def _private(*folders: Path) -> Path:
+    """The last of these folders, made where it is not there. Raises OSError where it cannot be written, or others can
+    write one of them."""
+    for made in folders:
+        made.mkdir(mode=0o700, exist_ok=True)
+        if not _ours(made.lstat(), stat.S_ISDIR):
+            raise PermissionError(f"{made} is open to others")
+    with tempfile.TemporaryFile(dir=folders[-1]):
+        return folders[-1]
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # and not one that was forked from it
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _ours(found: os.stat_result, kind: Callable[[int], bool]) -> bool:

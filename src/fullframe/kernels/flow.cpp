@@ -254,16 +254,30 @@ struct Flow {
 
 extern "C" void *fullframe_flow_new(const Stage *stages, int64_t start, int64_t stop, int64_t ahead, int64_t most,
                                     void *const *table, const Library *library, const Calls *calls) {
-    Flow *flow = new Flow{stages, start, stop, ahead, most, table, *library, *calls, start};
-    flow->done.resize(stop - start);
-    std::lock_guard<std::mutex> held(flow->lock);
-    if (!flow->begin()) flow->fail();
-    return flow;
+    std::unique_ptr<Flow> flow;
+    try {
+        flow.reset(new Flow{stages, start, stop, ahead, most, table, *library, *calls, start});
+        flow->done.resize(stop - start);
+        std::lock_guard<std::mutex> held(flow->lock);
+        if (!flow->begin()) flow->fail();
+    } catch (const std::bad_alloc &) {
+        return nullptr;
+    }
+    return flow.release();
 }
 
-// 0 where all was done, 2 where the library failed; else a function of the caller's did, or it called
+// 0 where all was done, 2 where there was no memory; else a function of the caller's has failed, or it called
 // `fullframe_flow_fail`.
-extern "C" int fullframe_flow_run(Flow *flow, int64_t own) { return flow->run(own); }
+extern "C" int fullframe_flow_run(Flow *flow, int64_t own) {
+    try {
+        return flow->run(own);
+    } catch (const std::bad_alloc &) {
+        flow->short_of_memory = true;
+        std::lock_guard<std::mutex> held(flow->lock);
+        flow->fail();
+        return 2;
+    }
+}
 
 // Let no thread begin another tile.
 extern "C" void fullframe_flow_fail(Flow *flow) {

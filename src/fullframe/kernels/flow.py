@@ -87,6 +87,8 @@ class NativeFlow:
         self._held: Any = (stages, table, made, addresses)
         numbers = (ctypes.c_int64(n) for n in (steps.start, steps.stop, ahead, most))
         self._flow = ctypes.c_void_p(found.flow_new(stages.words, *numbers, table, found.library, addresses))
+        if not self._flow:
+            raise MemoryError("no memory to begin the steps of a tiled call")
 
     def _guarded(self, call: Callable[..., None], count: int) -> Any:
         """A function for the C++. An interrupt may end it before anything of it has run, and is lost then; so it is
