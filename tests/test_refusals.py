@@ -137,3 +137,38 @@ def test_wrong_calls_say_what_is_right(name: str) -> None:
         call(net)
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
     assert torch.equal(drawn, torch.get_rng_state())
+
+
+OPTIONS = {
+    "tile of text": ({"tile": "16"}, TypeError, "tile='16' must be a whole number"),
+    "tile of a fraction": ({"tile": 2.5}, TypeError, "tile=2.5 must be a whole number"),
+    "tiles of fractions": ({"tile": [4.0, 4]}, TypeError, "tile=.* must be a whole number"),
+    "tile of nothing": ({"tile": (0, 4)}, ValueError, "must be positive"),
+    "workers of a fraction": ({"workers": 2.0}, TypeError, "workers=2.0 must be a whole number"),
+    "workers of text": ({"workers": "2"}, TypeError, "workers='2' must be a whole number"),
+    "budget in a list": ({"budget": ["8 GB"]}, TypeError, "budget is a number of bytes.*got \\['8 GB'\\]"),
+    "loss by name": ({"loss": "mse"}, TypeError, "loss='mse' must be a function or Module"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_a_wrong_kind_are_named(name: str) -> None:
+    options, kind, words = OPTIONS[name]
+    with pytest.raises(kind, match=words):
+        fullframe.tile(Net(lambda s, x: s.conv(x)), **options)
+
+
+def test_an_error_of_the_users_own_looks_as_in_plain_pytorch(caplog: pytest.LogCaptureFixture) -> None:
+    """The line in the user's code is among the last frames, and torch logs nothing of how it failed."""
+
+    def wrong(_net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) @ torch.ones(7, 3)
+
+    with pytest.raises(RuntimeError) as plain:
+        Net(wrong)(IMAGE)
+    with pytest.raises(RuntimeError) as tiled:
+        fullframe.tile(Net(wrong), tile=5)(IMAGE)
+    for error in (plain, tiled):
+        assert error.traceback[-1].frame.code.name == "wrong"
+    assert len(tiled.traceback) < 3 * len(plain.traceback)
+    assert not [r for r in caplog.records if "failed while" in r.getMessage()]

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
+import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -49,6 +52,37 @@ def refuse_modes() -> None:
 def ours(thing: Any) -> bool:
     """Whether a function or the class of an object is the engine's."""
     return str(getattr(thing, "__module__", "")).partition(".")[0] == "fullframe"
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Inside, torch does not log at length how its tensors without numbers failed: the error itself is raised."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        log.removeFilter(_nothing)
+
+
+def _nothing(_: logging.LogRecord) -> bool:
+    return False
+
+
+HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+SHOWN = tuple(TORCH + name for name in ("nn", "distributions", "functional.py"))
+
+
+def trimmed(traceback: TracebackType | None) -> TracebackType | None:
+    """Where an error of the caller's own code comes from, without the frames of torch's insides and of ours."""
+    if traceback is None:
+        return None
+    rest = trimmed(traceback.tb_next)
+    file = traceback.tb_frame.f_code.co_filename
+    if file.startswith(HERE) or (file.startswith(TORCH) and not file.startswith(SHOWN)):
+        return rest
+    return TracebackType(rest, traceback.tb_frame, traceback.tb_lasti, traceback.tb_lineno)
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:

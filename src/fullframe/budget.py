@@ -19,6 +19,8 @@ def parse_bytes(budget: int | str) -> int:
         if match is None or match[2].upper() not in UNITS:
             raise ValueError(f"budget {budget!r} is not a number of bytes; write for example '8 GB' or 8_000_000_000")
         budget = int(float(match[1]) * UNITS[match[2].upper()])
+    if not isinstance(budget, (int, float)):
+        raise TypeError(f"budget is a number of bytes, or text such as '8 GB'; got {budget!r}")
     if isinstance(budget, bool) or not 0 < budget < float("inf"):
         raise ValueError(f"budget {budget!r} must be a positive number of bytes")
     return int(budget)

@@ -560,12 +560,32 @@ def tile(
     torch.Size([2, 1, 3, 3])
     """
     nbytes = None if budget is None else parse_bytes(budget)
-    extents = tile if tile is None or isinstance(tile, int) else tuple(tile)
-    if extents is not None and any(n < 1 for n in ([extents] if isinstance(extents, int) else extents)):
-        raise ValueError(f"tile={tile} must be positive, in pixels of the input")
+    extents = _extents(tile)
+    if workers is not None and not _whole(workers):
+        raise TypeError(f"workers={workers!r} must be a whole number of threads")
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss={loss!r} must be a function or Module of (output, target)")
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers} must be positive; leave it out for one per core")
     return Tiled(module, loss, Options(nbytes, extents, workers or _cores()))
+
+
+def _extents(tile: Any) -> int | tuple[int, ...] | None:
+    if tile is None:
+        return None
+    several = isinstance(tile, Iterable) and not isinstance(tile, (str, bytes))
+    extents: tuple[Any, ...] = tuple(tile) if several else (tile,)
+    if not all(_whole(n) for n in extents):
+        raise TypeError(f"tile={tile!r} must be a whole number of pixels of the input, or one for each spatial axis")
+    if any(n < 1 for n in extents):
+        raise ValueError(f"tile={tile} must be positive, in pixels of the input")
+    whole = tuple(int(n) for n in extents)
+    return whole if several else whole[0]
+
+
+def _whole(number: Any) -> bool:
+    """Whether this is a whole number, of NumPy's say, and no switch."""
+    return hasattr(type(number), "__index__") and not isinstance(number, (bool, torch.Tensor))
 
 
 def _cores() -> int:

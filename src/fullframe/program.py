@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fullframe.ambient import unhooked
+from fullframe.ambient import trimmed, unhooked, unlogged
 from fullframe.asked import asked_of, backward_of, sources
 from fullframe.budget import free_bytes
 from fullframe.call import Call, Tensors
 from fullframe.cumulative import recordable
 from fullframe.drawing import FROZEN, Drawn, by_calls, by_state
 from fullframe.fingerprint import LEFT, Survey, state_of
-from fullframe.graph import CaptureError, Graph, Value, followers
+from fullframe.graph import CaptureError, FullframeError, Graph, Value, followers
 from fullframe.left import Leaving, recorded
 from fullframe.lowering import fusable
 from fullframe.patched import RECORDING
@@ -441,13 +441,19 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
 
 def compile_call(call: Call, options: Options) -> Program:
     """Record and plan a call; raises `CaptureError`, `BudgetError` or `UnsupportedOpError`."""
-    with RECORDING, unhooked():
-        try:
-            return _compile(call, options, by_state)
-        except Drawn:
-            if active_count() == 1:
-                raise
-            return _compile(call, options, by_calls)  # it may have been another thread that drew
+    try:
+        with RECORDING, unlogged(), unhooked():
+            try:
+                return _compile(call, options, by_state)
+            except Drawn:
+                if active_count() == 1:
+                    raise
+                return _compile(call, options, by_calls)  # it may have been another thread that drew
+    except FullframeError:
+        raise
+    except Exception as error:  # of the caller's own code: shapes that do not fit, say
+        error.__traceback__ = trimmed(error.__traceback__)
+        raise
 
 
 def _compile(call: Call, options: Options, undrawn: Callable[[], AbstractContextManager[None]]) -> Program:
