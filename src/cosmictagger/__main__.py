@@ -210,15 +210,17 @@ def predict_command(
 
 
 @app.command(name="demo")
-def demo_command(*, out: Path = Path("out/demo"), minutes: float = DEMO.minutes or 5.0) -> None:
+def demo_command(*, out: Path = Path("out/demo"), minutes: float = DEMO.minutes or 6.0) -> None:
     """Simulate, train at full resolution, evaluate on other events, and write a report.
+
+    Where there is no time for whole events it trains on parts of them, and says so.
 
     Parameters
     ----------
     out
-        Folder for everything; it is emptied first if it holds an earlier demonstration.
+        Folder for everything; the files of an earlier demonstration are replaced, and nothing else is touched.
     minutes
-        Longest time to train.
+        Time for all but the last scores and the report, of which half at least is for training.
     """
     print(run_demo(out, minutes))
 

@@ -65,10 +65,11 @@ def write_report(path: Path, report: Report) -> None:
 def verdict(validation: dict) -> str:
     """One sentence: the network's mIoU beside that of calling every charged pixel cosmic."""
     ours, base = validation["network"]["mean_iou"], validation["baseline"]["mean_iou"]
-    word = "above" if ours > base else "not above"
+    word = "above" if ours > base else "NOT ABOVE"
     count = validation["events"]
     events = "1 event" if count == 1 else f"{count} events"
-    return f"mIoU {ours:.3f} on {events} not trained on, {word} the {base:.3f} of calling every charged pixel cosmic"
+    said = f"mIoU {ours:.3f} on {events} not trained on, {word} the {base:.3f} of calling every charged pixel cosmic"
+    return said if ours > base else f"{said}: THE NETWORK HAS NOT LEARNED ENOUGH, train longer"
 
 
 def last_validation(log: list[dict]) -> dict | None:
@@ -80,12 +81,15 @@ def _result(log: list[dict]) -> str:
     validation = last_validation(log)
     if validation is None:
         return ""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (name, f"{validation['network'][key]:.4f}", f"{validation['baseline'][key]:.4f}")
         for key, name in SCORES.items()
     ]
-    table = _table(("", "network", "every charged pixel cosmic"), rows)
-    return f"<h2>Result</h2><p>{html.escape(verdict(validation))}.</p>{table}"
+    head, first = ("", "network", "every charged pixel cosmic"), log[0]
+    if "validation" in first and first["step"] == 0:
+        head = (*head, "network before training")
+        rows = [(*row, f"{first['validation']['network'][key]:.4f}") for row, key in zip(rows, SCORES, strict=True)]
+    return f"<h2>Result</h2><p>{html.escape(verdict(validation))}.</p>{_table(head, rows)}"
 
 
 def _memory(memory: Memory) -> str:

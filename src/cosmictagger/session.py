@@ -24,8 +24,10 @@ class Files:
     """Events that are not trained on; with them comes out/report.html."""
 
 
-def train_with_report(files: Files, recipe: Recipe, running: Running, *, resume: bool = False, shown: int = 1) -> str:
-    """Train, and write `report.html` if there are validation events, `shown` of them as pictures.
+def train_with_report(
+    files: Files, recipe: Recipe, running: Running, *, resume: bool = False, shown: int = 1, note: str = ""
+) -> str:
+    """Train, and write `report.html` if there are validation events, `shown` of them as pictures, and `note`.
 
     Returns one line that says what came of it. Raises as `train` does.
     """
@@ -33,7 +35,7 @@ def train_with_report(files: Files, recipe: Recipe, running: Running, *, resume:
         if files.validation is None:
             with progress("training") as say:
                 trained = train(recipe, events, files.out, running, resume=resume, say=say)
-            return f"{trained.steps} steps; weights in {files.out / 'weights.safetensors'}"
+            return f"{_steps(recipe, trained)}; weights in {files.out / 'weights.safetensors'}"
         with EventFile(files.validation) as validation:
             with progress("training") as say:
                 trained = train(recipe, events, files.out, running, validation=validation, resume=resume, say=say)
@@ -41,7 +43,7 @@ def train_with_report(files: Files, recipe: Recipe, running: Running, *, resume:
             net = load_weights(files.out / "weights.safetensors")
             report = Report(
                 title="CosmicTagger: training report",
-                summary=_summary(recipe, running, trained, net, (len(events), *events.shape)),
+                summary=_summary(recipe, running, trained, net, (len(events), *events.shape)) + note,
                 log=log,
                 memory=trained.memory,
                 plan=(files.out / "plan.txt").read_text(),
@@ -50,16 +52,25 @@ def train_with_report(files: Files, recipe: Recipe, running: Running, *, resume:
     write_report(files.out / "report.html", report)
     scored = last_validation(log)
     said = verdict(scored) if scored else "no validation"
-    return f"{trained.steps} steps; {said}; see {files.out / 'report.html'}"
+    return f"{_steps(recipe, trained)}; {said}; see {files.out / 'report.html'}"
+
+
+def _steps(recipe: Recipe, trained: Trained) -> str:
+    """How many steps there were, and whether time ran out."""
+    if trained.steps >= recipe.steps:
+        return f"{trained.steps} steps"
+    return f"{trained.steps} of {recipe.steps} steps, as its {recipe.minutes:.1f} minutes were over"
 
 
 def _summary(recipe: Recipe, running: Running, trained: Trained, net: UResNet, size: tuple[int, int, int]) -> str:
     count, rows, columns = size
     side = 2**running.downsample
+    height, width = recipe.crop or (rows // side, columns // side)
+    part = "parts of " if recipe.crop else ""
     return (
-        f"A network of {count_parameters(net):,} parameters took {trained.steps} training steps of {recipe.batch} "
-        f"event(s) at 3 x {rows // side} x {columns // side} pixels in {running.precision}, on {count} events, with "
-        f"the loss '{recipe.loss}' and a learning rate of {recipe.learning_rate:g}, within a budget of "
+        f"A network of {count_parameters(net):,} parameters took {_steps(recipe, trained)}, each of "
+        f"{part}{recipe.batch} event(s) at 3 x {height} x {width} pixels, in {running.precision}, on {count} events, "
+        f"with the loss '{recipe.loss}' and a learning rate of {recipe.learning_rate:g}, within a budget of "
         f"{running.budget or 'the free memory'}, in {trained.seconds:.0f} s, validation included."
     )
 

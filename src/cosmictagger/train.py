@@ -21,7 +21,7 @@ from torch.optim import Adam
 
 from cosmictagger import engine
 from cosmictagger.atomic import replacing
-from cosmictagger.batches import Batch, indices_of_step, load_batch
+from cosmictagger.batches import Batch, Crop, indices_of_step, load_batch
 from cosmictagger.checkpoint import NAME as CHECKPOINT
 from cosmictagger.checkpoint import load_checkpoint, save_checkpoint
 from cosmictagger.data import DataError, EventFile
@@ -52,6 +52,10 @@ class Recipe:
     """Share of background that the untrained network expects; None: weights as published."""
     decay: bool = False
     """Let the learning rate fall in a straight line to zero at the last step, or at the end of the minutes."""
+    crop: tuple[int, int] | None = None
+    """Rows and columns of the part of each event that a step takes; None: the whole event."""
+    validate_first: bool = False
+    """Score the untrained network, too."""
 
     def __post_init__(self) -> None:
         PlaneLoss(self.loss)
@@ -122,6 +126,8 @@ def train(
     log = _Log(out / "log.jsonl", state.step)
 
     tagger = Tagger(state.net, running) if validation is not None else None
+    if tagger is not None and validation is not None and recipe.validate_first and state.step == 0:
+        log.add({"step": 0, "validation": evaluate(tagger, validation).as_dict()})
     start, measured, late = time.monotonic(), None, False
     while state.step < recipe.steps and not late:
         if recipe.decay:
@@ -139,6 +145,17 @@ def train(
                 log.add({"step": state.step, "validation": evaluate(tagger, validation).as_dict()})
             _save(state, out)
     return Trained(state.step, time.monotonic() - start, Memory(running.budget, projected, measured))
+
+
+def seconds_per_step(recipe: Recipe, events: EventFile, running: Running) -> float:
+    """How long a step of a recipe takes here, once it has been recorded. Nothing is kept of it."""
+    net = UResNet(recipe.network)
+    state = _State(net, Adam(net.parameters(), recipe.learning_rate))
+    step = engine.training_step(net, TaggedLoss(PlaneLoss(recipe.loss)), running.budget)
+    taken = [
+        _one_step(step, state, _batch(recipe, k, events, running), running, False)[0]["seconds"] for k in range(4)
+    ]
+    return min(taken[2:])  # the first records, and the second notes what the others repeat
 
 
 def read_log(out: Path) -> list[dict]:
@@ -190,7 +207,8 @@ def _truth(batch: Batch) -> Tensor:
 
 def _batch(recipe: Recipe, step: int, events: EventFile, running: Running) -> Batch:
     indices = indices_of_step(step, recipe.batch, len(events), recipe.seed)
-    return load_batch(events, indices, downsample=running.downsample, device=running.device)
+    crop = None if recipe.crop is None else Crop(recipe.crop, (recipe.seed, step))
+    return load_batch(events, indices, downsample=running.downsample, device=running.device, crop=crop)
 
 
 def _check_events(recipe: Recipe, state: _State, events: EventFile, running: Running) -> None:
@@ -222,7 +240,7 @@ def _described(recipe: Recipe, running: Running) -> dict:
     return described
 
 
-_MAY_CHANGE = ("steps", "validate_every", "minutes", "budget")
+_MAY_CHANGE = ("steps", "validate_every", "validate_first", "minutes", "budget")
 
 
 def _start(recipe: Recipe, out: Path, running: Running, resume: bool) -> _State:
