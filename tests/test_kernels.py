@@ -6,6 +6,7 @@ import ctypes
 import multiprocessing
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -131,6 +132,21 @@ def empty_like_outputs(group: Group, shape: tuple[int, ...]) -> list[torch.Tenso
     """Outputs filled with a number that no test computes, in channels_last order for rank 4."""
     made = [torch.full(shape, 99).to(group.dtype(ref)) for ref in group.outputs]
     return [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in made]
+
+
+WITHOUT = (
+    "test_all_that_is_supported_is_tested",
+    "test_without_a_compiler",
+    "test_compilation_can_be_declined_and_unsupported_calls_run_through_aten",
+    "test_equal_forms_have_one_source",
+)
+
+
+@pytest.fixture(autouse=True)
+def _compiler(request: pytest.FixtureRequest) -> None:
+    """Most compare what is compiled with what ATen gives."""
+    if request.node.originalname not in WITHOUT and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        pytest.skip("no compiler")
 
 
 def compiled(group: Group) -> kernels.Kernel:
