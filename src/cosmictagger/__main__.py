@@ -210,7 +210,7 @@ def predict_command(
 
 
 @app.command(name="demo")
-def demo_command(*, out: Path = Path("out/demo"), minutes: float = DEMO.minutes or 6.0) -> None:
+def demo_command(*, out: Path = Path("out/demo"), minutes: float = DEMO.minutes or 5.0) -> None:
     """Simulate, train at full resolution, evaluate on other events, and write a report.
 
     Where there is no time for whole events it trains on parts of them, and says so.

@@ -19,7 +19,7 @@ NETWORK = replace(
 )
 # expecting background, the unweighted loss tells tracks from noise within 30 steps; class weights need more of them
 DEMO = Recipe(
-    NETWORK, loss="none", learning_rate=1e-2, decay=True, background=0.99, steps=80, minutes=6.0, validate_first=True
+    NETWORK, loss="none", learning_rate=1e-2, decay=True, background=0.99, steps=80, minutes=5.0, validate_first=True
 )
 RUNNING = Running(budget="4 GB")
 TRAINING_EVENTS, HELD_OUT_EVENTS = 12, 3
