@@ -10,6 +10,7 @@ import torch
 import torch.overrides
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from fullframe.fingerprint import Survey
@@ -47,7 +48,9 @@ def _everywhere() -> list[Any]:
     """Hooks of all modules, and modes that see every call: other than none, seldom."""
     kinds = (n for n in vars(nn.modules.module) if n.startswith("_global_") and n.endswith("_hooks"))
     hooks = [list(vars(nn.modules.module)[n].values()) for n in kinds if vars(nn.modules.module)[n]]
-    return [*hooks, *torch.overrides._get_current_function_mode_stack()]
+    # Weights that `parametrize.cached` keeps are left behind by one call and read by the next.
+    kept = [parametrize._cache] if parametrize._cache_enabled else []
+    return [*hooks, *torch.overrides._get_current_function_mode_stack(), *kept]
 
 
 class Call:

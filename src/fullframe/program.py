@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fullframe.ambient import trimmed, unhooked, unlogged
 from fullframe.asked import asked_of, backward_of, sources
 from fullframe.budget import free_bytes
+from fullframe.caches import unspoilt
 from fullframe.call import Call, Tensors
 from fullframe.cumulative import recordable
 from fullframe.drawing import FROZEN, Drawn, by_calls, by_state
@@ -470,7 +471,7 @@ def _compile(call: Call, options: Options, undrawn: Callable[[], AbstractContext
     numbers = [state_of(g) for g in call.survey.generators]
     with (
         torch.inference_mode(False), _undisturbed(recorder.leaving), recordable(call.pair),
-        _forgetful(call.survey.caches),
+        _forgetful(call.survey.caches), unspoilt(recorded),
     ):  # fmt: skip
         graph = capture(Recording(recorder, call.tensors, call.names, watch, call.device, undrawn))
     if [state_of(g) for g in call.survey.generators] != numbers:
