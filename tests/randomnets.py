@@ -6,7 +6,7 @@ import random
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import random_losses as losses
 import torch
@@ -42,14 +42,16 @@ class Case:
 
 
 class Generator(Topologies):
-    """Draws one case; ``d`` spatial axes, few channels, sizes that rarely divide."""
+    """Draws one case; ``d`` spatial axes, few channels, ``sizes`` (by ``d``) that rarely divide."""
+
+    sizes: ClassVar = {1: (12, 40), 2: (9, 21), 3: (6, 9)}
 
     def case(self, seed: int) -> Case:
         p = self.p
         task = p.pick(["pixels", "regression", "module", "classes", "outputs", "super", "code"])
         p.used[f"task {task}"] += 1
         a = p.pick([1, 2, 3])
-        low, high = {1: (12, 40), 2: (9, 21), 3: (6, 9)}[self.d]
+        low, high = self.sizes[self.d]
         size = [p.whole(low, high) for _ in range(self.d)]
         n = p.pick([1, 2, 3, 4]) if self.d < 3 else p.pick([1, 2])
         torch.manual_seed(seed)

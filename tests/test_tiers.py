@@ -37,8 +37,9 @@ def test_maps_in_the_second_tier_give_the_same_numbers(second_tier, tile):
     )
     plenty = fullframe.tile(here, loss=F.cross_entropy, tile=tile, budget="1 GB", workers=2).plan(image, label)
     assert not plenty.away
-    # Below what dropping and making again can reach, and yet enough for windows.
-    budget = plenty.bytes.fixed + plenty.bytes.outputs + 3_150_000
+    with pytest.raises(fullframe.BudgetError) as refused:  # below what dropping and making again can reach
+        fullframe.tile(here, loss=F.cross_entropy, tile=tile, budget=1, workers=2).plan(image, label)
+    budget = refused.value.smallest
     step = fullframe.tile(away, loss=F.cross_entropy, tile=tile, budget=budget, workers=2)
     plan = step.plan(image, label)
     assert plan.away and plan.bytes.host and plan.projected_bytes <= budget

@@ -16,6 +16,7 @@ import torch
 from fullframe.flow import Flow, Work, waits_of
 from fullframe.fusion import Unit
 from fullframe.graph import Op, Value
+from fullframe.heap import Keeper
 from fullframe.kernels import DeviceKernel, Kernel, Plain, Tape, taping
 from fullframe.lowering import build
 from fullframe.patched import Turns
@@ -53,6 +54,7 @@ class Runtime:
         self.dear = [_dear(step) for step in plan.steps]
         self.waits = waits_of(plan, self.dear)
         self.reels: dict[tuple[int, int], Reel | int] = {}  # or how many tiles were on tape
+        self.written: set[int] = set()  # from which steps on the plan has run
         self.lanes = Lanes(device, plan.workers) if plan.away and device.type == "cuda" else None
 
     def reel(self, plan: Plan, start: int, stop: int) -> Reel | None:
@@ -117,6 +119,7 @@ class Run:
         self.runtime = runtime_of(plan, device)
         self.values: dict[Value, torch.Tensor] = dict(self.runtime.constants)
         self.position = 0
+        self.keeper: Keeper | None = None
 
     def feed(self, values: Sequence[Value], tensors: Sequence[torch.Tensor]) -> None:
         """Give a run its inputs; a number on the processor, which torch lets meet tensors of a device, goes there."""
@@ -139,6 +142,7 @@ class Run:
     def advance(self, end: int) -> None:
         """Run the steps up to ``end``; grad mode and autocast are off inside."""
         threads = torch.get_num_threads()
+        self.keeper = self._keeper() if self.plan.tight else None
         flowing = self.plan.workers > 1 and self.device.type == "cpu" and not self.plan.away
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             try:
@@ -154,6 +158,18 @@ class Run:
             finally:
                 self.threads(threads)
         self.position = end
+
+    def _keeper(self) -> Keeper:
+        """Until all maps have been written once, nobody can tell their pages from what is kept beside them."""
+        counted = self.plan.bytes
+        made = sum(v.nbytes for v in {*self.plan.graph.outputs} if v is not None and v not in self.plan.graph.inputs)
+        before, self.runtime.written = self.runtime.written, self.runtime.written | {self.position}
+        return Keeper(counted.untiled + counted.scratch + made if self.position in before else None)
+
+    def look(self) -> None:
+        """Between steps, and now and then within a long one."""
+        if self.keeper is not None:
+            self.keeper.look()
 
     def threads(self, count: int) -> None:
         """Threads inside the ops of this thread. After each such op they wait busily for the next, in the way of
@@ -212,6 +228,7 @@ class Run:
             self.values[op.output] = self._keep(op.output, self._own(op.output, total.finish()))
 
     def free(self, number: int) -> None:
+        self.look()
         for value in self.plan.steps[number].frees:
             self.values.pop(value, None)  # what a reel has made and nobody in Python saw is not there
 

@@ -88,6 +88,7 @@ class Rule(Protocol):
     ``footprint``   for a (grown) region, the region read of each input, clipped to it.
     ``run``         the window of the region from windows cut exactly to the footprint.
     ``cost``        floating point operations to make this many output elements.
+    ``scratch``     bytes that `run` takes for a (grown) region beside what it reads and the output that it makes.
     ``once``        True where all tiles must see the same decision (which of two equal numbers is the maximum):
                     the output is stored, and never made again.
     ``selects``     True where the output's elements are elements of its input (a maximum), to the last bit.
@@ -117,6 +118,8 @@ class Rule(Protocol):
     def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any: ...
 
     def cost(self, op: Op, elements: int) -> int: ...
+
+    def scratch(self, op: Op, region: Region) -> int: ...
 
     def selects(self, op: Op) -> bool: ...
 

@@ -72,8 +72,9 @@ class Slot:
 @dataclass(frozen=True)
 class Bytes:
     """Projected bytes: the arena of stored maps, untiled values at their peak, the windows of the
-    tiles in work, sums in progress, outputs handed to the caller, and ``fixed``, an estimate of what
-    the recording, the plan, its tiles' tasks and the libraries take. ``host`` is the arena where the maps
+    tiles in work and sums in progress (``scratch``, with what the C library keeps of them), outputs handed to the
+    caller, and ``fixed``, an estimate of what the recording, the plan, its tiles' tasks and the libraries take.
+    ``host`` is the arena where the maps
     live in the host's memory and not on the device: it is not part of the total."""
 
     arena: int
@@ -92,7 +93,8 @@ class Bytes:
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Immutable; printable. ``steps[:early]`` make the outputs that are handed out first; of ``ahead`` steps in a row
-    any may be in work at the same time, if they need not wait for each other."""
+    any may be in work at the same time, if they need not wait for each other. ``tight``: the C library is told to
+    give back what is free, since the budget has no room for all that it would keep."""
 
     graph: Graph
     labels: Labels
@@ -104,6 +106,7 @@ class Plan:
     workers: int
     whole: tuple[str, ...] = ()
     ahead: int = 1
+    tight: bool = False
 
     @property
     def away(self) -> Collection[Value]:

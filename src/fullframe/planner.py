@@ -11,7 +11,7 @@ from typing import Any
 from fullframe import region as box
 from fullframe.alternate import alternate
 from fullframe.fusion import Fusable, Unit, units_of, work_of
-from fullframe.graph import BudgetError, Graph, UnsupportedOpError, Value
+from fullframe.graph import BudgetError, Graph, Op, UnsupportedOpError, Value
 from fullframe.memory import lifetimes, place, rounded
 from fullframe.plan import LARGE, Bytes, Grid, Plan, Slot, Step
 from fullframe.recompute import Draft, drop_until
@@ -26,15 +26,18 @@ from fullframe.section import (
     label_axes,
     tiled,
 )
-from fullframe.task import KEPT, NBYTES
+from fullframe.task import KEPT as TASKS
+from fullframe.task import NBYTES
 
 WINDOW = 1_400_000  # bytes of the largest window of a tile: about the second-level cache of one core,
 MORE = 1.5  # and so much more where the library is called, whose calls take a while to begin, or numbers are narrow
 LEAST = 1 << 19  # maps smaller than this are not worth cutting,
 DENSE = 1 << 9  # unless so many operations are spent on each byte of them
-FIXED = 100 << 20  # what torch's libraries, the recording machinery and the threads take
+FIXED = 100_000_000  # what importing torch's recording machinery, touching its libraries and the threads take
 PER_OP = 20 << 10  # and the objects of a recorded and planned op
-PER_FORM = 2 << 20  # and the machine code and scratch that a library keeps for each form of convolution
+PER_FORM = 1 << 19  # and the machine code that a library keeps for each form of convolution
+KEPT = 2  # times what windows take is held by the C library, which keeps some of what is given back,
+LOOSE = 3  # and so many times where the budget has room for it: it is then never told to let go
 LANES = 3  # tiles in work where maps live in a second tier: one is fetched, one computed, one put back
 ROWS = 8  # nor are strips of fewer rows, mostly halo,
 THICK = 16  # or, where there are many, of fewer than these: wide ones are rather cut along another axis, too
@@ -108,7 +111,7 @@ def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
         made = _finish(graph, draft, replace(request, ahead=1), steps, fixed)
         over = max(made.projected_bytes - request.budget, made.bytes.host - request.host)
         if over <= 0:
-            return _abreast(graph, draft, request, steps, fixed) or made
+            return _roomy(_abreast(graph, draft, request, steps, fixed) or made, request)
         if smallest is None or made.projected_bytes < smallest.projected_bytes:
             smallest = made
         if not helped:
@@ -133,10 +136,21 @@ def _abreast(graph: Graph, draft: Draft, request: Request, known: dict[Section, 
     return None
 
 
+def _roomy(plan: Plan, request: Request) -> Plan:
+    """The plan with all that the C library may keep of windows that it was given back, if the budget has room for it;
+    else it is tight."""
+    if request.fixed is not None:  # on a device, where torch's allocator has other ways
+        return plan
+    more = plan.bytes.scratch // KEPT * (LOOSE - KEPT)
+    if plan.projected_bytes + more > request.budget:
+        return replace(plan, tight=True)
+    return replace(plan, bytes=replace(plan.bytes, scratch=plan.bytes.scratch + more))
+
+
 def _fixed(graph: Graph) -> int:
     """Bytes that no tile or map takes: an estimate."""
-    heavy = [op for op in graph.ops if op.rule.heavy]
-    forms = {(op.target, str(op.args), tuple(v.shape for v in op.inputs)) for op in heavy}
+    called = [op for op in graph.ops if op.rule.heavy and op.rule.calls(op)]
+    forms = {(op.target, str(op.args), tuple(v.shape for v in op.inputs)) for op in called}
     return FIXED + PER_OP * len(graph.ops) + PER_FORM * len(forms)
 
 
@@ -191,8 +205,8 @@ def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, S
         + sum(n for n in loose[k + 1 : k + request.ahead] if n <= LARGE)
         for k in range(len(steps))
     ]
-    untiled = max((u + n for u, n in zip(usage, taken, strict=True)), default=0)
     scratch = max(taken, default=0)
+    untiled = max((u + n for u, n in zip(usage, taken, strict=True)), default=0)
     given = set(graph.inputs) | request.free
     outputs = sum(v.nbytes for v in draft.kept if v not in given)
     whole = tuple(f"{op.target} ({op.path or 'in the step'})" for s in steps for op in s.section.ops
@@ -200,8 +214,9 @@ def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, S
     slots = {v: Slot(offsets[v], maps[v]) for v in offsets}
     here, away = (0, arena) if request.host else (arena, 0)
     if request.fixed is None:  # tasks lie in the same memory
-        fixed += NBYTES * min(KEPT, sum(len(s.grid) for s in steps))
-    total = Bytes(here, max(0, untiled - scratch), scratch, outputs, fixed, away)
+        fixed += NBYTES * min(TASKS, sum(len(s.grid) for s in steps))
+    held = scratch * (KEPT if request.fixed is None else 1)
+    total = Bytes(here, max(0, untiled - scratch), held, outputs, fixed, away)
     return Plan(graph, labels, steps, draft.early, slots, total, request.budget, request.workers, whole,
                 request.ahead)  # fmt: skip
 
@@ -227,17 +242,23 @@ def _scratch(steps: Sequence[Step], workers: int) -> int:
 def _step(section: Section, labels: Labels, request: Request, away: frozenset[Value]) -> Step:
     grid = choose_grid(section, labels, request)
     units = units_of(section, labels, request.fusable)
-    window = max(window_bytes(section, units, labels, tile, away) for tile in grid.samples())
+    device = request.fixed is not None
+    window = max(window_bytes(section, units, labels, tile, away, device) for tile in grid.samples())
     running = min(request.workers, len(grid))
-    sums = sum(prod(op.output.shape) * 8 * (1 + running) for op in section.sums)
+    sums = sum(prod(op.output.shape) * (8 * (1 + running) if len(grid) > 1 else _alone(op)) for op in section.sums)
     return Step(section, units, grid, (), window, sums, len(grid) > 1)
 
 
-def window_bytes(section: Section, units: Sequence[Unit], labels: Labels, tile: Tile,
-                 away: Collection[Value] = ()) -> int:  # fmt: skip
-    """Most bytes of windows alive at once in a tile, copies for padding and layout included.
+def _alone(op: Op) -> int:
+    """Bytes of each number of a result that is the whole sum: products come in the type of the sum, others wider."""
+    return op.output.itemsize if op.rule.heavy else 8
 
-    Parts of the maps that live ``away`` are windows too.
+
+def window_bytes(section: Section, units: Sequence[Unit], labels: Labels, tile: Tile,
+                 away: Collection[Value] = (), device: bool = False) -> int:  # fmt: skip
+    """Most bytes of windows alive at once in a tile, with what its ops take beside them while they run.
+
+    Parts of the maps that live ``away`` are windows too. On a ``device`` libraries copy what a convolution reads.
     """
     works, regions = work_of(units, section.saves, frozenset(section.sums), labels, tile)
     last = {value: k for k, work in enumerate(works) for value in work.unit.reads}
@@ -248,22 +269,15 @@ def window_bytes(section: Section, units: Sequence[Unit], labels: Labels, tile: 
         for value in dict.fromkeys((*unit.makes, *(v for v in unit.saves if v in away))):
             stored = unit.own and value in unit.saves and value not in away
             alive[value] = 0 if stored or value not in regions else box.size(regions[value]) * value.itemsize
-        copies = 0
-        if any(op.rule.heavy for op in (*unit.ops, *unit.sums)):
-            # What a convolution reads may be copied, for padding and its layout, and then to float32; so is what
-            # it makes of another type than that.
-            copies = sum(box.size(r) * _copied(v) for v, r in zip(unit.reads, work.reads, strict=True))
-            copies += box.size(work.region) * max((_copied(v) for v in unit.makes if v.itemsize != 4), default=0)
-        most = max(most, sum(alive.values()) + copies)
+        single = () if unit.fused else (*unit.ops, *unit.sums)
+        scratch = max((op.rule.scratch(op, work.region) for op in single), default=0)
+        if device and any(op.rule.heavy for op in single):
+            scratch = max(scratch, sum(box.size(r) * v.itemsize for v, r in zip(unit.reads, work.reads, strict=True)))
+        most = max(most, sum(alive.values()) + scratch)
         for value in (*unit.reads, *(v for v in unit.saves if v in away)):
             if last.get(value, k) == k:
                 alive.pop(value, None)
     return most
-
-
-def _copied(value: Value) -> int:
-    """Bytes an element of a copy takes; there may be two but in float32, of a narrow type the other in float32."""
-    return value.itemsize if value.itemsize == 4 else value.itemsize + max(4, value.itemsize)
 
 
 def choose_grid(section: Section, labels: Labels, request: Request) -> Grid:

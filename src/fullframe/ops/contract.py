@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fullframe import region as box
 from fullframe.graph import Link, Op
 from fullframe.ops.rule import Reduction
 from fullframe.region import Region
@@ -44,6 +45,11 @@ class Contract(Reduction):
 
     def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
         return torch.einsum(op.args[2], *windows)
+
+    def scratch(self, op: Op, region: Region) -> int:
+        """The smaller operand may be laid out anew."""
+        reads = zip(op.inputs, self.footprint(op, region), strict=True)
+        return min(box.size(r) * v.itemsize for v, r in reads)
 
     def cost(self, op: Op, elements: int) -> int:
         x, _, out = self.terms(op)

@@ -72,6 +72,9 @@ class Random(BaseRule):
     def cost(self, op: Op, elements: int) -> int:
         return 40 * elements
 
+    def scratch(self, op: Op, region: Region) -> int:
+        return 4 * 8 * box.size(region)  # counters of eight bytes, before and after each step
+
 
 def narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Numbers in [0, 1) in a narrower dtype, rounded down so that 1 is never reached."""

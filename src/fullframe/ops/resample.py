@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from fullframe import region as box
 from fullframe.graph import Kind, Link, Op
 from fullframe.ops import taps
-from fullframe.ops.rule import BaseRule
+from fullframe.ops.rule import BaseRule, made_of, nbytes_of
 from fullframe.ops.taps import Spec, readers, reads
 from fullframe.region import Interval, Region
 
+TENSOR = 300  # bytes of a tensor's own, about
 NO_CHANGE = ("nearest", "nearest-exact", "adaptive")  # others multiply by 0, which shows where numbers are infinite
 
 
@@ -118,6 +119,15 @@ class Resample(BaseRule):
 
     def cost(self, op: Op, elements: int) -> int:
         return 8 * elements
+
+    def scratch(self, op: Op, region: Region) -> int:
+        """What it reads in a wider type, sums in the making, and a table of each axis: taps with their weights."""
+        read, lead = self.footprint(op, region)[0], self.lead(op)
+        tables = 0
+        for spec, (low, high), (first, last) in zip(op.args[1], region[lead:], read[lead:], strict=True):
+            if not self.skips(spec) and high > low:
+                tables += (2 + (last - first) // (high - low)) * 2 * (TENSOR + 8 * (high - low))
+        return 2 * (nbytes_of(op, [read]) + made_of(op, region)) + tables
 
 
 class ResampleGrad(Resample):

@@ -12,6 +12,17 @@ from fullframe.graph import Kind, Link, Op
 from fullframe.region import Region
 
 
+def nbytes_of(op: Op, regions: Sequence[Region]) -> int:
+    """Bytes of a region of each input."""
+    return sum(box.size(r) * v.itemsize for v, r in zip(op.inputs, regions, strict=True))
+
+
+def made_of(op: Op, region: Region) -> int:
+    """Bytes of what an op makes of a (grown) region."""
+    rule: Any = op.rule
+    return box.size(rule.out_region(op, region) if rule.kind == "reduce" else region) * op.output.itemsize
+
+
 class BaseRule:
     """A rule that reads every input in full: the safe default the families narrow down."""
 
@@ -36,6 +47,10 @@ class BaseRule:
 
     def cost(self, op: Op, elements: int) -> int:
         return elements
+
+    def scratch(self, op: Op, region: Region) -> int:
+        """A copy of all that it reads and makes, as of another layout; the ops that move numbers make none."""
+        return 0 if self.kind == "layout" else nbytes_of(op, self.footprint(op, region)) + made_of(op, region)
 
     def selects(self, op: Op) -> bool:
         return False

@@ -15,9 +15,9 @@ import torch
 from fullframe import region as box
 from fullframe.graph import Kind, Link, Op
 from fullframe.kernels import Axis as Placed
-from fullframe.kernels import convolution, suits, suits_gradient, weight_grad, winograd
-from fullframe.ops.convolve import DOT, convolve, in_pieces, pad_window, spread
-from fullframe.ops.rule import BaseRule, Reduction
+from fullframe.kernels import convolution, suits, suits_gradient, taping, weight_grad, winograd
+from fullframe.ops.convolve import DOT, EVEN, convolve, in_pieces, pad_window, spread
+from fullframe.ops.rule import BaseRule, Reduction, made_of, nbytes_of
 from fullframe.region import Interval, Region
 
 
@@ -32,6 +32,31 @@ def outside(region: Sequence[Interval], extents: Sequence[int]) -> list[Interval
     """How much of each (unclipped) interval lies before and after its axis."""
     pairs = zip(region, extents, strict=True)
     return [(min(high, 0) - min(low, 0), max(high, n) - max(low, n)) for (low, high), n in pairs]
+
+
+BLOCK = 16  # channels: the library's own layout has a multiple of so many
+
+
+def _library(op: Op, x: Region, g: Region, kernel: Sequence[int]) -> int:
+    """Bytes that the library takes beside a map read in ``x`` and one at each of whose pixels ``g`` a window lies.
+
+    In float32 and below these are copies in its own layout; what it makes by a matrix product, as float64 and weight
+    gradients of small windows and batches, has a column for each pixel.
+    """
+    rule: Any = op.rule
+    item = op.inputs[0].itemsize
+    sizes = [high - low for low, high in g]
+    plain = all(a.stride == a.dilation == 1 for a in rule.axes(op))
+    small = rule.kind == "reduce" and max(kernel[-2:]) <= 3 and sizes[0] < 16 and plain
+    products = item == 8 or small
+    columns = blocked = 0
+    if products and prod(kernel) > 1:
+        deep = op.output.shape[1] if rule.kind == "reduce" else op.inputs[1].shape[1]
+        columns = sizes[0] * prod(sizes[2:-1]) * (sizes[-1] + EVEN) * deep * prod(kernel) * item
+    if item < 8:
+        pixels = [(box.size(r) // max(1, r[1][1] - r[1][0]), r[1][1] - r[1][0]) for r in (x, g)]
+        blocked = sum(n * -(-c // BLOCK) * BLOCK * 4 for n, c in pixels)
+    return max(columns, blocked)
 
 
 class Conv(BaseRule):
@@ -85,6 +110,13 @@ class Conv(BaseRule):
 
     def cost(self, op: Op, elements: int) -> int:
         return 2 * elements * prod(op.inputs[1].shape[1:])
+
+    def scratch(self, op: Op, region: Region) -> int:
+        if not self.calls(op) and taping():
+            return 0
+        read = self.footprint(op, region)[0]
+        copies = 2 * box.size(read) * op.inputs[0].itemsize + made_of(op, region)  # padded, and in another layout
+        return copies + _library(op, read, region, op.inputs[1].shape[2:])
 
     def calls(self, op: Op) -> bool:
         weight = op.inputs[1]
@@ -160,6 +192,12 @@ class ConvTranspose(BaseRule):
         if ragged and bias is not None:
             out = out + bias.view(-1, *[1] * (len(region) - 2))
         return out
+
+    def scratch(self, op: Op, region: Region) -> int:
+        read = self.footprint(op, region)[0]
+        pixels = prod(high - low for low, high in read[2:])
+        columns = pixels * prod(op.inputs[1].shape[1:]) * 8 if op.inputs[0].itemsize == 8 else 0
+        return 2 * (box.size(read) * op.inputs[0].itemsize + made_of(op, region)) + columns
 
     def calls(self, op: Op) -> bool:
         return True
@@ -238,6 +276,12 @@ class ConvWeightGrad(Reduction):
 
     def cost(self, op: Op, elements: int) -> int:
         return 2 * elements * prod(op.output.shape[1:])
+
+    def scratch(self, op: Op, region: Region) -> int:
+        if not self.calls(op) and taping():
+            return 0
+        g, x = self.footprint(op, region)
+        return nbytes_of(op, (g, x)) + _library(op, x, g, op.output.shape[2:])
 
     def calls(self, op: Op) -> bool:
         return not suits_gradient(op.output.shape, op.inputs[0].dtype, op.args[5])

@@ -1,0 +1,48 @@
+"""Measured both ways: a step grows the process by no more than its smallest budget, nor is much more counted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from budgeting import Asked, Grown, measured, run
+from torch import nn
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell peaks")
+
+
+def line():
+    """No norm: all is in the windows of convolutions along one axis."""
+    widths = [(1, 12), *[(12, 12)] * 3, (12, 1)]
+    net = nn.Sequential(*[m for a, b in widths for m in (nn.Conv1d(a, b, 9, padding=4), nn.ReLU())])
+    return Asked(net, torch.randn(1, 1, 150_000), torch.randn(1, 1, 150_000), F.mse_loss, 2)
+
+
+def columns():
+    """In float64 the library makes convolutions by matrix products, with many columns for each pixel."""
+    net = nn.Sequential(nn.Conv2d(2, 4, 5, padding=2), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 5, padding=2), nn.ReLU())
+    image = torch.randn(1, 2, 260, 260, dtype=torch.float64)
+    return Asked(net.double(), image, torch.zeros(1, 4, 260, 260, dtype=torch.float64), F.mse_loss, 1)
+
+
+@pytest.mark.parametrize("make", [line, columns])
+def test_the_smallest_budget_is_kept_and_needed(make, tmp_path):
+    grown = measured(make(), tmp_path)
+    assert grown.projected <= grown.budget
+    assert grown.held, grown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5_000, 5_030))
+def test_random_networks_keep_their_smallest_budget(seed, tmp_path):
+    path = tmp_path / "network.pt"
+    try:
+        done = run("draw", path, str(seed))
+    except RuntimeError as error:
+        if "CaptureError" in str(error):
+            pytest.skip("refused by name")
+        raise
+    if done == "unusable":
+        pytest.skip("plain PyTorch cannot run it")
+    grown = Grown(**eval(run("take", path)))
+    assert grown.held, grown
