@@ -30,6 +30,7 @@ def alternate(steps: Sequence[Section], early: int, kept: Iterable[Value], sizes
         for j in wanted:
             users[j].append(k)
     lone = {k for k, wanted in enumerate(needs) if not wanted and users[k] and slight(steps[k])}
+    lone -= {k for k in lone if k < early <= users[k][0]}  # made early for its own sake
     waiting = [len(n - lone) for n in needs]
     ready = [k for k, n in enumerate(waiting) if n == 0 and k not in lone]
     made = [sum(sizes.get(v, 0) for v in s.outputs) for s in steps]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from fullframe.fingerprint import Survey
+from fullframe.fingerprint import Survey, digest
+from fullframe.handed import value
+from fullframe.reads import EVERYTHING, Reads
 
 Tensors = list[torch.Tensor]
 
@@ -62,7 +65,7 @@ class Call:
     """
 
     def __init__(self, pair: Pair, args: Any, kwargs: Any):
-        self.pair = pair
+        self.pair, self.args, self.kwargs = pair, args, kwargs
         self._given = args[:1] if pair.criterion is not None else (args, kwargs)  # what the module is given
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
         self.inputs: Tensors = [x for x in self.leaves if isinstance(x, torch.Tensor)]
@@ -81,10 +84,32 @@ class Call:
                 )
         self.buffers = {k: v for k, v in pair.named_buffers() if v is not None}
         self.roots = [pair, args, kwargs, _everywhere()]
-        self.survey = Survey(self.roots)
-        known = {id(t) for t in (*self.parameters.values(), *self.buffers.values(), *self.inputs)}
-        self.others: Tensors = [t for t in self.survey.tensors if id(t) not in known]
         self.grad = torch.is_grad_enabled()
+        self._survey: Survey | None = None
+        self._others: Tensors = []
+
+    def look(self, reads: Reads, survey: Survey | None = None) -> None:
+        """See what is in reach, as far as a recording has read it; the ``survey`` may have been made already."""
+        survey = Survey(self.roots, reads.choice(), self.entries(reads.passed)) if survey is None else survey
+        known = {id(t) for t in (*self.parameters.values(), *self.buffers.values(), *self.inputs)}
+        self._survey, self._others = survey, [t for t in survey.tensors if id(t) not in known]
+
+    @property
+    def survey(self) -> Survey:
+        """What is in reach: all of it, unless the call was told to `look` otherwise."""
+        if self._survey is None:
+            self.look(EVERYTHING)
+        assert self._survey is not None
+        return self._survey
+
+    @property
+    def others(self) -> Tensors:
+        """Tensors in reach that are neither parameters, buffers nor inputs."""
+        return self._others if self.survey else []
+
+    def entries(self, leaves: Sequence[int]) -> frozenset[tuple[int, Any]]:
+        """Leaves of the arguments, by number, as entries of containers, by id and key or position."""
+        return frozenset(e for k, e in enumerate(_entries((self.args, self.kwargs))) if k in leaves)
 
     @property
     def tensors(self) -> Tensors:
@@ -118,21 +143,47 @@ class Call:
         found = self.inputs or self.tensors
         return max(found, key=lambda t: t.dim()).device if found else torch.device("cpu")
 
-    def key(self) -> Any:
-        """Everything the recording reads."""
+    def key(self, reads: Reads = EVERYTHING) -> Any:
+        """What a recording has read, after the call was looked at by the same ``reads``."""
         autocast = tuple(
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")
         )
         modes = (self.grad, autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
-        return self.survey.key, str(self.spec), modes, tuple(read() for read in SWITCHES)
+        tensors = self.tensors if reads.numbers else []
+        numbers = tuple(_numbers(tensors[k]) if k < len(tensors) else None for k in reads.numbers)
+        details = tuple(self.survey.details) if reads.details else None
+        return self.survey.key, str(self.spec), modes, tuple(read() for read in SWITCHES), numbers, details
 
     @property
-    def details(self) -> tuple[Any, ...]:
-        """What `key` leaves out of the tensors that former steps left: for recordings that read them."""
-        return tuple(self.survey.details)
+    def values(self) -> tuple[int, ...]:
+        """Numbers of the leaves, other than tensors, that a step may only hand on."""
+        if all(isinstance(x, torch.Tensor) for x in self.leaves):
+            return ()
+        entries = _entries((self.args, self.kwargs))
+        return tuple(
+            k for k, (x, e) in enumerate(zip(self.leaves, entries, strict=True)) if e is not None and value(x)
+        )
 
-    def rebuild(self, inputs: Sequence[torch.Tensor]) -> tuple[Any, Any]:
-        """Arguments and keyword arguments with other tensors in place of the inputs."""
-        found = iter(inputs)
-        leaves = [next(found) if isinstance(x, torch.Tensor) else x for x in self.leaves]
+    def rebuild(self, inputs: Sequence[torch.Tensor], handed: Mapping[int, Any] | None = None) -> tuple[Any, Any]:
+        """Arguments and keyword arguments with other tensors in place of the inputs, and some leaves ``handed``."""
+        found, handed = iter(inputs), handed or {}
+        leaves = [next(found) if isinstance(x, torch.Tensor) else handed.get(k, x) for k, x in enumerate(self.leaves)]
         return pytree.tree_unflatten(leaves, self.spec)
+
+
+def _entries(thing: Any, place: Any = None) -> Iterator[Any]:
+    """Each leaf, in the order of pytree's, as an entry of a container; None for what is in no plain one."""
+    if type(thing) in (dict, OrderedDict):
+        for key, value in thing.items():
+            yield from _entries(value, (id(thing), key))
+    elif type(thing) in (list, tuple):
+        for k, value in enumerate(thing):
+            yield from _entries(value, (id(thing), k))
+    else:
+        leaves = pytree.tree_leaves(thing)
+        yield from [place] if len(leaves) == 1 and leaves[0] is thing else [None] * len(leaves)
+
+
+def _numbers(tensor: torch.Tensor) -> bytes:
+    """The numbers of a tensor, in short."""
+    return digest(bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).tolist()))

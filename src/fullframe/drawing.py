@@ -34,14 +34,16 @@ def by_state() -> Iterator[None]:
 
 @contextmanager
 def by_calls() -> Iterator[None]:
-    """Raises `Drawn` at the end if this thread has drawn. Every call is looked at, which takes its time."""
-    numpy = sys.modules.get("numpy")
-    sources = [random._inst, *([numpy.random.mtrand._rand] if numpy else [])]  # pyright: ignore
+    """Raises `Drawn` at the end if this thread has drawn, or any has drawn from NumPy, whose calls cannot be seen.
+
+    Every call is looked at, which takes its time.
+    """
+    before = _numpy_state()
     found = False
 
     def look(_frame: FrameType, event: str, called: Any) -> None:
         nonlocal found
-        if event == "c_call" and any(getattr(called, "__self__", None) is s for s in sources):
+        if event == "c_call" and getattr(called, "__self__", None) is random._inst:
             found = True
 
     former = sys.getprofile()
@@ -50,7 +52,7 @@ def by_calls() -> Iterator[None]:
         yield
     finally:
         sys.setprofile(former)
-    if found:
+    if found or _numpy_state() != before:
         raise Drawn
 
 

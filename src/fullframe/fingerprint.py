@@ -5,6 +5,9 @@ attributes, hooks and structure of modules; plain objects, containers, functions
 closures, defaults and the globals they name; class attributes. Tensors go in by shape, dtype,
 device, strides and requires_grad, and are listed, so that their numbers are read afresh each step.
 
+A survey may be told to look only at what a recording has read (`fullframe.reads`): then other fields of objects,
+other attributes of classes and leaves that were only handed on stay out.
+
 Iterators and memory shared with other processes cannot be looked at without changing them or in
 time: with one of them in reach every call is recorded anew. Generators of random numbers are listed,
 so that a recording that drew from one can be refused.
@@ -17,22 +20,23 @@ from __future__ import annotations
 
 import array
 import functools
+import hashlib
 import random
-import sys
-import sysconfig
 import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from enum import Enum
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
+
+from fullframe.names import ANY_GLOBAL, BY_STRING, foreign, foreign_class, global_names, imported, installed
 
 # Tensors that a tiled step has put where its forward left them; True: PyTorch's would have a graph, these have none.
 # The next call's key has their shape and such apart (`Survey.details`), for few recordings read them.
@@ -52,15 +56,20 @@ OFTEN_EMPTY = frozenset(
      "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
      "_forward_pre_hooks_with_kwargs")
 )  # fmt: skip
-INSTALLED = tuple({sysconfig.get_paths()[k] for k in ("purelib", "platlib", "stdlib", "platstdlib")})
-INSTALLED += (str(Path(__file__).parent),)
 OPAQUE = frozenset(("logging", "threading", "_thread", "io", "_io"))
+REGISTERED = ("_parameters", "_buffers", "_modules")  # of a module, always looked at
+BRIEF = 256  # bytes in a key; of more there is a digest
 # Others change it, or taking from it does.
 SHARED = ("_queue", "multiprocessing.sharedctypes", "multiprocessing.managers", "ctypes", "_ctypes", "mmap")
-BY_STRING = frozenset(("getattr", "hasattr", "globals", "vars", "eval", "exec", "attrgetter", "__dict__"))
-ANY_GLOBAL = frozenset(("globals", "eval", "exec"))
 SILENT = frozenset(("__init_subclass__", "__repr__", "__str__", "__reduce__", "__reduce_ex__", "__getstate__",
                     "__setstate__", "__del__", "__class_getitem__", "__subclasshook__"))  # fmt: skip
+
+
+class Missing:
+    """Stands for a field that an object does not have."""
+
+
+MISSING = Missing()
 
 
 class Same:
@@ -78,16 +87,56 @@ class Same:
         return isinstance(other, Same) and self.thing is other.thing
 
 
+class Choice:
+    """What a survey looks at, asked in the order in which things are met; None is everything."""
+
+    def fields(self, holder: Any) -> tuple[str, ...] | None:
+        """Names of an object's own fields; names that it does not have are looked for too."""
+        return None
+
+    def attributes(self, cls: type) -> tuple[str, ...] | None:
+        """Names of a class's own attributes and methods."""
+        return None
+
+    def labels(self, tensor: torch.Tensor) -> tuple[str, ...] | None:
+        """Names of what a tensor carries besides its numbers."""
+        return None
+
+
+class _Key:
+    """A key of a table, as a step to what lies there."""
+
+    def __init__(self, key: Any):
+        self.key = key
+
+    def __str__(self) -> str:
+        return repr(self.key)
+
+
 class Survey:
     """One look at everything reachable from some roots.
 
     ``key`` is hashable: equal keys may share a recording. ``tensors`` are those met, each once, in
-    an order that equal keys share.
+    an order that equal keys share. ``passed`` are entries of containers, by id and key or position,
+    of which only the type is looked at, in all roots but the first. With names for the
+    roots, ``spans`` say which parts come from which place.
     """
 
-    def __init__(self, roots: Iterable[Any]):
+    def __init__(
+        self,
+        roots: Iterable[Any],
+        choice: Choice | None = None,
+        passed: Collection[tuple[int, Any]] = (),
+        named: Sequence[str] = (),
+    ):
+        self.choice = choice or Choice()
+        self.passed: Collection[tuple[int, Any]] = ()
+        self.trail: list[str] | None = [] if named else None
+        self.spans: list[tuple[int, int, tuple[str, ...]]] = []
+        self.mentioned: set[str] = set()  # names in the code of functions met, other than those of classes left out
         self.parts: list[Any] = []
         self.tensors: list[torch.Tensor] = []
+        self.inner = 0  # how many of the tensors are in reach of the first root
         self.seen: dict[int, int] = {}
         self.holders: list[Any] = []  # objects with attributes of their own, in the order met
         self.containers: list[Any] = []  # dicts, lists and deques
@@ -99,12 +148,26 @@ class Survey:
         self.details: list[Any] = []  # what the key does not have of them
         self.generators: list[Any] = []  # of random numbers
         self.caches: list[Any] = []  # functions that keep what they returned
+        self.passing: tuple[str, ...] = ()  # the first place of such, if names are asked for
         self.lasting = True  # False where something cannot be looked at
-        for root in roots:
-            self.visit(root, 0)
+        for k, root in enumerate(roots):
+            self.visit(root, 0, named[k] if named else "")
+            self.passed = passed
+            self.inner = self.inner or len(self.tensors)
         self.key = tuple(self.parts)
 
-    def visit(self, thing: Any, depth: int) -> None:
+    def visit(self, thing: Any, depth: int, step: Any = "") -> None:
+        """Look at a thing; ``step`` is how it is found in what was looked at before: a name, key or position."""
+        if self.trail is None:
+            self._visit(thing, depth)
+            return
+        first = len(self.parts)
+        self.trail.append(step if isinstance(step, str) else f"[{step}]")
+        self._visit(thing, depth)
+        self.spans.append((first, len(self.parts), tuple(self.trail)))
+        self.trail.pop()
+
+    def _visit(self, thing: Any, depth: int) -> None:
         kind = type(thing)
         self.parts.append(kind)
         if kind in ATOMS:
@@ -140,20 +203,30 @@ def _tensor(survey: Survey, tensor: torch.Tensor, depth: int) -> None:
     else:
         survey.parts += details
     survey.tensors.append(tensor)
-    if vars(tensor) and not type(tensor).__module__.startswith("torch._"):
-        _mapping(survey, vars(tensor), depth)
+    if not type(tensor).__module__.startswith("torch._"):
+        chosen = survey.choice.labels(tensor)
+        fields = vars(tensor)
+        if chosen is None and fields:
+            _mapping(survey, fields, depth)
+        for name in chosen or ():
+            survey.parts.append(name)
+            survey.visit(fields.get(name, MISSING), depth + 1, f".{name}")
 
 
 def _module(survey: Survey, module: nn.Module, depth: int) -> None:
     parts = survey.parts
     survey.holders.append(module)
-    for name, value in module.__dict__.items():
+    fields = object.__getattribute__(module, "__dict__")
+    chosen = survey.choice.fields(module)
+    names = fields if chosen is None else dict.fromkeys((*REGISTERED, *chosen))
+    for name in names:
+        value = fields.get(name, MISSING)
         if name in IGNORED or (name in OFTEN_EMPTY and not value):
             continue
         if name == "_fullframe":  # a tiled module inside another: what it wraps, not its recordings
             value = value["pair"]
         parts.append(name)
-        survey.visit(value, 0)
+        survey.visit(value, 0, f".{name}")
     parts.append("end")
     _class(survey, type(module), 0)
 
@@ -164,9 +237,10 @@ def _object(survey: Survey, thing: Any, depth: int) -> None:
         survey.parts.append(Same(thing))
         return
     survey.holders.append(thing)
-    for name, value in fields.items():
+    chosen = survey.choice.fields(thing)
+    for name in fields if chosen is None else chosen:
         survey.parts.append(name)
-        survey.visit(value, depth + 1)
+        survey.visit(fields.get(name, MISSING), depth + 1, f"<{type(thing).__name__}>.{name}")
     survey.parts.append("end")
     _class(survey, type(thing), depth)
 
@@ -204,15 +278,21 @@ def _mapping(survey: Survey, mapping: Any, depth: int) -> None:
     survey.containers += [mapping] if isinstance(mapping, dict) else []
     for key, value in mapping.items():
         survey.visit(key, depth + 1)
-        survey.visit(value, depth + 1)
+        if survey.passed and (id(mapping), key) in survey.passed:
+            survey.parts.append(type(value))
+        else:
+            survey.visit(value, depth + 1, _Key(key))
     _derived(survey, mapping, depth)
 
 
 def _sequence(survey: Survey, sequence: Any, depth: int) -> None:
     survey.parts.append(len(sequence))
     survey.containers += [sequence] if isinstance(sequence, (list, deque)) else []
-    for value in sequence:
-        survey.visit(value, depth + 1)
+    for k, value in enumerate(sequence):
+        if survey.passed and (id(sequence), k) in survey.passed:
+            survey.parts.append(type(value))
+        else:
+            survey.visit(value, depth + 1, k)
     _derived(survey, sequence, depth)
 
 
@@ -229,7 +309,7 @@ def _derived(survey: Survey, thing: Any, depth: int) -> None:
     kind = type(thing)
     for name, value in (_fields(thing) or {}).items():
         survey.parts.append(name)
-        survey.visit(value, depth + 1)
+        survey.visit(value, depth + 1, f".{name}")
     if kind.__module__ not in ("builtins", "collections"):
         _class(survey, kind, depth)
 
@@ -241,13 +321,14 @@ def _number(survey: Survey, number: Any, depth: int) -> None:
 
 
 def _bytes(survey: Survey, thing: Any, depth: int) -> None:
-    survey.parts.append(bytes(thing))
+    survey.parts.append(digest(thing))
     _derived(survey, thing, depth)
 
 
 def _volatile(survey: Survey, thing: Any, depth: int) -> None:
     survey.parts.append(Same(thing))
     survey.lasting = False
+    survey.passing = survey.passing or tuple(survey.trail or ())
 
 
 def _generator(survey: Survey, thing: Any, depth: int) -> None:
@@ -281,12 +362,12 @@ def _variable(survey: Survey, variable: ContextVar[Any], depth: int) -> None:
 def _python_module(survey: Survey, module: types.ModuleType, depth: int) -> None:
     """The values in a module of the user's, such as a configuration, and in the modules in it."""
     survey.parts.append(Same(module))
-    if not _foreign(module):
+    if not foreign(module):
         survey.scopes.append((vars(module), None))
         for name, value in list(vars(module).items()):
             if not name.startswith("__"):
                 survey.parts.append(name)
-                survey.visit(value, depth + 1)
+                survey.visit(value, depth + 1, f".{name}")
 
 
 def _slice(survey: Survey, thing: slice, depth: int) -> None:
@@ -294,7 +375,7 @@ def _slice(survey: Survey, thing: slice, depth: int) -> None:
 
 
 def _method(survey: Survey, method: types.MethodType, depth: int) -> None:
-    survey.visit(method.__func__, depth)
+    survey.visit(method.__func__, depth, method.__func__.__name__)
     survey.visit(method.__self__, depth)
 
 
@@ -318,7 +399,7 @@ def _array(survey: Survey, array: Any, depth: int) -> None:
     if array.dtype == object:
         _sequence(survey, array.ravel().tolist(), depth)
     else:
-        survey.parts.append(array.tobytes())
+        survey.parts.append(digest(array))
 
 
 def _member(survey: Survey, member: Enum, depth: int) -> None:
@@ -326,7 +407,7 @@ def _member(survey: Survey, member: Enum, depth: int) -> None:
     for name, value in vars(member).items():
         if not name.startswith("_"):
             survey.parts.append(name)
-            survey.visit(value, depth + 1)
+            survey.visit(value, depth + 1, f".{name}")
 
 
 def _atom(survey: Survey, thing: Any, depth: int) -> None:
@@ -349,16 +430,17 @@ def _function(survey: Survey, function: types.FunctionType, depth: int) -> None:
     survey.parts.append(code)
     for value in (function.__defaults__, function.__kwdefaults__, function.__dict__ or None):
         if value is not None:
-            survey.visit(value, depth + 1)
-    for cell in function.__closure__ or ():
+            survey.visit(value, depth + 1, function.__name__)
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
         survey.cells.append(cell)
         try:
-            survey.visit(cell.cell_contents, depth + 1)
+            survey.visit(cell.cell_contents, depth + 1, f"<{function.__name__}>.{name}")
         except ValueError:
             survey.parts.append("empty")
-    if not _installed(code.co_filename):
+    if not installed(code.co_filename):
         space = function.__globals__
         names = global_names(code)
+        survey.mentioned.update(names)
         if not ANY_GLOBAL.isdisjoint(names):
             names += tuple(n for n in space if not n.startswith("__"))
         survey.scopes.append((space, names))
@@ -366,23 +448,16 @@ def _function(survey: Survey, function: types.FunctionType, depth: int) -> None:
         for name in names:
             if name in space:
                 _global(survey, name, space[name], names, met, depth)
-            elif (module := _imported(name, space.get("__package__") or "")) is not None:
+            elif (module := imported(name, space.get("__package__") or "")) is not None:
                 _global(survey, name, module, names, met, depth)
-
-
-def _imported(name: str, package: str) -> Any:
-    """The module that a function of this package imports by this name, in full or from where it is."""
-    while name not in sys.modules and package and f"{package}.{name}" not in sys.modules:
-        package = package.rpartition(".")[0]
-    return sys.modules.get(name) or sys.modules.get(f"{package}.{name}")
 
 
 def _global(survey: Survey, name: str, value: Any, names: Iterable[str], met: set[int], depth: int) -> None:
     """A global; of a module, what in it has one of the names, all of it where code may look up any name."""
     survey.parts.append(name)
     if not isinstance(value, types.ModuleType) or not BY_STRING.isdisjoint(names):
-        survey.visit(value, depth + 1)
-    elif id(value) not in met and not _foreign(value):
+        survey.visit(value, depth + 1, f"<globals>.{name}")
+    elif id(value) not in met and not foreign(value):
         met.add(id(value))
         survey.scopes.append((vars(value), names))
         for inner in names:
@@ -405,19 +480,22 @@ def _class(survey: Survey, cls: type, depth: int) -> None:
             survey.parts += (base, Same(vars(base).get("forward")))  # a replaced forward still shows
             continue
         survey.classes.append(base)
-        if _foreign(sys.modules.get(base.__module__)):
-            # An installed class: what it holds, but not the insides of its methods.
-            survey.parts += [v if isinstance(v, types.FunctionType) else k for k, v in vars(base).items()]
-            values: Iterable[tuple[str, Any]] = (
-                (k, v) for k, v in vars(base).items() if not isinstance(v, types.FunctionType)
-            )
-        else:
-            values = vars(base).items()
-        for name, value in values:
+        chosen = survey.choice.attributes(base)
+        foreign = foreign_class(base)
+        survey.parts += [n for n in vars(base) if not n.startswith("__")]
+        for name, value in list(vars(base).items()):
             hidden = name in SILENT if isinstance(value, DEFINITIONS) else name.startswith("__")
-            if not hidden and name not in ("_abc_impl", "_is_protocol"):
+            if hidden or name in ("_abc_impl", "_is_protocol"):
+                continue
+            if foreign and isinstance(value, types.FunctionType):
+                survey.parts.append(value)  # of an installed class not the insides of its methods
+                survey.mentioned.update(n for n in global_names(value.__code__) if n not in BY_STRING)
+            elif chosen is None or name in chosen:
                 survey.parts.append(name)
-                survey.visit(value, depth + 1)
+                survey.visit(value, depth + 1, f"<{base.__name__}>.{name}")
+            else:
+                code = getattr(value, "__code__", None)
+                survey.parts += (name, type(value), code)
 
 
 DEFINITIONS = (types.FunctionType, property, staticmethod, classmethod, functools.cached_property)
@@ -430,34 +508,21 @@ def _type(survey: Survey, cls: type, depth: int) -> None:
         _class(survey, cls, depth)
 
 
-def _foreign(module: types.ModuleType | None) -> bool:
-    """Whether a module belongs to Python or an installed package; what no file tells of is the user's."""
-    if module is None:
-        return False
-    file = getattr(module, "__file__", None)
-    if file is None:
-        where = next(iter(getattr(module, "__path__", ())), "")
-        name = getattr(module, "__name__", "").partition(".")[0]
-        return _installed(where) if where else name in sys.stdlib_module_names and name != "__main__"
-    return _installed(file)
+def digest(memory: Any) -> bytes:
+    """The bytes of some memory, or of what lies in it at equal steps, in short: no copy of much is kept or made."""
+    try:
+        view = memoryview(memory)
+    except (TypeError, ValueError, BufferError):  # as of NumPy's dates and times
+        return _condensed(memory.tobytes())
+    if view.c_contiguous:
+        return _condensed(view.cast("B") if view.nbytes else b"")
+    if view.ndim == 1 or view.shape is None:
+        return _condensed(view.tobytes())
+    return _condensed(b"".join(digest(memory[k]) for k in range(len(memory))))
 
 
-@functools.lru_cache(maxsize=4096)
-def _installed(filename: str) -> bool:
-    """Whether a file belongs to Python or an installed package."""
-    return filename.startswith(("<frozen", *INSTALLED)) or filename == ""
-
-
-@functools.lru_cache(maxsize=4096)
-def global_names(code: types.CodeType) -> tuple[str, ...]:
-    """Names that code, with the functions defined in it, may read as globals or get as attributes by a string."""
-    names = dict.fromkeys(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names.update(dict.fromkeys(global_names(constant)))
-        elif isinstance(constant, str) and constant.isidentifier() and not BY_STRING.isdisjoint(code.co_names):
-            names[constant] = None
-    return tuple(names)
+def _condensed(memory: Any) -> bytes:
+    return bytes(memory) if len(memory) <= BRIEF else hashlib.blake2b(memory, digest_size=32).digest()
 
 
 def state_of(generator: Any) -> Any:
@@ -485,7 +550,7 @@ def _look_for(kind: type) -> Look:
         (torch.Tensor, _tensor),
         (nn.Module, _module),
         (Enum, _member),
-        (PurePath, _atom),
+        ((PurePath, Missing), _atom),
         ((int, float, complex, str, bytes), _number),
         ((bytearray, array.array), _bytes),
         ((dict, types.MappingProxyType), _mapping),

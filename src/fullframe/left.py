@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fullframe.fingerprint import LEFT, Survey
 from fullframe.graph import CaptureError
+from fullframe.handed import Handed
 from fullframe.places import (
     Address,
     Entry,
@@ -43,8 +44,8 @@ MISSING = object()
 
 
 def recorded(value: Any) -> bool:
-    """Whether this is a tensor of a recording, which has no numbers."""
-    return isinstance(value, (FunctionalTensor, FakeTensor))
+    """Whether this is a tensor of a recording, which has no numbers, or stands for a leaf of its arguments."""
+    return type(value) is Handed or isinstance(value, (FunctionalTensor, FakeTensor))
 
 
 @dataclass

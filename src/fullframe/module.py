@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +15,13 @@ from torch.autograd import forward_ad
 from fullframe.ambient import Flight, landing, refuse_modes, uncompiled
 from fullframe.budget import parse_bytes
 from fullframe.call import Call, Pair, Tensors
+from fullframe.changes import Changes
 from fullframe.executor import Run
 from fullframe.graph import CaptureError, Value, followers
 from fullframe.patched import RECORDING, Turns
 from fullframe.plan import Plan
 from fullframe.program import Options, Program, compile_call, refuse_shared
+from fullframe.reads import Reads
 from fullframe.replay import Feed, Replays
 from fullframe.store import Arena, Arenas
 from fullframe.tracer import nested, recording
@@ -128,19 +131,57 @@ class Tiled(nn.Module):
 
     def _program(self, call: Call) -> Program:
         programs: dict[Any, Program] = self._fullframe["programs"]
-        key = call.key()
-        keys = (key, None), (key, call.details)
-        found = next((programs.pop(k) for k in keys if k in programs), None)
-        if found is None:
+        key = next((k for k in _keys(call, programs) if k in programs), None)
+        if key is not None:
+            found = programs.pop(key)
+        else:
             if call.device.type == "cuda":  # what is kept for other sizes is free for this one
                 self._fullframe["replays"].drop(self._fullframe["arenas"])
                 self._fullframe["arenas"].clear()
-            found = compile_call(call, self._fullframe["options"])
+            values: Values = self._fullframe["values"]
+            tried = values.unread(call)
+            found = compile_call(call, self._fullframe["options"], tried)
+            key = found.reads, call.key(found.reads)
+            values.note(call, found, tried)
+            if not found.reads.passed:
+                self._fullframe["changes"].note(call, found.reads, found.moved)
         if found.lasting:
-            programs[key, found.details] = found  # the latest used is last
+            programs[key] = found  # the latest used is last
             while len(programs) > KEPT:
                 del programs[next(iter(programs))]
         return found
+
+
+class Values:
+    """Texts and numbers in the arguments, and in which calls they were all that was new."""
+
+    def __init__(self) -> None:
+        self.calls: dict[tuple[Reads, Any], None] = {}  # keys of the calls recorded, without them
+        self.read: dict[str, set[int]] = {}  # which of them steps read, by the structure of the arguments
+
+    def unread(self, call: Call) -> set[int]:
+        """Those that may not matter: in all else the call is as one that was recorded."""
+        found = set(call.values) - self.read.get(str(call.spec), set())
+        return found if found and any(k in self.calls for k in _keys(call, self.calls)) else set()
+
+    def note(self, call: Call, program: Program, tried: set[int]) -> None:
+        """Remember a call that was just recorded, with some of them ``tried``."""
+        if tried:
+            self.read.setdefault(str(call.spec), set()).update(tried - set(program.reads.passed))
+        if program.lasting and (values := call.values):
+            reads = replace(program.reads, passed=values)
+            call.look(reads)
+            self.calls[reads, call.key(reads)] = None
+            while len(self.calls) > KEPT:
+                del self.calls[next(iter(self.calls))]
+            call.look(program.reads)
+
+
+def _keys(call: Call, programs: Iterable[tuple[Reads, Any]]) -> Iterator[tuple[Reads, Any]]:
+    """The call's key in the terms of each recording, for they have read different things."""
+    for reads in dict.fromkeys(reads for reads, _ in reversed(list(programs))):
+        call.look(reads)
+        yield reads, call.key(reads)
 
 
 def _refuse_transforms(call: Call) -> None:
@@ -169,7 +210,14 @@ class Kept(NamedTuple):
 
 
 def _empty() -> dict[str, Any]:
-    return {"programs": {}, "arenas": Arenas(), "replays": Replays(), "turns": Turns()}
+    return {
+        "programs": {},
+        "values": Values(),
+        "changes": Changes(),
+        "arenas": Arenas(),
+        "replays": Replays(),
+        "turns": Turns(),
+    }
 
 
 Guard = list[tuple[str, torch.Tensor, int, torch.Tensor | None]]

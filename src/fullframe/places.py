@@ -145,12 +145,12 @@ def spaces(survey: Survey) -> dict[Address, Any]:
         found |= {("holder", k, n): v for n, v in kept}
     met: set[int] = set()
     found = {a: s for a, s in found.items() if not (id(s) in met or met.add(id(s)))}
-    for kind, things in _viewed(survey).items():
+    for kind, things in viewed(survey).items():
         found |= {(kind, k, ""): VIEWS[kind](thing) for k, thing in enumerate(things)}
     return found
 
 
-def _viewed(survey: Survey) -> dict[str, list[Any]]:
+def viewed(survey: Survey) -> dict[str, list[Any]]:
     return {"cell": survey.cells, "scope": survey.scopes, "class": survey.classes, "slots": survey.holders}
 
 
@@ -159,7 +159,7 @@ def _space(survey: Survey, address: Address) -> Any:
     if kind == "holder":
         fields = fields_of(survey.holders[number])
         return fields[name] if name else fields
-    return survey.containers[number] if kind == "container" else VIEWS[kind](_viewed(survey)[kind][number])
+    return survey.containers[number] if kind == "container" else VIEWS[kind](viewed(survey)[kind][number])
 
 
 def fields_of(holder: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,16 +18,21 @@ from fullframe.asked import asked_of, backward_of, sources
 from fullframe.budget import free_bytes
 from fullframe.caches import unspoilt
 from fullframe.call import Call, Tensors
+from fullframe.changes import ROOTS, difference, words
 from fullframe.cumulative import recordable
 from fullframe.drawing import FROZEN, Drawn, by_calls, by_state
 from fullframe.fingerprint import LEFT, Survey, state_of
 from fullframe.graph import CaptureError, FullframeError, Graph, Value, followers
+from fullframe.handed import Handed
+from fullframe.known import Source
 from fullframe.left import Leaving, recorded
 from fullframe.lowering import fusable
+from fullframe.narrow import Terms, narrowed, reorder
 from fullframe.patched import RECORDING
 from fullframe.places import Left, Place
 from fullframe.plan import Plan
 from fullframe.planner import FIXED, Request, plan
+from fullframe.reads import EVERYTHING, Notes, Reads
 from fullframe.returned import Tree, put_together, take_apart
 from fullframe.tracer import Recording, capture
 from fullframe.watch import Watch
@@ -70,12 +75,13 @@ class Program:
     of those at ``wanted``. ``returned`` says how to make the call's own output of its tensors, ``places`` where the
     forward leaves tensors, and ``cut`` which of those handed out have lost a graph.
     ``lasting`` is False where the forward changes what it reads (a counter) or reads what nobody can look at (an
-    iterator), so that the next call must be recorded anew. ``details`` are what it has read of tensors that former
-    calls left; None where it has read nothing of them. ``devices`` are where the outputs belong, ``unused`` the
-    numbers of tensors that were met and not read. ``lost`` are outputs that no gradient can be asked of, and why.
-    ``alive`` are tensors of the call, by number, that have a graph when it ends, and the outputs that bring it.
+    iterator), so that the next call must be recorded anew. ``reads`` is what belongs to its key, and the terms of all
+    numbers and places here. ``devices`` are where the outputs belong, ``unused`` the numbers of tensors that were met
+    and not read. ``lost`` are outputs that no gradient can be asked of, and why. ``alive`` are tensors of the call,
+    by number, that have a graph when it ends, and the outputs that bring it.
     ``asked`` are the outputs whose gradients the graph is given, in the order of ``late``, or the one whose gradient
     it takes to be one. ``asks`` are the others of which they may be asked; None where there is only that one.
+    ``moved`` is a place, in words, that the forward itself changes.
     """
 
     graph: Graph
@@ -88,13 +94,14 @@ class Program:
     lasting: bool
     places: tuple[Place, ...] = ()
     cut: tuple[bool, ...] = ()
-    details: tuple[Any, ...] | None = None
+    reads: Reads = EVERYTHING
     devices: tuple[torch.device, ...] = ()
     unused: frozenset[int] = frozenset()
     lost: dict[int, str] = field(default_factory=dict)
     alive: dict[int, int] = field(default_factory=dict)
     asked: tuple[int, ...] = ()
     asks: Asks | None = None
+    moved: str = ""
 
     def expected(self) -> Program:
         """As it is planned for the outputs whose gradients were asked for lately."""
@@ -191,8 +198,8 @@ def changes(graph: Graph, start: int, end: int) -> dict[int, Value]:
 class _Recorder:
     """The function that is recorded: forward, and backward where gradients are wanted."""
 
-    def __init__(self, call: Call, watch: Watch):
-        self.call, self.watch = call, watch
+    def __init__(self, call: Call, watch: Watch, notes: Notes, handed: Mapping[int, Handed] | None):
+        self.call, self.watch, self.notes, self.handed = call, watch, notes, handed
         fixed = len(call.parameters) + len(call.buffers)
         self.leaving = Leaving(call.survey, watch.names, call.tensors, fixed)
         self.criterion = call.pair.criterion is not None
@@ -220,9 +227,10 @@ class _Recorder:
             for t, old in zip(made, call.tensors, strict=True):
                 for key, value in old.__dict__.items():  # attributes that users gave it
                     vars(t).setdefault(key, value)
+            self.notes.follow(zip(made, call.tensors, strict=True))
             stand_ins = {id(old): t for t, old in zip(made, call.tensors, strict=True)}
             state = {k: stand_ins[id(t)] for k, t in (*call.parameters.items(), *call.buffers.items())}
-            arguments = call.rebuild(made[len(made) - len(call.inputs) :])
+            arguments = call.rebuild(made[len(made) - len(call.inputs) :], self.handed)
             given = pytree.tree_flatten(arguments)
             for t, old in zip(made, call.tensors, strict=True):
                 if isinstance(old, nn.Parameter):
@@ -248,7 +256,9 @@ class _Recorder:
                     outputs = self._leave(made, outputs)
                 return outputs, grads, seeds
 
-            with self.watch.replacing(stand_ins):  # in the backward too, which may run modules again
+            with self.watch.replacing(
+                stand_ins, self._sources(made)
+            ):  # in the backward too, which may run modules again
                 outputs, grads, seeds = torch.func.functional_call(
                     call.pair, state, (*arguments, rest), tie_weights=True, strict=True
                 )
@@ -272,6 +282,13 @@ class _Recorder:
         # What a former call left is there until this one's takes its place: twice in the arithmetic.
         again = [handed[k] for k in sorted(self.leaving.used)]
         return [*handed, *again, *(_detached(t) for t in kept), *grads], seeds
+
+    def _sources(self, made: Tensors) -> Iterator[Source]:
+        """Buffers and tensors in attributes, whose numbers a recording may read as they are now."""
+        names, tensors = self.call.names, self.call.tensors
+        for k in range(len(self.call.parameters), len(made) - len(self.call.inputs)):
+            if k not in self.roots and not tensors[k].requires_grad and tensors[k].layout is torch.strided:
+                yield Source(k, names[k], tensors[k], made[k])
 
     def _root(self, made: Tensors) -> None:
         """Give what a former step left without its graph something to stand for that graph."""
@@ -440,10 +457,17 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach() if tensor.layout is torch.strided else tensor
 
 
-def compile_call(call: Call, options: Options) -> Program:
-    """Record and plan a call; raises `CaptureError`, `BudgetError` or `UnsupportedOpError`."""
+def compile_call(call: Call, options: Options, values: Collection[int] = ()) -> Program:
+    """Record and plan a call; raises `CaptureError`, `BudgetError` or `UnsupportedOpError`.
+
+    ``values`` are leaves of the arguments, by number, that the step may only hand on. Those that it does not read
+    stay out of the key.
+    """
     try:
         with RECORDING, unlogged(), unhooked():
+            made = _without(call, options, values)
+            if made is not None:
+                return made
             try:
                 return _compile(call, options, by_state)
             except Drawn:
@@ -457,21 +481,41 @@ def compile_call(call: Call, options: Options) -> Program:
         raise
 
 
-def _compile(call: Call, options: Options, undrawn: Callable[[], AbstractContextManager[None]]) -> Program:
+def _without(call: Call, options: Options, values: Collection[int]) -> Program | None:
+    """The call recorded with as many of these leaves as it does not read out of its key; None where it reads all."""
+    while values:
+        asked: set[int] = set()
+        try:
+            made = _compile(call, options, by_state, {k: Handed(k, asked) for k in values})
+        except Exception:  # for what was asked; if it has another reason it comes again
+            made = None
+        if made is not None and made.lasting and not asked:
+            return made
+        values = set(values) - asked if asked else ()
+    return None
+
+
+def _compile(
+    call: Call,
+    options: Options,
+    undrawn: Callable[[], AbstractContextManager[None]],
+    handed: Mapping[int, Handed] | None = None,
+) -> Program:
     devices = sorted({str(t.device) for t in call.tensors if t.device.type != "cpu"})
     if len(devices) > 1:
         raise CaptureError(
             f"the step's tensors are on several devices ({', '.join(devices)}), and a tiled step runs on one; move "
             "module, loss and inputs to the same device"
         )
+    call.look(EVERYTHING)
     watch = Watch(call.pair)
-    recorder = _Recorder(call, watch)
+    notes = Notes(call.survey)
+    recorder = _Recorder(call, watch, notes, handed)
     before = Survey(call.roots)
-    _refuse_identities(call, before)
     numbers = [state_of(g) for g in call.survey.generators]
     with (
         torch.inference_mode(False), _undisturbed(recorder.leaving), recordable(call.pair),
-        _forgetful(call.survey.caches), unspoilt(recorded),
+        _forgetful(call.survey.caches), unspoilt(recorded), notes.taken(),
     ):  # fmt: skip
         graph = capture(Recording(recorder, call.tensors, call.names, watch, call.device, undrawn))
     if [state_of(g) for g in call.survey.generators] != numbers:
@@ -479,13 +523,34 @@ def _compile(call: Call, options: Options, undrawn: Callable[[], AbstractContext
     after = Survey(call.roots)
     if any(recorded(t) for t in after.tensors):
         raise CaptureError("the forward stores a tensor in an object that it can reach; return it as an output")
+    lasting = after.key == before.key and _who(after) == _who(before)
+    passed = tuple(sorted(handed or ()))
+    survey, choices = notes.survey(call.roots, call.entries(passed))
+    _refuse_identities(call, survey)
     outputs = len(recorder.differentiable)
     start = outputs + len(recorder.leaving.used)
     first_grad = start + len(call.tensors)
-    changed = changes(graph, start, first_grad)
     others = {id(t) for t in call.others}
     unused = frozenset(k for k, t in enumerate(call.tensors) if id(t) in others and id(t) not in watch.used)
-    refuse_shared(changed, call.tensors, call.names, unused)
+    changed = changes(graph, start, first_grad)
+    numbers = tuple(sorted(watch.numbers))
+    terms = Terms(recorder.wanted, recorder.alive, numbers, unused, tuple(recorder.leaving.places), recorder.returned)
+    reads = Reads(tuple(choices), numbers, _looked(call, watch), passed)
+    if lasting:
+        needed = {
+            k for k, t in enumerate(call.tensors) if id(t) in watch.touched and id(t) in others
+        } | changed.keys()
+        try:
+            count = len(call.tensors)
+            terms, order = narrowed(call, survey, reads, terms, needed)
+        except LookupError:
+            reads = replace(reads, choices=None)
+        else:
+            reads = replace(reads, numbers=terms.numbers)
+            reorder(graph, start, order, count)
+            first_grad += len(order) - count
+            changed = changes(graph, start, first_grad)
+    refuse_shared(changed, call.tensors, call.names, terms.unused)
     late = followers(graph.ops, graph.late)
     for k, value in changed.items():
         if value in late and call.pair.criterion is None:
@@ -493,15 +558,14 @@ def _compile(call: Call, options: Options, undrawn: Callable[[], AbstractContext
                 f"the backward changes {call.names[k]}, which a tiled module hands on before it; use "
                 "fullframe.tile(net, loss=criterion), or change it outside"
             )
-    lasting = after.key == before.key and _who(after) == _who(before) and call.survey.lasting
     request = _request(graph, call, options, first_grad)
     graph, asked, asks = _asks(graph, call, recorder, first_grad, request)
     planned = plan(graph, _freed(request, graph, len(recorder.wanted)))
     return Program(
-        graph, planned, recorder.returned, outputs, start,
-        recorder.wanted, tuple(recorder.differentiable), lasting,
-        tuple(recorder.leaving.places), tuple(recorder.cut), call.details if _looked(call, watch) else None,
-        recorder.devices, unused, recorder.lost, recorder.alive, asked, asks,
+        graph, planned, terms.returned, outputs, start,
+        terms.wanted, tuple(recorder.differentiable), lasting and call.survey.lasting,
+        terms.places, tuple(recorder.cut), reads, recorder.devices, terms.unused, recorder.lost, terms.alive,
+        asked, asks, "" if lasting and call.survey.lasting else _moved(call, before, reads),
     )  # fmt: skip
 
 
@@ -559,6 +623,15 @@ def _refuse_identities(call: Call, survey: Survey) -> None:
             "by its identity, and while it is recorded its tensors have stand-ins, which are other objects; tell "
             "them apart by their names"
         )
+
+
+def _moved(call: Call, before: Survey, reads: Reads) -> str:
+    """Where the recording has changed what it could read, or what nobody can look at without changing it."""
+    found = difference(Survey(call.roots, named=ROOTS), before.parts)
+    if found is None:
+        passing = Survey(call.roots, reads.choice(), call.entries(reads.passed), ROOTS).passing
+        return words(passing) if passing else ""
+    return found[0]
 
 
 def _who(survey: Survey) -> list[int]:

@@ -7,8 +7,8 @@ distributions) are copied field by field: each call returns one of its own, as t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -112,6 +112,18 @@ class _Taking:
             items = self.tree(dict(base.items(held)) if issubclass(base, dict) else list(base.__iter__(held)))
         fields = {**fields_of(thing), **slots_of(thing)}
         return Copy(name, kind, base, items, tuple((k, self.tree(v)) for k, v in fields.items()))
+
+
+def renumbered(part: Any, number: Callable[[int], int]) -> Any:
+    """The same with other positions for the objects that were there before the call."""
+    if isinstance(part, Known):
+        return Known(number(part.number))
+    if isinstance(part, Tree):
+        return Tree(part.spec, tuple(renumbered(p, number) for p in part.parts))
+    if isinstance(part, Copy):
+        items = None if part.items is None else renumbered(part.items, number)
+        return replace(part, items=items, fields=tuple((k, renumbered(v, number)) for k, v in part.fields))
+    return part
 
 
 def put_together(tree: Tree, tensors: Sequence[torch.Tensor], survey: Survey) -> Any:

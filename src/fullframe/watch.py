@@ -7,7 +7,7 @@ operation, so that its number is never frozen and its gradient never lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
@@ -20,7 +20,7 @@ from torch.fx import traceback as fx_traceback
 from torch.overrides import TorchFunctionMode
 
 from fullframe.graph import CaptureError
-from fullframe.known import MAKERS, READERS, Known
+from fullframe.known import INDEXING, MAKERS, READERS, Known, Source
 from fullframe.patched import replaced
 from fullframe.states import States
 
@@ -56,6 +56,7 @@ class Watch(TorchFunctionMode):
         self.used: set[int] = set()  # ids of tensors that entered an operation, not only had their shape asked
         self.touched: set[int] = set()  # ids of tensors of which anything was asked
         self.known = Known()
+        self.numbers: set[int] = set()  # which of the call's tensors had their numbers read
         self.met = self.strangers = False  # whether the call's tensors have numbers; whether some have none
         self.owners: dict[Any, str] = {}  # autograd node -> path of the module that made it
         self.failed: Exception | None = None  # what no code of the step's may catch and go on
@@ -78,9 +79,14 @@ class Watch(TorchFunctionMode):
         args, kwargs = self._swap(args, name), self._swap(kwargs or {}, name)
         if name == "__set__" and func == SET_DATA:
             return self._assign(*args)
+        if name in INDEXING:
+            args = (args[0], self.known.settle(args[1]), *args[2:])
+        if self.met and name == "masked_select" and self.strangers and args[1] in self.known:
+            return self._selected(*args)
         if self.met or func in MAKERS:
-            return self.known.call(func, args, kwargs, self.strangers)
-        made = func(*args, **kwargs)
+            made = self.known.call(func, args, kwargs, self.strangers)
+        else:
+            made = func(*args, **kwargs)
         if name == "batch_norm":
             made = _laid_out(made)
         if self.current:
@@ -88,6 +94,12 @@ class Watch(TorchFunctionMode):
                 if isinstance(tensor, torch.Tensor) and tensor.requires_grad and name != "grad_fn":
                     self._own(tensor.grad_fn)
         return made
+
+    def _selected(self, tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """What a mask whose numbers are known selects."""
+        shape = torch.broadcast_shapes(tensor.shape, mask.shape)
+        mask = self.known.call(torch.Tensor.expand, (mask, shape), {}, False)
+        return tensor.expand(shape)[self.known.settle(mask)]
 
     def _refuse_grad(self, tensor: torch.Tensor) -> None:
         """A recording does not have the gradients that lie at the call's tensors, nor could it change them."""
@@ -110,11 +122,15 @@ class Watch(TorchFunctionMode):
             if thing in self.known:
                 self.met = True
                 return thing
-            self.strangers = True
             found = self.stand_ins.get(id(thing))
             self.touched.add(id(thing))
             if name != "__get__":
                 self.used.add(id(thing))
+            held = thing if found is None else found
+            if held in self.known or self.known.adopt(held, name):
+                self.met = True
+                return held
+            self.strangers = True
             recorded = found is not None or isinstance(thing, (FunctionalTensor, FakeTensor))
             if not recorded:
                 self._judge(thing, name)
@@ -163,9 +179,9 @@ class Watch(TorchFunctionMode):
         fx_traceback.current_meta["custom"] = {"path": path, "state": self.states.now}
 
     @contextmanager
-    def replacing(self, stand_ins: dict[int, torch.Tensor]) -> Iterator[None]:
-        """Inside, each tensor with one of these ids is replaced by its stand-in."""
-        self.stand_ins = stand_ins
+    def replacing(self, stand_ins: dict[int, torch.Tensor], sources: Iterable[Source] = ()) -> Iterator[None]:
+        """Inside, each tensor with one of these ids is replaced by its stand-in; ``sources`` may be read."""
+        self.stand_ins, self.known = stand_ins, Known(sources)
 
         def applied(own: Any) -> Any:  # which no mode sees
             return lambda cls, *a, **k: own(cls, *self._swap(a, "apply"), **k)
@@ -185,6 +201,7 @@ class Watch(TorchFunctionMode):
             try:
                 yield
             finally:
+                self.numbers = self.known.read
                 self.stand_ins, self.known = {}, Known()
 
     @contextmanager
