@@ -215,6 +215,9 @@ def _lower_call(builder: Builder, node: Node, made: dict[Node, Any]) -> Any:
     builder.layouts = [_layout(n) for n in _nodes((*node.args, *node.kwargs.values()))]
     if isinstance(kwargs.get("generator"), torch.Generator):
         raise _own_generator(builder.path, builder.target)
+    if all(m is not None and 0 in m[0] for m in builder.meta):  # nothing to compute
+        nothing = [builder.full(m[0], 0, m[1]) for m in builder.meta if m is not None]
+        return nothing[0] if single else nothing
     lowering = LOWERINGS.get(builder.target)
     result = builder.recorded() if lowering is None else lowering(builder, *args, **kwargs)
     if single:

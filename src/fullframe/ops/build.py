@@ -30,6 +30,7 @@ RULES: dict[str, BaseRule] = {
 """One rule per op name."""
 
 PLACES = ("memory_format", "pin_memory", "layout", "device")  # of a call's keywords: where its output lies
+NOTHING = {"tile.sum": 0, "tile.prod": 1}  # what no numbers make, to which no tile would add anything
 WHOLE = Whole()
 POINTWISE = pointwise.Pointwise()
 TABLE = pointwise.Table()
@@ -197,6 +198,9 @@ class Builder:
     def table(self, function: Callable[..., torch.Tensor], tensors: Sequence[Value], shape: Sequence[int],
               dtype: torch.dtype, *args: Any) -> Value:  # fmt: skip
         """A pointwise function whose last tensor is a small table, taken in full."""
+        if not shape:  # a single number beside a table would be taken for a row of it
+            line = [self.reshape(tensors[0], (1,)), *tensors[1:]]
+            return self.reshape(self.table(function, line, (1,), dtype, *args), ())
         return self._function(function, tensors, (tuple(shape), dtype), args, TABLE)
 
     def along(self, function: Callable[..., torch.Tensor], tensors: Sequence[Value],
@@ -381,6 +385,8 @@ class Builder:
 
     def reduce(self, target: str, x: Value, axes: Sequence[int], keepdim: bool, dtype: torch.dtype) -> Value:
         kept = [1 if a in axes else n for a, n in enumerate(x.shape) if keepdim or a not in axes]
+        if 0 in x.shape and 0 not in kept and (target in NOTHING or dtype == torch.bool):
+            return self.full(kept, NOTHING.get(target, target == "tile.amin"), dtype)
         y, where = self.unmerged(x)
         fine = tuple(k for a in axes for k in where[a])
         left = [1 if a in fine else n for a, n in enumerate(y.shape) if keepdim or a not in fine]
@@ -388,9 +394,7 @@ class Builder:
 
     def sum(self, x: Value, axes: Sequence[int], keepdim: bool, dtype: torch.dtype) -> Value:
         kept = [1 if a in axes else n for a, n in enumerate(x.shape) if keepdim or a not in axes]
-        if 0 in x.shape and 0 not in kept:  # no tile would add anything
-            return self.full(kept, 0, dtype)
-        if prod(x.shape[a] for a in axes) == 1 and x.dtype == dtype:
+        if 0 not in x.shape and prod(x.shape[a] for a in axes) == 1 and x.dtype == dtype:
             return self.reshape(x, kept)
         return self.reduce("tile.sum", x, axes, keepdim, dtype)
 
@@ -398,6 +402,8 @@ class Builder:
         y, where = self.unmerged(x)
         fine = tuple(k for a in axes for k in where[a])
         shape = (3, *(1 if a in fine else n for a, n in enumerate(y.shape)))
+        if 0 in x.shape and 0 not in shape:
+            return self.full((3, *(1 if a in axes else n for a, n in enumerate(x.shape))), 0, torch.float64)
         made = self.emit("tile.moments", (y,), shape, torch.float64, args=(fine,))
         return self.reshape(made, (3, *(1 if a in axes else n for a, n in enumerate(x.shape))))
 
@@ -410,6 +416,8 @@ class Builder:
             for axis, letter in enumerate(name):
                 extent[letter] = operand.shape[axis]
                 pieces.setdefault(letter, []).append(self.factors(operand)[axis])
+        if 0 in extent.values():
+            return self.full([extent[k] for k in out], 0, dtype)
         split = {k: refine(v) or solid((extent[k],)) for k, v in pieces.items()}
         fresh = {k: "".join(next(letters) for _ in split[k] or (1,)) for k in split}
         operands = [self.reshape(o, laid_out([split[k] for k in n])) for o, n in zip((x, y), names, strict=True)]

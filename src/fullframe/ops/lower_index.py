@@ -100,8 +100,10 @@ def gather(b: Builder, x: Value, dim: int, index: Value, sparse_grad: bool = Fal
     unpooled = unpool_gradient(b, x, index) if len(x.shape) == 3 and axis == 2 else None
     if unpooled is not None:
         return unpooled
-    if not x.shape:
-        return x
+    if not x.shape or not index.shape:  # one of them is a single number
+        line = x if x.shape else b.reshape(x, (1,))
+        found = gather(b, line, 0, index if index.shape else b.reshape(index, (1,)))
+        return b.reshape(found, index.shape)
     x = _cut(b, x, index, axis)
     if index.shape[axis] == 1 and (axis != 1 or b.merged(x)):
         zero = b.full((), 0, x.dtype)
@@ -113,7 +115,11 @@ def gather(b: Builder, x: Value, dim: int, index: Value, sparse_grad: bool = Fal
 @lowers("scatter.src", "scatter.value", "scatter_add")
 def scatter(b: Builder, x: Value, dim: int, index: Value, source: Any) -> Value:
     axis = dim % max(1, len(x.shape))
-    if not x.shape or any(n != m for a, (n, m) in enumerate(zip(x.shape, index.shape, strict=True)) if a != axis):
+    if (
+        not x.shape
+        or len(x.shape) != len(index.shape)
+        or any(n != m for a, (n, m) in enumerate(zip(x.shape, index.shape, strict=True)) if a != axis)
+    ):
         return b.recorded()[0]  # type: ignore[return-value]
     if not isinstance(source, Value):
         source = b.full([1] * len(x.shape), source, x.dtype)

@@ -153,7 +153,9 @@ def transpose(b: Builder, x: Value, first: int = -1, second: int = -2) -> Value:
 def repeat(b: Builder, x: Value, times: Any) -> Value:
     x = b.reshape(x, (*[1] * (len(times) - len(x.shape)), *x.shape))
     for axis, n in enumerate(times):
-        if x.shape[axis] == 1:
+        if n == 0:
+            x = b.slice(x, axis, 0, 0)
+        elif x.shape[axis] == 1:
             x = b.expand(x, (*x.shape[:axis], n, *x.shape[axis + 1 :]))
         elif n > 1:
             x = b.cat([x] * n, axis)
@@ -225,6 +227,8 @@ def channel_shuffle(b: Builder, x: Value, groups: int) -> Value:
 
 @lowers("unfold")
 def unfold(b: Builder, x: Value, dim: int, size: int, step: int) -> Value:
+    if not x.shape:  # a single number
+        return b.reshape(x, b.meta_shape) if size else b.full(b.meta_shape, 0, x.dtype)
     dim, count = dim % len(x.shape), b.meta_shape[dim % len(x.shape)]
     parts = [b.slice(x, dim, k, count, step) for k in range(size)]
     return b.cat([b.reshape(p, (*p.shape, 1)) for p in parts], len(x.shape))
@@ -232,6 +236,8 @@ def unfold(b: Builder, x: Value, dim: int, size: int, step: int) -> Value:
 
 @lowers("unfold_backward")
 def unfold_backward(b: Builder, g: Value, sizes: Any, dim: int, size: int, step: int) -> Value:
+    if not sizes:
+        return b.sum(g, (0,), False, b.meta_dtype)
     dim, last = dim % len(sizes), len(sizes)
     parts = [b.reshape(b.slice(g, last, k, 1), g.shape[:-1]) for k in range(size)]
     return added(b, [b.embed(p, dim, k, sizes[dim], step) for k, p in enumerate(parts)])

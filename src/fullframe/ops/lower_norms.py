@@ -109,7 +109,8 @@ def batch_norm(b: Builder, x: Value, w: Any, bias: Any, stats: tuple[Any, Any], 
     if not training:
         invstd = b.point(eval_inverse_std, (var,), channels, torch.float64, eps)
         y = normalise(b, x, row(b, mean, rank), row(b, invstd, rank), *weights)
-        return [y, mean, invstd, mean, var]
+        nothing = b.full((0,), 0, torch.float64)  # nor has plain PyTorch statistics then
+        return [y, nothing, nothing, mean, var]
     axes = (0, *range(2, rank))
     m, centre, invstd = statistics(b, x, axes, eps)
     y = normalise(b, x, centre, invstd, *weights)

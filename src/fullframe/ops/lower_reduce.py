@@ -74,7 +74,10 @@ def var_mean(b: Builder, x: Value, dims: Any = None, *, correction: Any = None, 
 @lowers("any", "any.dim", "any.dims", "all", "all.dim", "all.dims")
 def any_all(b: Builder, x: Value, dims: Any = None, keepdim: bool = False) -> Value:
     target = "tile.amax" if ".any." in b.target else "tile.amin"
-    return b.reduce(target, cast(b, x, torch.bool), dims_of(x, dims), keepdim, torch.bool)
+    holds = cast(b, x, torch.bool)
+    if ".dims" in b.target and dims is not None and not dims:  # of no axis, where other reductions take all
+        return cast(b, holds, b.meta_dtype)
+    return cast(b, b.reduce(target, holds, dims_of(x, dims), keepdim, torch.bool), b.meta_dtype)
 
 
 @lowers("prod", "prod.dim_int")
@@ -144,7 +147,16 @@ def logsumexp(b: Builder, x: Value, dims: Any, keepdim: bool = False) -> Value:
 
 @lowers("_softmax", "_log_softmax")
 def softmax(b: Builder, x: Value, dim: int, half_to_float: bool) -> Value:
-    axis = dim % max(1, len(x.shape))
+    x, back = _line(b, x), x.shape
+    return b.reshape(_softmax(b, x, dim % len(x.shape)), back)
+
+
+def _line(b: Builder, x: Value) -> Value:
+    """A single number as a line of one."""
+    return x if x.shape else b.reshape(x, (1,))
+
+
+def _softmax(b: Builder, x: Value, axis: int) -> Value:
     if axis == 1 and len(x.shape) > 2 and not b.merged(x):
         return b.recorded()[0]  # type: ignore[return-value]
     y = cast(b, x, torch.promote_types(b.meta_dtype, torch.float32))
@@ -161,7 +173,8 @@ def softmax(b: Builder, x: Value, dim: int, half_to_float: bool) -> Value:
 @lowers("_safe_softmax")
 def safe_softmax(b: Builder, x: Value, dim: int, dtype: Any = None) -> Value:
     """Softmax along an axis; zero where all of it is minus infinity."""
-    axis = dim % max(1, len(x.shape))
+    x, back = _line(b, x), x.shape
+    axis = dim % len(x.shape)
     y = cast(b, x, torch.promote_types(b.meta_dtype, torch.float32))
     top = b.reduce("tile.amax", y, (axis,), True, y.dtype)
     top = b.point(finite_or_zero, (top,), top.shape, y.dtype)
@@ -169,12 +182,16 @@ def safe_softmax(b: Builder, x: Value, dim: int, dtype: Any = None) -> Value:
     total = b.sum(powers, (axis,), True, y.dtype)
     nothing = b.aten(aten.eq.Scalar, total, 0)
     total = b.aten(aten.where.self, nothing, b.full((), 1, y.dtype), total)
-    return cast(b, b.aten(aten.div.Tensor, powers, total), b.meta_dtype)
+    return b.reshape(cast(b, b.aten(aten.div.Tensor, powers, total), b.meta_dtype), back)
 
 
 @lowers("_softmax_backward_data", "_log_softmax_backward_data")
 def softmax_backward(b: Builder, g: Value, out: Value, dim: int, dtype: torch.dtype) -> Value:
-    axis = dim % max(1, len(g.shape))
+    g, out, back = _line(b, g), _line(b, out), g.shape
+    return b.reshape(_softmax_backward(b, g, out, dim % len(g.shape)), back)
+
+
+def _softmax_backward(b: Builder, g: Value, out: Value, axis: int) -> Value:
     if axis == 1 and len(g.shape) > 2 and not b.merged(g) and not b.merged(out):
         return b.recorded()[0]  # type: ignore[return-value]
     kind = torch.promote_types(g.dtype, torch.float32)

@@ -45,6 +45,12 @@ def identity(b: Builder, x: Value, *_: Any, **__: Any) -> Value:
 
 
 @lowers("_to_copy")
+def to_copy(b: Builder, x: Any, **kwargs: Any) -> Value:
+    if not isinstance(x, Value):  # a number, which autograd has as a tensor
+        return b.full(b.meta_shape, x, b.meta_dtype)
+    return cast(b, x, **kwargs)
+
+
 def cast(b: Builder, x: Value, dtype: Any = None, **_: Any) -> Value:
     return x if dtype in (None, x.dtype) else b.aten(torch.ops.aten._to_copy.default, x, dtype=dtype)
 

@@ -76,7 +76,9 @@ class Pool(BaseRule):
             return picks.maximum(parts, op.output.dtype if self.once else None)
         x = pad_window(windows[0], pads, lowest(windows[0].dtype))
         kernel, stride, dilation = ([a[k] for a in axes] for k in (0, 1, 3))
-        return self.pooled(op, region, _POOLS[len(axes)](x, kernel, stride, 0, dilation, False))
+        rank = len(axes)
+        made = _POOLS[rank](x if lead != 1 else x[None], kernel, stride, 0, dilation, False)
+        return self.pooled(op, region, made if lead != 1 else [m[0] for m in made])
 
     def pooled(self, op: Op, region: Region, made: Sequence[torch.Tensor]) -> torch.Tensor:
         return made[0]

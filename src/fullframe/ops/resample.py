@@ -176,6 +176,11 @@ def _kernel(specs: Sequence[Spec], suffix: str = "") -> tuple[Any, tuple[Any, ..
     return getattr(torch.ops.aten, found[0] + suffix).default, found[1]
 
 
+def batched(x: torch.Tensor, rank: int) -> torch.Tensor:
+    """With a batch axis before channels and ``rank`` spatial axes: some of ATen's kernels want one."""
+    return x[None] if x.dim() == rank + 1 else x
+
+
 def packed(x: torch.Tensor) -> torch.Tensor:
     """A window with neighbouring channels as a tensor of its own: part of one, ATen copies to its other layout."""
     innermost = x.dim() in (4, 5) and x.stride(1) == 1 < x.shape[1]
@@ -221,7 +226,8 @@ def averaged(x: torch.Tensor, specs: Sequence[Spec]) -> torch.Tensor | None:
         return None
     call = F.avg_pool2d if len(specs) == 2 else F.avg_pool3d
     divisor = prod(s.divisor or n for s, n in zip(specs, sizes, strict=True))
-    return call(packed(x), sizes, divisor_override=divisor)
+    made = call(packed(batched(x, len(specs))), sizes, divisor_override=divisor)
+    return made if made.dim() == x.dim() else made[0]
 
 
 def spread_out(g: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor | None:
@@ -232,7 +238,10 @@ def spread_out(g: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval
     divisor = prod(s.divisor or n for s, n in zip(specs, sizes, strict=True))
     call = torch.ops.aten.upsample_nearest2d if len(specs) == 2 else torch.ops.aten.upsample_nearest3d
     lead = g.dim() - len(specs)
-    made = call.default(packed(g / divisor), [n * f for n, f in zip(g.shape[lead:], sizes, strict=True)])
+    made = call.default(
+        packed(batched(g / divisor, len(specs))), [n * f for n, f in zip(g.shape[lead:], sizes, strict=True)]
+    )
+    made = made if made.dim() == g.dim() else made[0]
     for k, (n, (low, high)) in enumerate(zip(sizes, region, strict=True)):
         made = made.narrow(lead + k, low % n, high - low)
     return made

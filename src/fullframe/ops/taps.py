@@ -140,7 +140,7 @@ def _mean_window(spec: Spec, position: int) -> tuple[range, int]:
     start = position * spec.stride - spec.padding
     stop = min(start + spec.kernel, n + spec.padding)
     inside = range(max(start, 0), min(stop, n))
-    return inside, max(1, spec.divisor or (stop - start if spec.counted else len(inside)))
+    return inside, spec.divisor or max(1, stop - start if spec.counted else len(inside))
 
 
 @table

@@ -1,0 +1,71 @@
+"""Operators at the edges of what they take: odd arguments, single numbers, no axes, empty tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from databases import Trial, judged
+from fuzzing import uncompiled
+from torch import nn
+
+L = torch.linalg
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with uncompiled():
+        yield
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return g * 2
+
+
+class Net(nn.Module):
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__()
+        self.function, self.scale = function, nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(x * self.scale)
+
+
+def statistics() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.linspace(0, 1, 3, dtype=torch.float64), torch.linspace(1, 2, 3, dtype=torch.float64)
+
+
+RIGHT: dict[str, Callable[[torch.Tensor], Any]] = {
+    "negative divisors": lambda x: (F.avg_pool2d(x, 2, divisor_override=-3), F.avg_pool2d(x, 3, 1, divisor_override=-1)),
+    "negative divisors 3d": lambda x: F.avg_pool3d(x[None], 2, 1, 1, divisor_override=-5),
+    "pooling without a batch": lambda x: (F.avg_pool2d(x[0], 2), F.max_pool2d(x[0], 3, 2, 1), F.avg_pool3d(x, 2), F.max_pool3d(x, 2)),
+    "all, any": lambda x: [(f(x > -1, dim=d), f(x > -1, dim=d, keepdim=True)) for f in (torch.all, torch.any) for d in (0, -1, (0, 2), ())],
+    "sgn": lambda x: (torch.sgn(Twice.apply(x)) * x, torch.sgn(0.5 + 0.4 * torch.tanh(x))),
+    "sgn alone": lambda x: torch.sgn(0.5 + 0.4 * torch.tanh(Twice.apply(x))),
+    "nansum of a vector": lambda x: (torch.nansum(x.flatten()), torch.nanmean(x.flatten()), torch.nansum(x.mean((0, 2, 3)))),
+    "matrix_power": lambda x: L.matrix_power(x, 0) + L.matrix_power(x, 2) + torch.matrix_power(x[0, 0], 0),
+    "softmax of a number": lambda x: (F.softmax(x.mean(), 0), F.log_softmax(x.mean(), -1), F.softmax(x.mean((0, 2, 3)), 0), x),
+    "repeat none": lambda x: (x.repeat(1, 0, 1, 1), x.repeat(2, 1, 1, 2)),
+    "roll of nothing": lambda x: (x[:, :0].roll(1, 1), x.roll(1, 1)),
+    "products over nothing": lambda x: (x[:, :, :, :0] @ x[:, :, :0], x),
+    "sums over nothing": lambda x: (x[:, :0].sum(1), x[:, :0].prod(1), (x[:, :0] > 0).any(1), (x[:, :0] > 0).all(1), x),
+    "cat of nothing": lambda x: (torch.cat([x[:, :0], x[:, :0]], 1), torch.cat([x[:, :0], x], 1)),
+    "numbers": lambda x: (x.mean().unfold(0, 1, 1), torch.gather(x.mean(), 0, torch.tensor([0])), torch.bucketize(x.mean(), torch.arange(3.0)), x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_the_edges_are_as_in_plain_pytorch(name):
+    outcome, detail = judged(Trial(Net(RIGHT[name]), torch.randn(2, 3, 8, 8, dtype=torch.float64)))
+    assert outcome == "right", detail
