@@ -261,7 +261,7 @@ def _forward(kept: Kept, program: Program, call: Call, wanted: Sequence[int] = (
     guard = _guard(program, call, run, outputs) if graph.late else []
     _take_apart(program, run, [tensors[k] for k in program.changed])
     _refuse_resized(program, call, run)
-    again = [_as_it_was(tensors[k], k in program.changed) for k in wanted]
+    again = [_as_it_was(tensors[k], k in program.changed, k < len(call.parameters)) for k in wanted]
     for k, value in program.changed.items():
         with torch.inference_mode(tensors[k].is_inference()), torch.no_grad():
             tensors[k].copy_(run.values[value])
@@ -270,11 +270,13 @@ def _forward(kept: Kept, program: Program, call: Call, wanted: Sequence[int] = (
     return outputs, again, Made(run, arena, guard, seed)
 
 
-def _as_it_was(tensor: torch.Tensor, changed: bool) -> torch.Tensor | None:
-    """A tensor of the call for a second backward: a copy where the call changes it, if it is small."""
-    if not changed and not tensor.is_inference():
-        return tensor
-    return tensor.detach().clone() if tensor.nbytes <= SMALL else None
+def _as_it_was(tensor: torch.Tensor, changed: bool, parameter: bool) -> torch.Tensor | None:
+    """A tensor of the call for a second backward: a copy where the call or, as anyone may, a later one changes it, if
+    it is small."""
+    lost = changed or tensor.is_inference()
+    if tensor.nbytes <= SMALL and (lost or not parameter):
+        return tensor.detach().clone()
+    return None if lost else tensor
 
 
 def _refuse_retained(program: Program, call: Call) -> None:
