@@ -24,6 +24,7 @@ from fullframe.program import Options, Program, compile_call, refuse_shared
 from fullframe.reads import Reads
 from fullframe.replay import Feed, Replays
 from fullframe.store import Arena, Arenas
+from fullframe.subclasses import dressed
 from fullframe.tracer import nested, recording
 
 Grads = list["torch.Tensor | None"]
@@ -122,9 +123,11 @@ class Tiled(nn.Module):
         _refuse_retained(program, call)
         kept = Kept(self._fullframe["arenas"], self._fullframe["replays"], self._fullframe["turns"])
         wanted = [call.tensors[k] for k in program.reached]
+        shadows = program.dressing.shadows(call.tensors)  # before anything is changed: it may be refused
         with torch.inference_mode(False):
             made = _Function.apply(kept, program, call, *wanted) if wanted else _forward(kept, program, call)[0]
         made = [_Lost.apply(t, program.lost[k], _leaf()) if k in program.lost else t for k, t in enumerate(made)]
+        made = [dressed(*pair) for pair in zip(made, shadows, strict=True)] if shadows else made
         program.leave(call, made)
         _revive(program, call, made)
         return program.assemble(call, made)

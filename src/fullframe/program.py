@@ -34,6 +34,7 @@ from fullframe.plan import Plan
 from fullframe.planner import FIXED, Request, plan
 from fullframe.reads import EVERYTHING, Notes, Reads
 from fullframe.returned import Tree, put_together, take_apart
+from fullframe.subclasses import Dressing, refuse_dispatching, special
 from fullframe.tracer import Recording, capture
 from fullframe.watch import Watch
 
@@ -81,7 +82,8 @@ class Program:
     by number, that have a graph when it ends, and the outputs that bring it.
     ``asked`` are the outputs whose gradients the graph is given, in the order of ``late``, or the one whose gradient
     it takes to be one. ``asks`` are the others of which they may be asked; None where there is only that one.
-    ``moved`` is a place, in words, that the forward itself changes.
+    ``moved`` is a place, in words, that the forward itself changes. ``dressing`` says of which classes the outputs
+    are.
     """
 
     graph: Graph
@@ -102,6 +104,7 @@ class Program:
     asked: tuple[int, ...] = ()
     asks: Asks | None = None
     moved: str = ""
+    dressing: Dressing = field(default_factory=Dressing)
 
     def expected(self) -> Program:
         """As it is planned for the outputs whose gradients were asked for lately."""
@@ -205,6 +208,7 @@ class _Recorder:
         self.criterion = call.pair.criterion is not None
         self.at_once = False  # whether there is one gradient to begin with, which is one
         self.returned = Tree(None, ())
+        self.dressing = Dressing()
         self.differentiable: list[bool] = []
         self.wanted: tuple[int, ...] = ()
         self.cut: list[bool] = []
@@ -235,6 +239,10 @@ class _Recorder:
             for t, old in zip(made, call.tensors, strict=True):
                 if isinstance(old, nn.Parameter):
                     vars(t)["_is_param"] = True  # as isinstance asks
+            first = len(call.parameters)
+            for k, old in enumerate(call.tensors[first:], first):
+                if special(old):
+                    self.watch.shadows.give(k, made[k], old)
             marks = [dict(vars(t)) for t in made]
             histories = [t.grad_fn for t in made]
             registered = dict(call.pair.named_buffers(remove_duplicate=False))
@@ -245,6 +253,7 @@ class _Recorder:
                         "the forward or the loss calls backward() itself, which adds to .grad before the step's own "
                         "backward; return that loss as well, or use torch.autograd.grad"
                     )
+                self.watch.shadows.open = False
                 outputs = self._take(returned)
                 self._refuse_parted(registered)
                 self.wanted = tuple(self._wanted()) if call.grad else ()
@@ -254,6 +263,7 @@ class _Recorder:
                 grads, seeds = self._gradients(outputs, [self.sources[k] for k in self.wanted])
                 if self.criterion:  # whose backward may leave tensors too
                     outputs = self._leave(made, outputs)
+                self.dressing = self.watch.shadows.dressing(outputs)
                 return outputs, grads, seeds
 
             with self.watch.replacing(
@@ -508,6 +518,7 @@ def _compile(
             "module, loss and inputs to the same device"
         )
     call.look(EVERYTHING)
+    refuse_dispatching(call.tensors[len(call.parameters) :])
     watch = Watch(call.pair)
     notes = Notes(call.survey)
     recorder = _Recorder(call, watch, notes, handed)
@@ -535,11 +546,14 @@ def _compile(
     changed = changes(graph, start, first_grad)
     numbers = tuple(sorted(watch.numbers))
     terms = Terms(recorder.wanted, recorder.alive, numbers, unused, tuple(recorder.leaving.places), recorder.returned)
+    dressing = recorder.dressing
     reads = Reads(tuple(choices), numbers, _looked(call, watch), passed)
     if lasting:
-        needed = {
-            k for k, t in enumerate(call.tensors) if id(t) in watch.touched and id(t) in others
-        } | changed.keys()
+        needed = (
+            {k for k, t in enumerate(call.tensors) if id(t) in watch.touched and id(t) in others}
+            | changed.keys()
+            | recorder.dressing.given.keys()
+        )
         try:
             count = len(call.tensors)
             terms, order = narrowed(call, survey, reads, terms, needed)
@@ -548,6 +562,7 @@ def _compile(
         else:
             reads = replace(reads, numbers=terms.numbers)
             reorder(graph, start, order, count)
+            dressing = dressing.renumbered({k: number for number, k in enumerate(order)})
             first_grad += len(order) - count
             changed = changes(graph, start, first_grad)
     refuse_shared(changed, call.tensors, call.names, terms.unused)
@@ -565,7 +580,7 @@ def _compile(
         graph, planned, terms.returned, outputs, start,
         terms.wanted, tuple(recorder.differentiable), lasting and call.survey.lasting,
         terms.places, tuple(recorder.cut), reads, recorder.devices, terms.unused, recorder.lost, terms.alive,
-        asked, asks, "" if lasting and call.survey.lasting else _moved(call, before, reads),
+        asked, asks, "" if lasting and call.survey.lasting else _moved(call, before, reads), dressing,
     )  # fmt: skip
 
 

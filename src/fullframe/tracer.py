@@ -80,6 +80,11 @@ def _record(recording: Recording) -> Any:
                 f"in {recording.watch.current or 'the step'}, torch.utils.checkpoint with use_reentrant=True cannot "
                 "be recorded; use use_reentrant=False, or no checkpoint: a tiled step stores what fits its budget"
             ) from error
+        if "already associated to a python object" in str(error):
+            raise CaptureError(
+                f"in {recording.watch.current or 'the step'}, a tensor of a subclass is made by calling the class, "
+                "which cannot be recorded; use tensor.as_subclass(...)"
+            ) from error
         if not reads_data(error):
             raise
         raise _data_dependent(recording.watch.current, error) from error

@@ -23,6 +23,7 @@ from fullframe.graph import CaptureError
 from fullframe.known import INDEXING, MAKERS, READERS, Known, Source
 from fullframe.patched import replaced
 from fullframe.states import States
+from fullframe.subclasses import Shadows
 
 WRITERS = frozenset(("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__iand__",
                      "__ior__", "__ixor__", "__ifloordiv__", "__imod__"))  # fmt: skip
@@ -56,6 +57,7 @@ class Watch(TorchFunctionMode):
         self.used: set[int] = set()  # ids of tensors that entered an operation, not only had their shape asked
         self.touched: set[int] = set()  # ids of tensors of which anything was asked
         self.known = Known()
+        self.shadows = Shadows()
         self.numbers: set[int] = set()  # which of the call's tensors had their numbers read
         self.met = self.strangers = False  # whether the call's tensors have numbers; whether some have none
         self.owners: dict[Any, str] = {}  # autograd node -> path of the module that made it
@@ -89,6 +91,7 @@ class Watch(TorchFunctionMode):
             made = func(*args, **kwargs)
         if name == "batch_norm":
             made = _laid_out(made)
+        made = self.shadows.follow(func, args, kwargs, made, self.current or "the step")
         if self.current:
             for tensor in made if isinstance(made, (list, tuple)) else (made,):
                 if isinstance(tensor, torch.Tensor) and tensor.requires_grad and name != "grad_fn":
@@ -196,7 +199,7 @@ class Watch(TorchFunctionMode):
         engine: Any = torch.autograd
         with (
             replaced([torch.autograd.Function], "apply", applied), self.states.followed(),
-            replaced([engine], "_engine_run_backward", backward), self,
+            replaced([engine], "_engine_run_backward", backward), self.shadows.sharing(), self,
         ):  # fmt: skip
             try:
                 yield
