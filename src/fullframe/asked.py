@@ -63,7 +63,7 @@ def asked_of(graph: Graph, used: Collection[Value], device: torch.device, at_onc
     made = Graph(
         [v for v in graph.inputs if v not in graph.late or v in late],
         live_ops(ops, [v for v in outputs if v is not None]),
-        outputs, graph.early if late else 0, late, graph.constants, graph.seed,
+        outputs, graph.early if late else 0, late, graph.constants, graph.seed, graph.strides,
     )  # fmt: skip
     verify(made)
     return made

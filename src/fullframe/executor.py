@@ -24,7 +24,7 @@ from fullframe.plan import LARGE, Plan, Step
 from fullframe.ready import Ready, ready
 from fullframe.reel import Reel, taped
 from fullframe.section import tiled
-from fullframe.store import Arena, empty_map, gapless
+from fullframe.store import Arena, empty_map, empty_output, gapless
 from fullframe.summation import Summation, add
 from fullframe.taped import Partials, TapedTask, apart, fit, kept
 from fullframe.task import Job, Part, Read, Store, Target, Task, Tasks, room_of
@@ -238,7 +238,7 @@ class Run:
     def allocate(self, value: Value) -> torch.Tensor:
         slot = self.runtime.slots.get(value)
         if slot is None:
-            return torch.empty(value.shape, dtype=value.dtype, device=self.device)
+            return empty_output(self.plan.graph, value, self.device)
         return self.arena.view(slot.offset, value.shape, value.dtype)
 
     def _keep(self, value: Value, tensor: torch.Tensor) -> torch.Tensor:

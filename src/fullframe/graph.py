@@ -192,6 +192,7 @@ class Graph:
     late: frozenset[Value] = frozenset()
     constants: dict[Value, Any] = field(default_factory=dict)
     seed: Value | None = None  # the input that random numbers follow from; the last of the inputs
+    strides: dict[Value, tuple[int, ...]] = field(default_factory=dict)  # of outputs, as their caller expects them
 
     def __str__(self) -> str:
         head = f"graph({', '.join(map(repr, self.inputs))})"

@@ -23,7 +23,7 @@ from fullframe.plan import Plan
 from fullframe.program import Options, Program, compile_call, refuse_shared
 from fullframe.reads import Reads
 from fullframe.replay import Feed, Replays
-from fullframe.store import Arena, Arenas
+from fullframe.store import Arena, Arenas, laid_out
 from fullframe.subclasses import dressed
 from fullframe.tracer import nested, recording
 
@@ -343,7 +343,8 @@ def _handed_out(program: Program, run: Run) -> Tensors:
         if v is not None and t is not None and run.values[v] is t:
             run.values[v] = t.detach()  # what autograd will hang on the output must not lead back to the run
     made = [t.clone() if v in values[:k] else t for k, (v, t) in enumerate(found) if t is not None]
-    return [t if t.device.type == d.type else t.to(d) for t, d in zip(made, program.devices, strict=True)]
+    made = [t if t.device.type == d.type else t.to(d) for t, d in zip(made, program.devices, strict=True)]
+    return [laid_out(t, s) for t, s in zip(made, program.strides[: len(made)], strict=True)]
 
 
 def _guard(program: Program, call: Call, run: Run, outputs: Tensors) -> Guard:
@@ -566,7 +567,8 @@ def _without(program: Program, grads: Grads, used: Iterable[Value], unused: Iter
 
 def _gradients(program: Program, run: Run) -> Grads:
     start = len(program.graph.outputs) - len(program.wanted)
-    return [run.result(v) for v in program.graph.outputs[start:]]
+    found = zip(program.graph.outputs[start:], program.strides[program.outputs :], strict=True)
+    return [laid_out(run.result(v), s) for v, s in found]
 
 
 def tile(

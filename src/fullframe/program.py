@@ -34,10 +34,12 @@ from fullframe.plan import Plan
 from fullframe.planner import FIXED, Request, plan
 from fullframe.reads import EVERYTHING, Notes, Reads
 from fullframe.returned import Tree, put_together, take_apart
+from fullframe.store import packed
 from fullframe.subclasses import Dressing, refuse_dispatching, special
 from fullframe.tracer import Recording, capture
 from fullframe.watch import Watch
 
+Strides = tuple[int, ...] | None
 WINDOWS = 32  # so many of the largest windows fit in the budget of a device
 AHEAD = 8  # steps that may be in flight: two or three sections of each of two branches, and small ones between
 
@@ -83,7 +85,7 @@ class Program:
     ``asked`` are the outputs whose gradients the graph is given, in the order of ``late``, or the one whose gradient
     it takes to be one. ``asks`` are the others of which they may be asked; None where there is only that one.
     ``moved`` is a place, in words, that the forward itself changes. ``dressing`` says of which classes the outputs
-    are.
+    are. ``strides`` are those of the outputs, and then of the gradients, in plain PyTorch.
     """
 
     graph: Graph
@@ -105,6 +107,7 @@ class Program:
     asks: Asks | None = None
     moved: str = ""
     dressing: Dressing = field(default_factory=Dressing)
+    strides: tuple[Strides, ...] = ()
 
     def expected(self) -> Program:
         """As it is planned for the outputs whose gradients were asked for lately."""
@@ -208,6 +211,7 @@ class _Recorder:
         self.criterion = call.pair.criterion is not None
         self.at_once = False  # whether there is one gradient to begin with, which is one
         self.returned = Tree(None, ())
+        self.strides: tuple[Strides, ...] = ()  # of the outputs, and of the gradients
         self.dressing = Dressing()
         self.differentiable: list[bool] = []
         self.wanted: tuple[int, ...] = ()
@@ -289,6 +293,8 @@ class _Recorder:
                 )
         handed = [t.detach() for t in outputs]
         self.devices = tuple(t.device for t in handed)
+        self.strides = tuple(_strides(t) for t in (*handed, *grads))
+        self._like_parameters(len(handed))
         # What a former call left is there until this one's takes its place: twice in the arithmetic.
         again = [handed[k] for k in sorted(self.leaving.used)]
         return [*handed, *again, *(_detached(t) for t in kept), *grads], seeds
@@ -299,6 +305,14 @@ class _Recorder:
         for k in range(len(self.call.parameters), len(made) - len(self.call.inputs)):
             if k not in self.roots and not tensors[k].requires_grad and tensors[k].layout is torch.strided:
                 yield Source(k, names[k], tensors[k], made[k])
+
+    def _like_parameters(self, start: int) -> None:
+        """The gradient of a parameter lies as it does, which autograd and DistributedDataParallel ask for."""
+        own = [*self.strides]
+        for k, wanted in enumerate(self.wanted, start):
+            if wanted < len(self.call.parameters) and own[k] is not None:
+                own[k] = _strides(self.call.tensors[wanted]) or own[k]
+        self.strides = tuple(own)
 
     def _root(self, made: Tensors) -> None:
         """Give what a former step left without its graph something to stand for that graph."""
@@ -462,6 +476,13 @@ def take_grads(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor | None]:
     return [grad for _, grad in found]
 
 
+def _strides(tensor: torch.Tensor | None) -> Strides:
+    """Those of a tensor whose elements fill one run of memory."""
+    if tensor is None or tensor.layout is not torch.strided or not packed(tensor.shape, tensor.stride()):
+        return None
+    return tuple(tensor.stride())
+
+
 def _detached(tensor: torch.Tensor) -> torch.Tensor:
     """Without its graph; a sparse one, which no step computes with, as it is: torch 2.14 records no views of it."""
     return tensor.detach() if tensor.layout is torch.strided else tensor
@@ -539,6 +560,7 @@ def _compile(
     survey, choices = notes.survey(call.roots, call.entries(passed))
     _refuse_identities(call, survey)
     outputs = len(recorder.differentiable)
+    _expect(graph, outputs, recorder.strides)
     start = outputs + len(recorder.leaving.used)
     first_grad = start + len(call.tensors)
     others = {id(t) for t in call.others}
@@ -580,8 +602,17 @@ def _compile(
         graph, planned, terms.returned, outputs, start,
         terms.wanted, tuple(recorder.differentiable), lasting and call.survey.lasting,
         terms.places, tuple(recorder.cut), reads, recorder.devices, terms.unused, recorder.lost, terms.alive,
-        asked, asks, "" if lasting and call.survey.lasting else _moved(call, before, reads), dressing,
+        asked, asks, "" if lasting and call.survey.lasting else _moved(call, before, reads),
+        dressing, recorder.strides,
     )  # fmt: skip
+
+
+def _expect(graph: Graph, outputs: int, strides: Sequence[Strides]) -> None:
+    """Have what a run hands out made in the layout that it will have."""
+    handed = graph.outputs[:outputs] + graph.outputs[len(graph.outputs) - (len(strides) - outputs) :]
+    for value, expected in zip(handed, strides, strict=True):
+        if value is not None and expected is not None and value not in graph.inputs:
+            graph.strides.setdefault(value, expected)
 
 
 def _asks(

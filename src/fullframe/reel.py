@@ -18,7 +18,7 @@ from fullframe.flow import Waits
 from fullframe.graph import Op, Value
 from fullframe.kernels import NativeFlow, Stage, Stages, Tape, Track
 from fullframe.plan import Plan
-from fullframe.store import Arena, shaped
+from fullframe.store import Arena, empty_output, shaped
 from fullframe.summation import Summation, add
 from fullframe.taped import Partials, TapedTask
 from fullframe.task import Task, Tasks
@@ -64,7 +64,7 @@ class Reel:
                  steps: range):  # fmt: skip
         self.plan, self.waits, self.maps, self.kept, self.steps = plan.steps, waits, maps, kept, steps
         self.slots, self.workers, self.ahead = plan.slots, plan.workers, plan.ahead
-        self.given_out = {v for v in plan.graph.outputs if v is not None}
+        self.graph, self.given_out = plan.graph, {v for v in plan.graph.outputs if v is not None}
         self.index: dict[Value, int] = {}  # in the table of addresses, where the first is the arena's
         self.strides: dict[Value, tuple[int, ...]] = {}  # as the tapes know them
         self.homes: dict[Value, Home] = {}
@@ -134,7 +134,7 @@ class Reel:
         if value in self.kept:
             return shaped(torch.empty(made.numel(), dtype=value.dtype), value.shape)
         if value in self.maps:
-            return torch.empty(value.shape, dtype=value.dtype)
+            return empty_output(self.graph, value, CPU)
         return torch.empty_strided(made.shape, torch.empty_like(made).stride(), dtype=value.dtype)
 
     def _house(self, value: Value, target: torch.Tensor) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fullframe.graph import Graph, Value
+
 
 class Arena:
     """A block of bytes from which maps are views: on the device, or ``away`` from it in the host's memory.
@@ -82,6 +84,27 @@ def gapless(tensor: torch.Tensor) -> bool:
     return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) == tensor.numel()
 
 
+def packed(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether elements with these strides fill one run of memory, each place once."""
+    expected = 1
+    for step, n in sorted((step, n) for step, n in zip(strides, shape, strict=True) if n != 1):
+        if step != expected:
+            return False
+        expected *= n
+    return True
+
+
+def laid_out(tensor: Any, strides: tuple[int, ...] | None) -> Any:
+    """A tensor of no graph, or None, with these strides; a copy only where its elements lie in another order."""
+    if strides is None or tensor is None or tensor.stride() == strides:
+        return tensor
+    pairs = zip(tensor.shape, tensor.stride(), strides, strict=True)
+    if all(n == 1 or old == new for n, old, new in pairs):
+        place = tensor.storage_offset(), tensor.shape, strides
+        return tensor.new_empty(0).set_(tensor.untyped_storage(), *place)  # no view, as autograd understands it
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 def shaped(flat: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Flat elements as a map: channels innermost where there are two or more spatial axes."""
     if len(shape) not in (4, 5):
@@ -96,6 +119,14 @@ def empty_map(shape: Sequence[int], dtype: torch.dtype, device: torch.device) ->
     for n in shape:
         count *= n
     return shaped(torch.empty(count, dtype=dtype, device=device), shape)
+
+
+def empty_output(graph: Graph, value: Value, device: torch.device) -> torch.Tensor:
+    """An uninitialised map that is handed out, in the layout that is expected of it."""
+    strides = graph.strides.get(value)
+    if strides is None:
+        return torch.empty(value.shape, dtype=value.dtype, device=device)
+    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=device)
 
 
 class Arenas:
