@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fullframe
-from fullframe import fingerprint
+from fullframe import names
 
 D = torch.float64
 
@@ -114,7 +114,7 @@ def test_caches_of_a_package(name, tmp_path, monkeypatch):
     """What a package keeps by size is its own after a recording: plain calls and further recordings are right."""
     (tmp_path / "kept_by_size.py").write_text(PACKAGE)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(fingerprint, "INSTALLED", (*fingerprint.INSTALLED, str(tmp_path)))
+    monkeypatch.setattr(names, "INSTALLED", (*names.INSTALLED, str(tmp_path)))
     monkeypatch.delitem(sys.modules, "kept_by_size", raising=False)
     package = importlib.import_module("kept_by_size")
 
