@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -213,7 +214,7 @@ def test_a_pointer_in_an_attribute_assigned_anew(recordings):
 def test_numbers_that_the_step_itself_makes_are_refused():
     def what(net, y):
         net.total.add_(y.detach().sum())
-        return y * 2 if net.total > 0 else y
+        return y * net.total.item()
 
     with pytest.raises(fullframe.CaptureError, match="depends on the data"):
         fullframe.tile(Net(what, total=torch.zeros((), dtype=torch.float64)), tile=TILE)(
@@ -223,6 +224,33 @@ def test_numbers_that_the_step_itself_makes_are_refused():
         fullframe.tile(nn.Conv2d(1, 1, 3), loss=lambda y, t: y[t > 0].mean(), tile=TILE)(
             torch.ones(1, 1, 8, 9), torch.ones(1, 1, 6, 7)
         )
+
+
+def test_conditions_on_numbers_that_the_step_itself_makes_are_looked_at():
+    def what(net, y):
+        net.total.add_(y.detach().sum())
+        return y * 2 if net.total > 0 else y
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for start in (-100.0, 0.0, 100.0):
+            agrees(what, 5, total=torch.tensor(start, dtype=torch.float64))
+
+
+def test_where_to_split_may_be_the_numbers_of_a_buffer(recordings):
+    def moved(net, k):
+        net.places[0] = 1 + k
+
+    agrees(lambda net, y: torch.cat(y.tensor_split(net.places, 3)[::2], 3), 4, moved, places=torch.tensor([2, 5]))
+    assert len(recordings) == 3
+    agrees(lambda net, y: y.tensor_split(net.place, 3)[1], 2, place=torch.tensor(4))
+
+
+def test_a_text_may_have_the_number_of_a_buffer():
+    def what(net, y):
+        return y * len(f"{net.width:03d}")
+
+    agrees(what, 2, width=torch.tensor(7))
 
 
 def test_views_see_what_is_written():

@@ -50,7 +50,6 @@ def grown(s: Any, x: torch.Tensor) -> torch.Tensor:
 PLACE = r"block \(Block\)"
 # What the block does, and words of op, place and way out that the error must have.
 REFUSED: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "if": (lambda s, x: x if x.sum() > 0 else -x, (PLACE, "_local_scalar_dense", "torch.where")),
     "item": (lambda s, x: x * x.mean().item(), (PLACE, "_local_scalar_dense", "compute that value outside")),
     "selection": (lambda s, x: x[x > 0].mean() * x, (PLACE, "nonzero", "mask of fixed shape")),
     "unique": (lambda s, x: x * len(torch.unique(x.detach())), (PLACE, "unique", "compute that value outside")),

@@ -277,10 +277,6 @@ class Block(nn.Module):
         return self.what(self, x)
 
 
-def branch(self, x):
-    return x * 2 if x.sum() > 0 else x
-
-
 def keep(self, x):
     self.features = {x * 2}
     return x
@@ -288,7 +284,6 @@ def keep(self, x):
 
 HIDDEN = torch.ones(1, requires_grad=True)
 REFUSED = {
-    "if": (branch, "block"),
     "item": (lambda s, x: x * x.mean().item(), "block"),
     "float": (lambda s, x: x * float(x.mean()), "block"),
     "tolist": (lambda s, x: x * x.mean().tolist(), "block"),

@@ -87,6 +87,7 @@ class Call:
         self.grad = torch.is_grad_enabled()
         self._survey: Survey | None = None
         self._others: Tensors = []
+        self.undo: Callable[[], None] | None = None  # puts back what the recording of this call did in Python
 
     def look(self, reads: Reads, survey: Survey | None = None) -> None:
         """See what is in reach, as far as a recording has read it; the ``survey`` may have been made already."""

@@ -67,11 +67,11 @@ class Changes:
                 f"{place} is read by the step and has had {OFTEN} values: each is recorded anew, which takes as long "
                 "as the first call. If the arithmetic needs it, let it be a tensor that the step only computes with; "
                 "if not, let the step not look at it",
-                stacklevel=_outside(),
+                stacklevel=outside(),
             )
 
 
-def _outside() -> int:
+def outside() -> int:
     """How far up the caller is that belongs neither to this package nor to torch."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(INNER):

@@ -147,6 +147,10 @@ class Known:
             for key in self._sharing(tensor):
                 self.origins[key] = self.origins.get(key, frozenset()) | origins
 
+    def read_by(self, name: str, tensor: torch.Tensor) -> Any:
+        """What one of the readers gives of a tensor with a twin."""
+        return self._reading(name, (tensor,), {})
+
     def _reading(self, name: str, args: Any, kwargs: Any) -> Any:
         self.read |= self._origins((args, kwargs))
         with _disable_current_modes():

@@ -63,6 +63,7 @@ class Leaving:
     def __post_init__(self) -> None:
         self.spaces = spaces(self.survey)
         self.before = {a: items_of(s) for a, s in self.spaces.items()}
+        self.sets = [(s, set(s)) for s in self.survey.sets if isinstance(s, set)]
         self.known = {id(s) for s in self.spaces.values()}
         self.given = {id(t): k for k, t in enumerate(self.tensors)}
         modules = [h for h in self.survey.holders if isinstance(h, nn.Module)]
@@ -123,6 +124,16 @@ class Leaving:
                     lost = lost or self._name(address, key)
                     self._back(address, [key])
         return lost
+
+    def rewind(self) -> None:
+        """Give every space and set what it held before, so that the call may be recorded once more."""
+        for address, space in self.spaces.items():
+            now, old = items_of(space), self.before[address]
+            changed = [k for k in now.keys() | old.keys() if now.get(k, MISSING) is not old.get(k, MISSING)]
+            self._back(address, changed)
+        for space, old in self.sets:
+            space.clear()
+            space.update(old)
 
     def _back(self, address: Address, keys: Collection[Any]) -> None:
         """Give a space what it held before under these keys."""

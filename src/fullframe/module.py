@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,11 +21,12 @@ from fullframe.graph import CaptureError, Value, followers
 from fullframe.patched import RECORDING, Turns
 from fullframe.plan import Plan
 from fullframe.program import Options, Program, compile_call, refuse_shared
-from fullframe.reads import Reads
+from fullframe.questions import Diverged
 from fullframe.replay import Feed, Replays
 from fullframe.store import Arena, Arenas, laid_out
 from fullframe.subclasses import dressed
 from fullframe.tracer import nested, recording
+from fullframe.ways import Idle, Key, Programs, assuming, keep, keys, matching, tell
 
 Grads = list["torch.Tensor | None"]
 
@@ -120,38 +121,63 @@ class Tiled(nn.Module):
             _refuse_transforms(call)
             refuse_modes()
             program = self._program(call)
-        _refuse_retained(program, call)
         kept = Kept(self._fullframe["arenas"], self._fullframe["replays"], self._fullframe["turns"])
-        wanted = [call.tensors[k] for k in program.reached]
-        shadows = program.dressing.shadows(call.tensors)  # before anything is changed: it may be refused
-        with torch.inference_mode(False):
-            made = _Function.apply(kept, program, call, *wanted) if wanted else _forward(kept, program, call)[0]
+        program, made, shadows = self._run(kept, program, call)
+        if not program.reached:  # in plain PyTorch they have a graph all the same
+            yes = program.differentiable
+            made = [Idle.apply(t, _leaf()) if y else t for t, y in zip(made, yes, strict=True)]
         made = [_Lost.apply(t, program.lost[k], _leaf()) if k in program.lost else t for k, t in enumerate(made)]
         made = [dressed(*pair) for pair in zip(made, shadows, strict=True)] if shadows else made
         program.leave(call, made)
         _revive(program, call, made)
         return program.assemble(call, made)
 
-    def _program(self, call: Call) -> Program:
-        programs: dict[Any, Program] = self._fullframe["programs"]
-        key = next((k for k in _keys(call, programs) if k in programs), None)
-        if key is not None:
-            found = programs.pop(key)
+    def _run(self, kept: Kept, program: Program, call: Call) -> tuple[Program, Tensors, Any]:
+        """The program of the way that a call takes, the tensors that it hands out, and whose class those have."""
+        drawn = torch.get_rng_state() if program.conditions else None
+        turn = 0
+        while True:
+            _refuse_retained(program, call)
+            shadows = program.dressing.shadows(call.tensors)  # before anything is changed: it may be refused
+            wanted = [call.tensors[k] for k in program.reached]
+            try:
+                with torch.inference_mode(False):
+                    if wanted:
+                        return program, list(_Function.apply(kept, program, call, *wanted)), shadows
+                    return program, _forward(kept, program, call)[0], shadows
+            except Diverged as diverged:
+                assert drawn is not None
+                torch.set_rng_state(drawn)
+                turn += 1
+                with RECORDING:
+                    program = self._program(call, diverged, turn)
+
+    def _program(self, call: Call, diverged: Diverged | None = None, turn: int = 0) -> Program:
+        """The program of a call, or of the way it takes where conditions are not as they were assumed."""
+        programs: Programs = self._fullframe["programs"]
+        known = () if diverged is None else diverged.answers
+        if call.undo is not None:
+            call.undo()
+            call.undo = None
+        match = next(matching(call, programs, known), None)
+        if match is not None:
+            key, found = match[:2], programs[match]
         else:
             if call.device.type == "cuda":  # what is kept for other sizes is free for this one
                 self._fullframe["replays"].drop(self._fullframe["arenas"])
                 self._fullframe["arenas"].clear()
             values: Values = self._fullframe["values"]
             tried = values.unread(call)
-            found = compile_call(call, self._fullframe["options"], tried)
+            ways = 0 if diverged is None else len(list(matching(call, programs)))
+            found = compile_call(call, self._fullframe["options"], tried, known)
+            if diverged is not None:
+                tell(max(ways, turn), diverged.where)
             key = found.reads, call.key(found.reads)
             values.note(call, found, tried)
-            if not found.reads.passed:
+            if not found.reads.passed and not (diverged is not None and found.moved):
                 self._fullframe["changes"].note(call, found.reads, found.moved)
         if found.lasting:
-            programs[key] = found  # the latest used is last
-            while len(programs) > KEPT:
-                del programs[next(iter(programs))]
+            keep(programs, key, found, KEPT)
         return found
 
 
@@ -159,13 +185,13 @@ class Values:
     """Texts and numbers in the arguments, and in which calls they were all that was new."""
 
     def __init__(self) -> None:
-        self.calls: dict[tuple[Reads, Any], None] = {}  # keys of the calls recorded, without them
+        self.calls: dict[Key, None] = {}  # keys of the calls recorded, without them
         self.read: dict[str, set[int]] = {}  # which of them steps read, by the structure of the arguments
 
     def unread(self, call: Call) -> set[int]:
         """Those that may not matter: in all else the call is as one that was recorded."""
         found = set(call.values) - self.read.get(str(call.spec), set())
-        return found if found and any(k in self.calls for k in _keys(call, self.calls)) else set()
+        return found if found and any(k in self.calls for k in keys(call, self.calls)) else set()
 
     def note(self, call: Call, program: Program, tried: set[int]) -> None:
         """Remember a call that was just recorded, with some of them ``tried``."""
@@ -178,13 +204,6 @@ class Values:
             while len(self.calls) > KEPT:
                 del self.calls[next(iter(self.calls))]
             call.look(program.reads)
-
-
-def _keys(call: Call, programs: Iterable[tuple[Reads, Any]]) -> Iterator[tuple[Reads, Any]]:
-    """The call's key in the terms of each recording, for they have read different things."""
-    for reads in dict.fromkeys(reads for reads, _ in reversed(list(programs))):
-        call.look(reads)
-        yield reads, call.key(reads)
 
 
 def _refuse_transforms(call: Call) -> None:
@@ -259,7 +278,14 @@ def _forward(kept: Kept, program: Program, call: Call, wanted: Sequence[int] = (
         arena = arenas.take(plan.bytes.arena + plan.bytes.host, device, bool(plan.away))
         run = Run(plan, arena, device)
         run.feed([f.value for f in feeds], [f.tensor for f in feeds])
-        run.advance(plan.early if graph.late else len(plan.steps))
+        with assuming(program, run):
+            run.advance(plan.early if graph.late else len(plan.steps))
+    try:
+        program.settle(run.values)
+    except Exception:
+        if arena is not None:
+            arenas.give(arena)
+        raise
     outputs = _handed_out(program, run)
     guard = _guard(program, call, run, outputs) if graph.late else []
     _take_apart(program, run, [tensors[k] for k in program.changed])

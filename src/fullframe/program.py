@@ -32,6 +32,7 @@ from fullframe.patched import RECORDING
 from fullframe.places import Left, Place
 from fullframe.plan import Plan
 from fullframe.planner import FIXED, Request, plan
+from fullframe.questions import Asked, Questions, recorded_as, settle
 from fullframe.reads import EVERYTHING, Notes, Reads
 from fullframe.returned import Tree, put_together, take_apart
 from fullframe.store import packed
@@ -85,7 +86,8 @@ class Program:
     ``asked`` are the outputs whose gradients the graph is given, in the order of ``late``, or the one whose gradient
     it takes to be one. ``asks`` are the others of which they may be asked; None where there is only that one.
     ``moved`` is a place, in words, that the forward itself changes. ``dressing`` says of which classes the outputs
-    are. ``strides`` are those of the outputs, and then of the gradients, in plain PyTorch.
+    are. ``strides`` are those of the outputs, and then of the gradients, in plain PyTorch. ``conditions`` are what
+    the recording has assumed to hold or not, whose truth is the last of the outputs up to ``start``.
     """
 
     graph: Graph
@@ -108,6 +110,7 @@ class Program:
     moved: str = ""
     dressing: Dressing = field(default_factory=Dressing)
     strides: tuple[Strides, ...] = ()
+    conditions: tuple[Asked, ...] = ()
 
     def expected(self) -> Program:
         """As it is planned for the outputs whose gradients were asked for lately."""
@@ -129,6 +132,16 @@ class Program:
             found = replace(self, graph=graph, plan=planned, asked=tuple(sorted(used)), asks=None)
             asks.programs[used, alone] = found
         return asks.programs[used, alone]
+
+    @property
+    def answers(self) -> tuple[bool, ...]:
+        """The answers that were assumed."""
+        return tuple(a.answer for a in self.conditions if a.answer is not None)
+
+    def settle(self, values: Mapping[Value, torch.Tensor]) -> bool:
+        """Look at what the recording has assumed (`questions.settle`)."""
+        flags = self.graph.outputs[self.start - len(self.conditions) : self.start]
+        return settle(self.conditions, [None if v is None else values.get(v) for v in flags])
 
     @property
     def gradients(self) -> list[Value | None]:
@@ -204,8 +217,11 @@ def changes(graph: Graph, start: int, end: int) -> dict[int, Value]:
 class _Recorder:
     """The function that is recorded: forward, and backward where gradients are wanted."""
 
-    def __init__(self, call: Call, watch: Watch, notes: Notes, handed: Mapping[int, Handed] | None):
+    def __init__(
+        self, call: Call, watch: Watch, notes: Notes, handed: Mapping[int, Handed] | None, questions: Questions
+    ):
         self.call, self.watch, self.notes, self.handed = call, watch, notes, handed
+        self.questions = questions
         fixed = len(call.parameters) + len(call.buffers)
         self.leaving = Leaving(call.survey, watch.names, call.tensors, fixed)
         self.criterion = call.pair.criterion is not None
@@ -264,15 +280,15 @@ class _Recorder:
                 if not self.criterion:
                     outputs = self._leave(made, outputs)
                     outputs = self._revive(made, histories, outputs)
+                self.questions.late = True
                 grads, seeds = self._gradients(outputs, [self.sources[k] for k in self.wanted])
                 if self.criterion:  # whose backward may leave tensors too
                     outputs = self._leave(made, outputs)
                 self.dressing = self.watch.shadows.dressing(outputs)
                 return outputs, grads, seeds
 
-            with self.watch.replacing(
-                stand_ins, self._sources(made)
-            ):  # in the backward too, which may run modules again
+            # In the backward too, which may run modules again.
+            with self.watch.replacing(stand_ins, self._sources(made)), self.questions:
                 outputs, grads, seeds = torch.func.functional_call(
                     call.pair, state, (*arguments, rest), tie_weights=True, strict=True
                 )
@@ -297,7 +313,7 @@ class _Recorder:
         self._like_parameters(len(handed))
         # What a former call left is there until this one's takes its place: twice in the arithmetic.
         again = [handed[k] for k in sorted(self.leaving.used)]
-        return [*handed, *again, *(_detached(t) for t in kept), *grads], seeds
+        return [*handed, *again, *self.questions.flags, *(_detached(t) for t in kept), *grads], seeds
 
     def _sources(self, made: Tensors) -> Iterator[Source]:
         """Buffers and tensors in attributes, whose numbers a recording may read as they are now."""
@@ -488,23 +504,26 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach() if tensor.layout is torch.strided else tensor
 
 
-def compile_call(call: Call, options: Options, values: Collection[int] = ()) -> Program:
-    """Record and plan a call; raises `CaptureError`, `BudgetError` or `UnsupportedOpError`.
+def compile_call(
+    call: Call, options: Options, values: Collection[int] = (), answers: tuple[bool, ...] = ()
+) -> Program:
+    """Record and plan a call, with these answers to its first conditions.
 
     ``values`` are leaves of the arguments, by number, that the step may only hand on. Those that it does not read
-    stay out of the key.
+    stay out of the key. Raises `CaptureError`, `BudgetError` or `UnsupportedOpError`, and what the code of the step
+    raises.
     """
     try:
         with RECORDING, unlogged(), unhooked():
-            made = _without(call, options, values)
+            made = _without(call, options, values, answers)
             if made is not None:
                 return made
             try:
-                return _compile(call, options, by_state)
+                return _compile(call, options, by_state, answers)
             except Drawn:
                 if active_count() == 1:
                     raise
-                return _compile(call, options, by_calls)  # it may have been another thread that drew
+                return _compile(call, options, by_calls, answers)  # it may have been another thread that drew
     except FullframeError:
         raise
     except Exception as error:  # of the caller's own code: shapes that do not fit, say
@@ -512,12 +531,12 @@ def compile_call(call: Call, options: Options, values: Collection[int] = ()) -> 
         raise
 
 
-def _without(call: Call, options: Options, values: Collection[int]) -> Program | None:
+def _without(call: Call, options: Options, values: Collection[int], answers: tuple[bool, ...]) -> Program | None:
     """The call recorded with as many of these leaves as it does not read out of its key; None where it reads all."""
     while values:
         asked: set[int] = set()
         try:
-            made = _compile(call, options, by_state, {k: Handed(k, asked) for k in values})
+            made = _compile(call, options, by_state, answers, {k: Handed(k, asked) for k in values})
         except Exception:  # for what was asked; if it has another reason it comes again
             made = None
         if made is not None and made.lasting and not asked:
@@ -530,6 +549,7 @@ def _compile(
     call: Call,
     options: Options,
     undrawn: Callable[[], AbstractContextManager[None]],
+    answers: tuple[bool, ...],
     handed: Mapping[int, Handed] | None = None,
 ) -> Program:
     devices = sorted({str(t.device) for t in call.tensors if t.device.type != "cpu"})
@@ -540,28 +560,25 @@ def _compile(
         )
     call.look(EVERYTHING)
     refuse_dispatching(call.tensors[len(call.parameters) :])
-    watch = Watch(call.pair)
-    notes = Notes(call.survey)
-    recorder = _Recorder(call, watch, notes, handed)
     before = Survey(call.roots)
     numbers = [state_of(g) for g in call.survey.generators]
-    with (
-        torch.inference_mode(False), _undisturbed(recorder.leaving), recordable(call.pair),
-        _forgetful(call.survey.caches), unspoilt(recorded), notes.taken(),
-    ):  # fmt: skip
-        graph = capture(Recording(recorder, call.tensors, call.names, watch, call.device, undrawn))
+    recorder, graph = recorded_as(answers, lambda questions: _record(call, undrawn, handed, questions))
+    watch, notes = recorder.watch, recorder.notes
     if [state_of(g) for g in call.survey.generators] != numbers:
         raise CaptureError(f"the module or the loss drew from a generator of its own; {FROZEN}")
     after = Survey(call.roots)
     if any(recorded(t) for t in after.tensors):
         raise CaptureError("the forward stores a tensor in an object that it can reach; return it as an output")
     lasting = after.key == before.key and _who(after) == _who(before)
+    if recorder.questions.asked and not lasting:
+        call.undo = recorder.leaving.rewind
     passed = tuple(sorted(handed or ()))
     survey, choices = notes.survey(call.roots, call.entries(passed))
     _refuse_identities(call, survey)
     outputs = len(recorder.differentiable)
     _expect(graph, outputs, recorder.strides)
-    start = outputs + len(recorder.leaving.used)
+    conditions = tuple(recorder.questions.asked)
+    start = outputs + len(recorder.leaving.used) + len(conditions)
     first_grad = start + len(call.tensors)
     others = {id(t) for t in call.others}
     unused = frozenset(k for k, t in enumerate(call.tensors) if id(t) in others and id(t) not in watch.used)
@@ -603,7 +620,7 @@ def _compile(
         terms.wanted, tuple(recorder.differentiable), lasting and call.survey.lasting,
         terms.places, tuple(recorder.cut), reads, recorder.devices, terms.unused, recorder.lost, terms.alive,
         asked, asks, "" if lasting and call.survey.lasting else _moved(call, before, reads),
-        dressing, recorder.strides,
+        dressing, recorder.strides, conditions,
     )  # fmt: skip
 
 
@@ -636,6 +653,23 @@ def _asks(
 def _freed(request: Request, graph: Graph, wanted: int) -> Request:
     """A request for another version of its graph, whose gradients may be other values."""
     return replace(request, free=frozenset(v for v in graph.outputs[len(graph.outputs) - wanted :] if v is not None))
+
+
+def _record(
+    call: Call,
+    undrawn: Callable[[], AbstractContextManager[None]],
+    handed: Mapping[int, Handed] | None,
+    questions: Questions,
+) -> tuple[_Recorder, Graph]:
+    watch, notes = Watch(call.pair), Notes(call.survey)
+    questions.path = lambda: watch.current
+    recorder = _Recorder(call, watch, notes, handed, questions)
+    questions.rewind = recorder.leaving.rewind
+    with (
+        torch.inference_mode(False), _undisturbed(recorder.leaving), recordable(call.pair),
+        _forgetful(call.survey.caches), unspoilt(recorded), notes.taken(),
+    ):  # fmt: skip
+        return recorder, capture(Recording(recorder, call.tensors, call.names, watch, call.device, undrawn))
 
 
 def _refuse_changes(call: Call, arguments: Any, given: Any, marks: Iterable[tuple[torch.Tensor, Any]]) -> None:

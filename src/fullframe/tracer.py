@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fullframe.graph import CaptureError, Graph, Value, live_ops, verify
 from fullframe.ops import LOWERINGS, Builder
+from fullframe.questions import place_of
 from fullframe.watch import Watch, reads_data
 
 Function = Callable[..., "tuple[Sequence[torch.Tensor | None], Sequence[torch.Tensor]]"]
@@ -158,8 +159,10 @@ def _data_dependent(path: str, error: Exception) -> CaptureError:
     if isinstance(error, CaptureError):
         return error
     op = str(getattr(error, "func", "")) or "the numbers of a tensor"
+    where = place_of(error)
     return CaptureError(
-        f"in {path or 'the step'}, the course of the computation depends on the data ({op}), so it cannot be "
+        f"in {path or 'the step'}, {f'at {where}, ' if where else ''}the course of the computation depends on the "
+        f"data ({op}), so it cannot be "
         "recorded once for all inputs; compute that value outside the step and pass it in, or use a mask of fixed "
         "shape (torch.where) in place of an if or of a selection"
     )
@@ -191,7 +194,7 @@ def _lower(module: Any, names: Sequence[str], device: torch.device) -> Graph:
             made[node] = builder.value(meta.shape, meta.dtype, f"grad_output{late.index(node)}")
         else:
             made[node] = _lower_call(builder, node, made)
-    outputs = [made[n] if isinstance(n, Node) else None for n in results]
+    outputs = [_as_recorded(builder, made[n], n) if isinstance(n, Node) else None for n in results]
     later = [made[n] for n in late]
     wanted = [v for v in outputs if v is not None]
     ops = live_ops(builder.ops, wanted)
@@ -200,6 +203,14 @@ def _lower(module: Any, names: Sequence[str], device: torch.device) -> Graph:
     graph = Graph(inputs, ops, outputs, late=frozenset(later), constants=constants, seed=seed)
     verify(graph)
     return graph
+
+
+def _as_recorded(builder: Builder, value: Value, node: Node) -> Value:
+    """A result in the dtype that plain PyTorch gives it: statistics are wider within."""
+    dtype = node.meta["val"].dtype
+    if value.dtype == dtype or node.op == "placeholder":
+        return value
+    return builder.aten(torch.ops.aten._to_copy.default, value, dtype=dtype)
 
 
 def _lower_call(builder: Builder, node: Node, made: dict[Node, Any]) -> Any:
@@ -223,11 +234,33 @@ def _lower_call(builder: Builder, node: Node, made: dict[Node, Any]) -> Any:
     if all(m is not None and 0 in m[0] for m in builder.meta):  # nothing to compute
         nothing = [builder.full(m[0], 0, m[1]) for m in builder.meta if m is not None]
         return nothing[0] if single else nothing
+    if any(isinstance(m, torch.Tensor) and m.layout is not torch.strided for m in metas) and _computes(node):
+        raise CaptureError(
+            f"in {builder.path or 'the step'}, {builder.target} makes a sparse tensor, and a recorded step computes "
+            "with dense ones only; stay with dense tensors, or do that outside the step"
+        )
     lowering = LOWERINGS.get(builder.target)
     result = builder.recorded() if lowering is None else lowering(builder, *args, **kwargs)
+    _refuse_misshapen(builder, result)
     if single:
         return result[0] if isinstance(result, list) else result
     return result
+
+
+def _refuse_misshapen(builder: Builder, result: Any) -> None:
+    """Refuse a call whose shape torch's recording gets wrong: what follows was recorded for that shape."""
+    made = result if isinstance(result, (list, tuple)) else [result]
+    for value, meta in zip(made, builder.meta, strict=False):
+        if isinstance(value, Value) and meta is not None and value.shape != meta[0] and 0 not in value.shape:
+            raise CaptureError(
+                f"in {builder.path or 'the step'}, {builder.target} makes a tensor of shape {value.shape}, which "
+                f"torch's own recording takes for {meta[0]}; name the axes it reduces, or write it in another way"
+            )
+
+
+def _computes(node: Node) -> bool:
+    """Whether a call is more than another name of a tensor."""
+    return str(node.target) not in ("aten.detach.default", "aten.alias.default")
 
 
 def _nodes(arg: Any) -> Iterator[Node]:

@@ -17,11 +17,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import traceback as fx_traceback
+from torch.nn.modules._functions import CrossMapLRN2d
 from torch.overrides import TorchFunctionMode
 
 from fullframe.graph import CaptureError
 from fullframe.known import INDEXING, MAKERS, READERS, Known, Source
 from fullframe.patched import replaced
+from fullframe.questions import place, recorded
 from fullframe.states import States
 from fullframe.subclasses import Shadows
 
@@ -29,6 +31,7 @@ WRITERS = frozenset(("__setitem__", "__iadd__", "__isub__", "__imul__", "__itrue
                      "__ior__", "__ixor__", "__ifloordiv__", "__imod__"))  # fmt: skip
 
 
+TEXTS = frozenset(("__format__", "__repr__", "__str__"))
 GRAD: Any = tuple(getattr(torch.Tensor.grad, name) for name in ("__get__", "__set__", "__delete__"))
 SET_DATA: Any = torch.Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -85,6 +88,10 @@ class Watch(TorchFunctionMode):
             args = (args[0], self.known.settle(args[1]), *args[2:])
         if self.met and name == "masked_select" and self.strangers and args[1] in self.known:
             return self._selected(*args)
+        if name in TEXTS and not self.met and isinstance(args[0], torch.Tensor) and recorded(args[0]):
+            return self._text(name, *args)
+        if func is torch.tensor_split or func is torch.Tensor.tensor_split:
+            args, kwargs = self._split_at(args, kwargs)
         if self.met or func in MAKERS:
             made = self.known.call(func, args, kwargs, self.strangers)
         else:
@@ -103,6 +110,32 @@ class Watch(TorchFunctionMode):
         shape = torch.broadcast_shapes(tensor.shape, mask.shape)
         mask = self.known.call(torch.Tensor.expand, (mask, shape), {}, False)
         return tensor.expand(shape)[self.known.settle(mask)]
+
+    def _text(self, name: str, tensor: torch.Tensor, *spec: str) -> str:
+        """A tensor in words, as of a message. Where nothing is raised with it, the text would be of the recording."""
+        if tensor.dim() == 0 and self.known.adopt(tensor, "item"):
+            return getattr(self.known.read_by("item", tensor), name)(*spec)
+        if tensor.dim() == 0 and name == "__format__" and self.failed is None:
+            where = self.current or "the step"
+            self.failed = CaptureError(
+                f"in {where}, {place()} writes the number of a tensor into a text, which a recorded step would do "
+                "only once; return the tensor, and write it outside the step"
+            )
+        return f"<{str(tensor.dtype).removeprefix('torch.')} tensor of shape {tuple(tensor.shape)}>"
+
+    def _split_at(self, args: Any, kwargs: Any) -> Any:
+        """The places of a split as numbers: torch reads them where a recording has none."""
+        places = args[1] if len(args) > 1 else kwargs.get("tensor_indices_or_sections")
+        if not isinstance(places, torch.Tensor):
+            return args, kwargs
+        if places not in self.known and not self.known.adopt(places, "tolist"):
+            raise CaptureError(
+                f"in {self.current or 'the step'}, tensor_split at {place()} reads where to split from a tensor; "
+                "give it whole numbers"
+            )
+        found = self.known.read_by("tolist", places)
+        rest = {k: v for k, v in kwargs.items() if k != "tensor_indices_or_sections"}
+        return (args[0], found if isinstance(found, int) else tuple(found), *args[2:]), rest
 
     def _refuse_grad(self, tensor: torch.Tensor) -> None:
         """A recording does not have the gradients that lie at the call's tensors, nor could it change them."""
@@ -176,6 +209,15 @@ class Watch(TorchFunctionMode):
         for node, path in self.owners.items():
             node.register_prehook(lambda _, path=path: self._at(path))
 
+    def _fit(self, function: Any) -> Any:
+        """A function of autograd's; refuses one of torch's own that a recording cannot hold."""
+        if function is CrossMapLRN2d:
+            raise CaptureError(
+                f"in {self.current or 'the step'}, CrossMapLRN2d works on memory of its own, which cannot be "
+                "recorded; use torch.nn.LocalResponseNorm, which is the same for an odd size"
+            )
+        return function
+
     def _at(self, path: str) -> None:
         self.current = path
         # A field that nodes copy as they are made.
@@ -187,7 +229,7 @@ class Watch(TorchFunctionMode):
         self.stand_ins, self.known = stand_ins, Known(sources)
 
         def applied(own: Any) -> Any:  # which no mode sees
-            return lambda cls, *a, **k: own(cls, *self._swap(a, "apply"), **k)
+            return lambda cls, *a, **k: own(self._fit(cls), *self._swap(a, "apply"), **k)
 
         def backward(own: Any) -> Any:  # torch calls it with this mode set aside
             def run(*args: Any, **kwargs: Any) -> Any:
@@ -196,8 +238,14 @@ class Watch(TorchFunctionMode):
 
             return run
 
+        def truth(own: Any) -> Any:  # of a number as a condition
+            return lambda t: own(
+                (t != 0).all() if t.dtype != torch.bool and t.numel() == 1 and t not in self.known else t
+            )
+
         engine: Any = torch.autograd
         with (
+            replaced([FunctionalTensor], "__bool__", truth),
             replaced([torch.autograd.Function], "apply", applied), self.states.followed(),
             replaced([engine], "_engine_run_backward", backward), self.shadows.sharing(), self,
         ):  # fmt: skip
