@@ -125,6 +125,8 @@ SAME = {
     "isinstance of a parameter": (
         lambda: Net(lambda net, y: y * net.g if isinstance(net.g, nn.Parameter) else y, g=nn.Parameter(one(3))), None,
     ),
+    "a constant filled through its data": (lambda: Net(twin(lambda k: k.data.fill_(2.0))), None),
+    "a constant filled through a view": (lambda: Net(twin(lambda k: k.T[0].fill_(2.0))), None),
 }  # fmt: skip
 
 
