@@ -624,3 +624,27 @@ def test_an_object_of_the_module_that_is_returned(recordings):
         net.meter.values.append(Meter())
         assert tiled(image())[1] is net.config
     assert len(recordings) == 1
+
+
+SCRIPT = """
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.k = nn.Conv2d(1, 1, 3, padding=1).double(), 2.0
+
+    def forward(self, x):
+        return self.conv(x) * self.k * SCALE
+"""
+
+
+def test_a_global_with_the_name_of_an_attribute_is_another_thing(recordings):
+    space: dict[str, Any] = {"nn": nn, "SCALE": 3.0, "__name__": "script"}
+    exec(SCRIPT, space)
+    net = space["Named"]()
+    tiled = fullframe.tile(net, tile=TILE)
+    for space["k"] in range(4):  # the loop of a script, at its top level
+        tiled(image())
+    assert len(recordings) == 1
+    space["SCALE"] = 5.0
+    x = image()
+    assert torch.allclose(tiled(x), net.conv(x) * 10, rtol=0, atol=1e-12)

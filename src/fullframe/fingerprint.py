@@ -36,7 +36,16 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fullframe.names import ANY_GLOBAL, BY_STRING, foreign, foreign_class, global_names, imported, installed
+from fullframe.names import (
+    ANY_GLOBAL,
+    BY_STRING,
+    foreign,
+    foreign_class,
+    global_names,
+    imported,
+    installed,
+    looked_up,
+)
 
 # Tensors that a tiled step has put where its forward left them; True: PyTorch's would have a graph, these have none.
 # The next call's key has their shape and such apart (`Survey.details`), for few recordings read them.
@@ -441,11 +450,13 @@ def _function(survey: Survey, function: types.FunctionType, depth: int) -> None:
         space = function.__globals__
         names = global_names(code)
         survey.mentioned.update(names)
+        own = tuple(n for n in names if n in looked_up(code)) if BY_STRING.isdisjoint(names) else names
         if not ANY_GLOBAL.isdisjoint(names):
             names += tuple(n for n in space if not n.startswith("__"))
-        survey.scopes.append((space, names))
+            own = names
+        survey.scopes.append((space, own))
         met: set[int] = set()
-        for name in names:
+        for name in own:
             if name in space:
                 _global(survey, name, space[name], names, met, depth)
             elif (module := imported(name, space.get("__package__") or "")) is not None:

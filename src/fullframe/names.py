@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import sys
 import sysconfig
@@ -43,6 +44,14 @@ def foreign_class(cls: type) -> bool:
 def installed(filename: str) -> bool:
     """Whether a file belongs to Python or an installed package."""
     return filename.startswith(("<frozen", *INSTALLED)) or filename == ""
+
+
+@functools.lru_cache(maxsize=4096)
+def looked_up(code: types.CodeType) -> frozenset[str]:
+    """Names that code, with the functions defined in it, looks up as globals; attributes are none."""
+    found = {i.argval for i in dis.get_instructions(code) if "GLOBAL" in i.opname or i.opname.endswith("_NAME")}
+    inner = (looked_up(c) for c in code.co_consts if isinstance(c, types.CodeType))
+    return frozenset(found).union(*inner)
 
 
 @functools.lru_cache(maxsize=4096)
