@@ -2,7 +2,7 @@
 
     python bench/budgets.py --first 0 --count 200 --checkpoint out/budgets.jsonl
 
-Each network is drawn on an image of ordinary size and takes its steps in a process of its own (tests/budgeting.py,
+Each network is drawn on an image of ordinary size and takes its steps in a process of its own (budgeting.py,
 which says what measured is). A run that was stopped goes on where its checkpoint ends; ``--report`` only writes what
 checkpoints hold, and ``--again`` first measures once more those that were not within the bounds.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 from record import setting, write
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from budgeting import ABOVE, BELOW, BESIDE, LEFT, STEPS, Grown, run
 

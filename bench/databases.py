@@ -17,7 +17,7 @@ from pathlib import Path
 
 from record import setting, write
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from databases import Tally, entries, read, survey
 

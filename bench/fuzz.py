@@ -14,7 +14,7 @@ from pathlib import Path
 
 from record import setting, write
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from fuzzing import Tally, again, read, search
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import torch
 
-from fullframe import kernels
-from fullframe.kernels import Group, Node, Operand, Reduction, Ref
+from fullframe.codegen import kernel
+from fullframe.codegen.group import Group, Node, Operand, Reduction, Ref
+from fullframe.codegen.toolchain.cuda_kernel import DeviceKernel
 
 WHOLE, CHANNEL = (False,) * 4, (True, False, True, True)
 
@@ -45,7 +46,7 @@ def milliseconds(action: Callable[[], object], rounds: int) -> float:
     return statistics.median(times[2:])
 
 
-def overhead(made: kernels.DeviceKernel | kernels.Kernel | kernels.Plain, group: Group) -> float:
+def overhead(made: DeviceKernel | kernel.Kernel | kernel.Plain, group: Group) -> float:
     """Microseconds of Python per call, on a small window."""
     operands, outputs = tensors(group, (1, 16, 8, 8), torch.contiguous_format)
     made.run(operands, outputs)
@@ -83,7 +84,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         groups = [form(dtype, kind) for _, form, kind in forms]
         start = time.perf_counter()
-        built = kernels.build_many(groups, device=torch.device("cuda", torch.cuda.current_device()))
+        built = kernel.build_many(groups, device=torch.device("cuda", torch.cuda.current_device()))
         print(f"built in {time.perf_counter() - start:.1f} s")
         for (name, _, _), group, made in zip(forms, groups, built, strict=True):
             for where, layout in layouts.items():
@@ -98,7 +99,7 @@ def main() -> None:
                         for action in (
                             lambda other=other, window=window: other.copy_(window),
                             lambda made=made, o=operands, r=outputs: made.run(o, r),
-                            lambda group=group, o=operands, r=outputs: kernels.plain(group).run(o, r),
+                            lambda group=group, o=operands, r=outputs: kernel.plain(group).run(o, r),
                         )
                     )
                     why = "" if made.compiled else f"  (not compiled: {made.reason})"

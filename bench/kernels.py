@@ -16,8 +16,8 @@ from typing import Literal
 
 import torch
 
-from fullframe import kernels
-from fullframe.kernels import Group, Node, Operand, Reduction, Ref
+from fullframe.codegen import kernel
+from fullframe.codegen.group import Group, Node, Operand, Reduction, Ref
 
 WHOLE, CHANNEL = (False,) * 4, (True, False, True, True)
 
@@ -90,7 +90,7 @@ def quartiles(variants: list[Callable[[], object]], rounds: int) -> list[float]:
 
 def line(name: str, group: Group, shape: tuple[int, ...], rounds: int) -> str:
     """One group over one window."""
-    made = kernels.build(group)
+    made = kernel.build(group)
     operands = []
     for operand in group.operands:
         extents = [1 if repeated else n for repeated, n in zip(operand.broadcast, shape, strict=True)]
@@ -128,7 +128,7 @@ def main() -> None:
         ("silu", silu, ""),
     ]
     for dtype in (torch.float32, torch.bfloat16):
-        kernels.build_many([form(dtype, kind) for _, form, kind in forms])
+        kernel.build_many([form(dtype, kind) for _, form, kind in forms])
         for name, form, kind in forms:
             for shape in (
                 (1, 16, 32, 2048),

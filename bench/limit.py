@@ -15,7 +15,7 @@ import torch
 from rivals import Case
 from torch import nn
 
-from fullframe import kernels
+from fullframe.native import weight_gradient as gradient
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
 
@@ -73,7 +73,7 @@ def _calls(form: Form, rows: int, half: bool) -> tuple[list[Callable[[], object]
     thin, wide = (x, g) if form.transposed else (g, x)
 
     def own() -> object:
-        return kernels.weight_grad(thin, wide, form.w, form.stride, form.padding, form.dilation, form.groups)
+        return gradient.weight_grad(thin, wide, form.w, form.stride, form.padding, form.dilation, form.groups)
 
     return calls, own if own() is not None else None
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from record import RESULTS, setting
 
-from fullframe.ops import LOWERINGS, RULES
+from fullframe.ops.builder.builder import RULES
+from fullframe.ops.builder.registry import LOWERINGS
 
 ROOT = Path(__file__).parent.parent
-sys.path += [str(ROOT / "tests")]
+sys.path += [str(ROOT / "tests" / room) for room in ("support", "ops")]
 
 HEAD = """# Ops, rules and proofs
 
@@ -22,10 +23,10 @@ Written by `python bench/ops.py`; {setting}.
 
 Each op of a recorded step has one rule, which says what a region of its output reads and runs it on windows.
 *enough* and *tight*: NaN outside the footprint never reaches the output, each face inside it does for some numbers;
-for pointwise ops each element read stands beside one that is made (`tests/test_footprints.py`, where `loose` names
+for pointwise ops each element read stands beside one that is made (`test_footprints.py`, where `loose` names
 what may read more, and why). *adds up*: partial results over uneven disjoint covers of the driver give the whole
-(the same file). *bitwise*: small whole numbers, no bit of difference (`tests/test_lattice.py`). *network*: a small
-network with the op, tiled, against float64 plain PyTorch, loss, every gradient and buffer (`tests/test_rules.py`).
+(the same file). *bitwise*: small whole numbers, no bit of difference (`test_lattice.py`). *network*: a small
+network with the op, tiled, against float64 plain PyTorch, loss, every gradient and buffer (`test_rules.py`).
 A rule, a class of rules or a lowering without its case fails the suite (`test_every_rule_has_a_case`,
 `test_every_lowering_has_a_case`).
 """
@@ -35,7 +36,7 @@ def rows() -> dict[str, tuple[str, str, str]]:
     """For each op: its family, the rule's class, its proofs."""
     from test_lattice import EXACT
 
-    from fullframe.ops.pointwise import Pointwise
+    from fullframe.ops.primitives.elementwise import Pointwise
 
     found = {}
     for name, rule in sorted(RULES.items(), key=lambda item: (item[1].kind, item[0])):

@@ -23,11 +23,12 @@ from record import setting, write
 from uresnet import event, network
 
 import fullframe
-from fullframe import executor
-from fullframe.kernels import compiler, native
-from fullframe.kernels import own as owned
-from fullframe.kernels.tape import ADD, CALL, COPY, KERNEL, OWN, PLUS
-from fullframe.plan import Plan
+from fullframe.bytecode import libtorch as native
+from fullframe.bytecode.recorder import ADD, CALL, COPY, KERNEL, OWN, PLUS
+from fullframe.codegen.toolchain import cxx as compiler
+from fullframe.native import loader as owned
+from fullframe.runtime import executor
+from fullframe.schedule.plan import Plan
 
 WATCH = Path(__file__).parent / "watch.h"
 ROOM = 1 << 21  # events, as watch.h has it

@@ -2,7 +2,7 @@
 
     python bench/zoo.py [names] [--again] [--share K N] [--parts float64 float32 bfloat16 planning]
 
-For each network of tests/zoo: in float64 three tile sizes in training and in evaluation mode (the step with its
+For each network of support/zoo: in float64 three tile sizes in training and in evaluation mode (the step with its
 loss tiled in training mode, the module alone in evaluation, its running statistics those of the image), loss,
 outputs, every gradient and every buffer; where they are further apart than 1e-9 of scale, also how far plain PyTorch
 moves with one rounding of every weight. In float32 and bfloat16 autocast the relative L2 error of all gradients
@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from record import RESULTS, setting
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 from zoo import ENTRIES, Entry, build, image_of
 from zoo.compare import TIMES, PlainError, case_of, draws, gaps, middle, one_rounding, plain, tiled

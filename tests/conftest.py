@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from fullframe.kernels import compiler
+from fullframe.codegen.toolchain import cxx as compiler
 
 
 def pytest_report_header() -> str:

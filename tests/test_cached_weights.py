@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fullframe
-from fullframe import names
+from fullframe.frontend import names
 
 D = torch.float64
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fullframe
-from fullframe.testing import drawn
+from fullframe.oracle import drawn
 
 TILE = 7
 
@@ -218,14 +218,14 @@ def test_a_second_backward_of_what_is_gone_is_refused_by_name():
 
     output = fullframe.tile(Worn().double(), tile=TILE)(batch()[0])
     output.sum().backward(retain_graph=True)
-    fullframe.module.SMALL, small = 1000, fullframe.module.SMALL
+    fullframe.autograd.SMALL, small = 1000, fullframe.autograd.SMALL
     try:
         output = fullframe.tile(Worn().double(), tile=TILE)(batch()[0])
         output.sum().backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="queue is not what it was"):
             output.sum().backward()
     finally:
-        fullframe.module.SMALL = small
+        fullframe.autograd.SMALL = small
 
 
 def test_heads_that_a_loss_leaves_out_do_not_poison_it():

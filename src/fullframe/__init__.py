@@ -1,9 +1,9 @@
 """Train any convolutional network on whole images, tile by tile, within a memory budget."""
 
 from fullframe.check import Check, check
-from fullframe.graph import BudgetError, CaptureError, FullframeError, UnsupportedOpError
-from fullframe.module import Tiled, tile
-from fullframe.plan import Plan
+from fullframe.errors import BudgetError, CaptureError, FullframeError, UnsupportedOpError
+from fullframe.schedule.plan import Plan
+from fullframe.tiled import Tiled, tile
 
 __all__ = [
     "BudgetError",

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fullframe.fingerprint import Survey
-from fullframe.module import Tiled, tile
-from fullframe.ops.drawn import drawn
-from fullframe.plan import Plan
+from fullframe.frontend.guards import Survey
+from fullframe.oracle import drawn
+from fullframe.schedule.plan import Plan
+from fullframe.tiled import Tiled, tile
 
 
 @dataclass(frozen=True)

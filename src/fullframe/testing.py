@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 import fullframe
-from fullframe import region as box
 from fullframe.check import twin
-from fullframe.graph import Op
-from fullframe.ops.drawn import drawn
-from fullframe.plan import Plan
-from fullframe.region import Interval, Region
+from fullframe.ir import region as box
+from fullframe.ir.graph import Op
+from fullframe.ir.region import Interval, Region
+from fullframe.oracle import drawn
+from fullframe.schedule.plan import Plan
 
 Tensors = Sequence[torch.Tensor]
 __all__ = ["Difference", "agree", "combines", "drawn", "regions", "sufficient", "tight"]

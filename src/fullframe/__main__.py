@@ -1,0 +1,67 @@
+"""``python -m fullframe``: what a report of a fault needs to say of this machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from fullframe.budget import free_bytes
+from fullframe.codegen.toolchain import cxx
+
+CPU = torch.device("cpu")
+
+
+def facts() -> dict[str, str]:
+    """Versions, processor, compiler, threads, memory and devices, each in a few words."""
+    return {
+        "fullframe": _version("fullframe"),
+        "Python": f"{platform.python_version()} ({platform.platform()})",
+        "torch": f"{torch.__version__}, instructions {torch.backends.cpu.get_cpu_capability()}",
+        "processor": _processor(),
+        "compiler": cxx.isa(),
+        "kernels in": str(cxx.directory()),
+        "threads": f"{torch.get_num_threads()} of torch, {_cores()} cores for this process",
+        "memory": f"{free_bytes(CPU) / 1e9:.2f} GB free, with what the container's limits leave",
+        "CUDA devices": ", ".join(map(_device, range(torch.cuda.device_count()))) or "none",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed: run from its source"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _device(index: int) -> str:
+    found = torch.cuda.get_device_properties(index)
+    return f"{found.name} ({found.total_memory / 1e9:.1f} GB)"
+
+
+def main() -> None:
+    """Print the facts, one a line."""
+    found = facts()
+    width = max(map(len, found))
+    sys.stdout.writelines(f"{name:<{width}}  {text}\n" for name, text in found.items())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Ranges of steps whose tiles are on tape, for the C++ that plays them with several threads (scheduler.cpp)."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from fullframe.bytecode.libtorch import entries
+from fullframe.bytecode.program import Taped
+
+ROOM, FREES, WIDE = 1, 2, 4
+
+
+class Track(NamedTuple):
+    """A tape, and which addresses of a table it is given."""
+
+    tape: Taped
+    bases: Sequence[int]
+
+
+class Stage(NamedTuple):
+    """A step: those it waits for, its tiles, whether the caller has to find ``room`` when it begins and has something
+    to free after it, and whether only the owner's thread makes it (``wide``).
+
+    ``tracks`` are its tiles' tapes, and ``after`` adds up their results, with a part for each; a step without them
+    is made by the caller.
+    """
+
+    before: Sequence[int]
+    tiles: int
+    room: bool
+    frees: bool
+    wide: bool
+    tracks: Sequence[Track] = ()
+    after: Track | None = None
+
+
+class Stages:
+    """Stages as the C++ takes them."""
+
+    def __init__(self, stages: Sequence[Stage]):
+        self.list = list(stages)
+        self._held: list[Any] = []
+        words: list[int] = []
+        for s in stages:
+            flags = ROOM * s.room + FREES * s.frees + WIDE * s.wide
+            words += (self._array(s.before), len(s.before), s.tiles, flags)
+            words += (self._tracks(s.tracks), self._tracks([s.after] if s.after else []))
+            words.append(self._array(s.after.tape.marks if s.after else ()))
+        self.words = (ctypes.c_int64 * len(words))(*words)
+
+    def _array(self, numbers: Sequence[int]) -> int:
+        if not numbers:
+            return 0
+        self._held.append((ctypes.c_int64 * len(numbers))(*numbers))
+        return ctypes.addressof(self._held[-1])
+
+    def _tracks(self, tracks: Sequence[Track]) -> int:
+        words: list[int] = []
+        for tape, bases in tracks:
+            words += (ctypes.addressof(tape.words), self._array(bases), len(bases), tape.slots, tape.nbytes)
+        return self._array(words)
+
+
+class NativeFlow:
+    """Stages in work. Threads call `run`, one of them as the owner.
+
+    ``calls`` are begin(step), tile(step, tile, address of its results), add(step, tile), end(step), free(step),
+    wide(on) and look(). What one raises is the first of the ``errors``.
+    """
+
+    COUNTS = (1, 3, 2, 1, 1, 1, 0)  # numbers of arguments
+
+    def __init__(self, stages: Stages, steps: range, ahead: int, most: int, table: Any,
+                 calls: Sequence[Callable[..., None]]):  # fmt: skip
+        found = entries()
+        assert found is not None
+        self._entries = found
+        self.failed = 0
+        self._inside, self._closed, self._changed = 0, False, threading.Condition()
+        self.errors: list[BaseException] = []
+        made = [self._guarded(call, n) for call, n in zip(calls, self.COUNTS, strict=True)]
+        # Not by ctypes.cast, which makes a function hold itself, and with it all that a step had.
+        addresses = (ctypes.c_void_p * len(made))(*(ctypes.c_void_p.from_buffer(f).value for f in made))
+        self._held: Any = (stages, table, made, addresses)
+        numbers = (ctypes.c_int64(n) for n in (steps.start, steps.stop, ahead, most))
+        self._flow = ctypes.c_void_p(found.flow_new(stages.words, *numbers, table, found.library, addresses))
+        if not self._flow:
+            raise MemoryError("no memory to begin the steps of a tiled call")
+
+    def _guarded(self, call: Callable[..., None], count: int) -> Any:
+        """A function for the C++. An interrupt may end it before anything of it has run, and is lost then; so it is
+        not what it returns that says that all is well."""
+
+        def guarded(*args: Any) -> None:
+            try:
+                call(*args[:-1])
+                args[-1][0] = 1
+            except BaseException as error:
+                self.errors.append(error)
+
+        numbers = [ctypes.c_int64] * min(count, 2) + [ctypes.c_void_p] * (count > 2)
+        return ctypes.CFUNCTYPE(None, *numbers, ctypes.POINTER(ctypes.c_int64))(guarded)
+
+    def run(self, own: bool) -> None:
+        """Make tiles until there are none, or one has failed; nothing once it is closed."""
+        with self._changed:
+            if self._closed:
+                return
+            self._inside += 1
+        try:
+            failed = self._entries.flow_run(self._flow, ctypes.c_int64(own))
+            self.failed = max(self.failed, failed)
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    def check(self) -> None:
+        """Raise what a call has raised, or that the library failed."""
+        if self.errors:
+            raise self.errors[0]
+        if self.failed == 1:
+            raise KeyboardInterrupt
+        if self.failed:
+            raise MemoryError("the results of a step could not be added up: short of memory?")
+
+    def fail(self) -> None:
+        """Let no thread begin another tile."""
+        self._entries.flow_fail(self._flow)
+
+    def close(self) -> None:
+        """Give back its memory, when no thread is in `run` any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: not self._inside)
+        self._entries.flow_delete(self._flow)
+        self._held = None  # the calls hold what holds this

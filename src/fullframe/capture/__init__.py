@@ -1,0 +1,1 @@
+"""Records a call as a flat graph of ATen calls on fake tensors."""

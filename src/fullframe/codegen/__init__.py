@@ -1,0 +1,1 @@
+"""From fusion groups to kernels for processors and CUDA devices."""

@@ -1,0 +1,1 @@
+"""The compilers that are at hand, and how what they make is loaded."""

@@ -1,0 +1,1 @@
+"""A call captured and planned."""

@@ -1,0 +1,414 @@
+"""From a call to a program: captured once, lowered, and planned."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from threading import active_count
+from traceback import walk_tb
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fullframe.budget import free_bytes
+from fullframe.capture.ambient import trimmed, unhooked, unlogged
+from fullframe.capture.batch_norm import recordable
+from fullframe.capture.caches import unspoilt
+from fullframe.capture.function_mode import Watch, reads_data
+from fullframe.capture.host_rng import FROZEN, Drawn, by_calls, by_state
+from fullframe.capture.joint import Strides, _Recorder
+from fullframe.capture.questions import Questions, place_of, recorded_as
+from fullframe.capture.subclasses import refuse_dispatching
+from fullframe.capture.threads import RECORDING
+from fullframe.capture.trace import _STATE, Recording, own_generator
+from fullframe.compiler.asked import asked_of
+from fullframe.compiler.program import Asks, Options, Program, changes, freed
+from fullframe.errors import CaptureError, FullframeError
+from fullframe.frontend.aliasing import refuse_identities, refuse_shared
+from fullframe.frontend.changes import ROOTS, difference, words
+from fullframe.frontend.guards import Survey, state_of
+from fullframe.frontend.handed import Handed
+from fullframe.frontend.inputs import Call
+from fullframe.frontend.narrow import Terms, narrowed, reorder
+from fullframe.frontend.reads import EVERYTHING, Notes, Reads
+from fullframe.frontend.side_effects import Leaving, recorded
+from fullframe.ir.graph import Graph, Value, followers
+from fullframe.ops.lower import lower_graph
+from fullframe.ops.primitives.elementwise import fusable
+from fullframe.schedule.planner import FIXED, plan
+from fullframe.schedule.request import Request
+
+WINDOWS = 32  # so many of the largest windows fit in the budget of a device
+AHEAD = 8  # steps that may be in flight: two or three sections of each of two branches, and small ones between
+
+
+@contextmanager
+def _undisturbed(leaving: Leaving) -> Iterator[None]:
+    """Put the recording out of the places where the forward left it; refuse where that loses something."""
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        lost = leaving.restore()
+        if lost and done:
+            raise CaptureError(
+                f"the forward stores a tensor under {lost}, which a recorded step would not bring up to date; "
+                "return it as an output, or register it as a buffer of fixed shape and copy into it"
+            )
+
+
+def compile_call(
+    call: Call, options: Options, values: Collection[int] = (), answers: tuple[bool, ...] = ()
+) -> Program:
+    """Record and plan a call, with these answers to its first conditions.
+
+    ``values`` are leaves of the arguments, by number, that the step may only hand on. Those that it does not read
+    stay out of the key. Raises `CaptureError`, `BudgetError` or `UnsupportedOpError`, and what the code of the step
+    raises.
+    """
+    try:
+        with RECORDING, unlogged(), unhooked():
+            made = _without(call, options, values, answers)
+            if made is not None:
+                return made
+            try:
+                return _compile(call, options, by_state, answers)
+            except Drawn:
+                if active_count() == 1:
+                    raise
+                return _compile(call, options, by_calls, answers)  # it may have been another thread that drew
+    except FullframeError:
+        raise
+    except Exception as error:  # of the caller's own code: shapes that do not fit, say
+        error.__traceback__ = trimmed(error.__traceback__)
+        raise
+
+
+def _without(call: Call, options: Options, values: Collection[int], answers: tuple[bool, ...]) -> Program | None:
+    """The call recorded with as many of these leaves as it does not read out of its key; None where it reads all."""
+    while values:
+        asked: set[int] = set()
+        try:
+            made = _compile(call, options, by_state, answers, {k: Handed(k, asked) for k in values})
+        except Exception:  # for what was asked; if it has another reason it comes again
+            made = None
+        if made is not None and made.lasting and not asked:
+            return made
+        values = set(values) - asked if asked else ()
+    return None
+
+
+def _compile(
+    call: Call,
+    options: Options,
+    undrawn: Callable[[], AbstractContextManager[None]],
+    answers: tuple[bool, ...],
+    handed: Mapping[int, Handed] | None = None,
+) -> Program:
+    devices = sorted({str(t.device) for t in call.tensors if t.device.type != "cpu"})
+    if len(devices) > 1:
+        raise CaptureError(
+            f"the step's tensors are on several devices ({', '.join(devices)}), and a tiled step runs on one; move "
+            "module, loss and inputs to the same device"
+        )
+    call.look(EVERYTHING)
+    refuse_dispatching(call.tensors[len(call.parameters) :])
+    before = Survey(call.roots)
+    numbers = [state_of(g) for g in call.survey.generators]
+    recorder, graph = recorded_as(answers, lambda questions: _record(call, undrawn, handed, questions))
+    watch, notes = recorder.watch, recorder.notes
+    if [state_of(g) for g in call.survey.generators] != numbers:
+        raise CaptureError(f"the module or the loss drew from a generator of its own; {FROZEN}")
+    after = Survey(call.roots)
+    if any(recorded(t) for t in after.tensors):
+        raise CaptureError("the forward stores a tensor in an object that it can reach; return it as an output")
+    lasting = after.key == before.key and _who(after) == _who(before)
+    if recorder.questions.asked and not lasting:
+        call.undo = recorder.leaving.rewind
+    passed = tuple(sorted(handed or ()))
+    survey, choices = notes.survey(call.roots, call.entries(passed))
+    refuse_identities(call, survey)
+    outputs = len(recorder.differentiable)
+    _expect(graph, outputs, recorder.strides)
+    conditions = tuple(recorder.questions.asked)
+    start = outputs + len(recorder.leaving.used) + len(conditions)
+    first_grad = start + len(call.tensors)
+    others = {id(t) for t in call.others}
+    unused = frozenset(k for k, t in enumerate(call.tensors) if id(t) in others and id(t) not in watch.used)
+    changed = changes(graph, start, first_grad)
+    numbers = tuple(sorted(watch.numbers))
+    terms = Terms(recorder.wanted, recorder.alive, numbers, unused, tuple(recorder.leaving.places), recorder.returned)
+    dressing = recorder.dressing
+    reads = Reads(tuple(choices), numbers, _looked(call, watch), passed)
+    if lasting:
+        needed = (
+            {k for k, t in enumerate(call.tensors) if id(t) in watch.touched and id(t) in others}
+            | changed.keys()
+            | recorder.dressing.given.keys()
+        )
+        try:
+            count = len(call.tensors)
+            terms, order = narrowed(call, survey, reads, terms, needed)
+        except LookupError:
+            reads = replace(reads, choices=None)
+        else:
+            reads = replace(reads, numbers=terms.numbers)
+            reorder(graph, start, order, count)
+            dressing = dressing.renumbered({k: number for number, k in enumerate(order)})
+            first_grad += len(order) - count
+            changed = changes(graph, start, first_grad)
+    refuse_shared(changed, call.tensors, call.names, terms.unused)
+    late = followers(graph.ops, graph.late)
+    for k, value in changed.items():
+        if value in late and call.pair.criterion is None:
+            raise CaptureError(
+                f"the backward changes {call.names[k]}, which a tiled module hands on before it; use "
+                "fullframe.tile(net, loss=criterion), or change it outside"
+            )
+    request = request_for(graph, call, options, first_grad)
+    graph, asked, asks = _asks(graph, call, recorder, first_grad, request)
+    planned = plan(graph, freed(request, graph, len(recorder.wanted)))
+    return Program(
+        graph, planned, terms.returned, outputs, start,
+        terms.wanted, tuple(recorder.differentiable), lasting and call.survey.lasting,
+        terms.places, tuple(recorder.cut), reads, recorder.devices, terms.unused, recorder.lost, terms.alive,
+        asked, asks, "" if lasting and call.survey.lasting else _moved(call, before, reads),
+        dressing, recorder.strides, conditions,
+    )  # fmt: skip
+
+
+def _expect(graph: Graph, outputs: int, strides: Sequence[Strides]) -> None:
+    """Have what a run hands out made in the layout that it will have."""
+    handed = graph.outputs[:outputs] + graph.outputs[len(graph.outputs) - (len(strides) - outputs) :]
+    for value, expected in zip(handed, strides, strict=True):
+        if value is not None and expected is not None and value not in graph.inputs:
+            graph.strides.setdefault(value, expected)
+
+
+def _asks(
+    graph: Graph, call: Call, recorder: _Recorder, first_grad: int, request: Request
+) -> tuple[Graph, tuple[int, ...], Asks | None]:
+    """What is planned first, of which outputs it has the gradient, and of which it could have."""
+    asked = tuple(k for k, yes in enumerate(recorder.differentiable) if yes)
+    if not graph.late:
+        return graph, asked, None
+    graph.early = first_grad
+    late = dict(zip(asked, (v for v in graph.inputs if v in graph.late), strict=True))
+    asks = Asks(graph, late, request, call.device, frozenset(asked))
+    if not recorder.criterion:
+        return graph, asked, asks
+    at_once = not late[asked[0]].shape
+    first = asked[:1] if at_once else asked
+    asks.guess = frozenset(first)
+    return asked_of(graph, {late[k] for k in first}, call.device, at_once), first, asks
+
+
+def _record(
+    call: Call,
+    undrawn: Callable[[], AbstractContextManager[None]],
+    handed: Mapping[int, Handed] | None,
+    questions: Questions,
+) -> tuple[_Recorder, Graph]:
+    watch, notes = Watch(call.pair), Notes(call.survey)
+    questions.path = lambda: watch.current
+    recorder = _Recorder(call, watch, notes, handed, questions)
+    questions.rewind = recorder.leaving.rewind
+    with (
+        torch.inference_mode(False), _undisturbed(recorder.leaving), recordable(call.pair),
+        _forgetful(call.survey.caches), unspoilt(recorded), notes.taken(),
+    ):  # fmt: skip
+        return recorder, capture(Recording(recorder, call.tensors, call.names, watch, call.device, undrawn))
+
+
+def _moved(call: Call, before: Survey, reads: Reads) -> str:
+    """Where the recording has changed what it could read, or what nobody can look at without changing it."""
+    found = difference(Survey(call.roots, named=ROOTS), before.parts)
+    if found is None:
+        passing = Survey(call.roots, reads.choice(), call.entries(reads.passed), ROOTS).passing
+        return words(passing) if passing else ""
+    return found[0]
+
+
+def _who(survey: Survey) -> list[int]:
+    """Which objects a survey met: two of one kind that trade places have the same key."""
+    return [id(t) for t in (*survey.tensors, *survey.holders, *survey.cells)]
+
+
+def _looked(call: Call, watch: Watch) -> bool:
+    """Whether a recording depends on anything of the tensors that former calls left, be it their shape."""
+    others = {id(t) for t in call.others}
+    return any(id(t) in watch.touched or id(t) not in others for t in call.survey.left)
+
+
+@contextmanager
+def _forgetful(caches: Sequence[Any]) -> Iterator[None]:
+    """Caches of functions must not hand numbers into a recording, nor tensors of the recording out of it."""
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        yield
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+def request_for(graph: Graph, call: Call, options: Options, first_grad: int) -> Request:
+    end = len(call.tensors)
+    images = [
+        (v, axes) for v, axes in zip(graph.inputs[end - len(call.inputs) : end], call.spatial, strict=True) if axes
+    ]
+    roots = tuple((v, (0, *axes)) for v, axes in images)
+    forced: list[tuple[Value, int, int]] | None = None
+    if options.tile is not None:
+        if not roots:
+            raise ValueError("tile= needs an image input with a batch, a channel and spatial axes")
+        image, axes = images[0]
+        extents = (options.tile,) * len(axes) if isinstance(options.tile, int) else tuple(options.tile)
+        if len(extents) != len(axes):
+            raise ValueError(
+                f"tile={options.tile} has {len(extents)} extents; the input has {len(axes)} spatial axes"
+            )
+        forced = [(image, 0, 1), *((image, a, n) for a, n in zip(axes, extents, strict=True))]
+    budget = options.budget if options.budget is not None else free_bytes(call.device)
+    free = frozenset(v for v in graph.outputs[first_grad:] if v is not None)
+    tile = None if forced is None else tuple(forced)
+    if call.device.type == "cpu":
+        ahead = AHEAD if options.workers > 1 else 1
+        return Request(budget, options.workers, roots, fusable, tile, free, ahead=ahead)
+    # A device's caches are small beside its memory, and it wants much to do at once: tiles as large as may be.
+    host = free_bytes(torch.device("cpu"))
+    # What a recorded run keeps besides: its inputs, and what it makes, to be copied out.
+    lasting = len(call.parameters) + len(call.buffers)
+    copies = sum(t.nbytes for t in call.tensors[lasting:]) + sum(v.nbytes for v in graph.outputs if v is not None)
+    return Request(budget, 1, roots, fusable, tile, free, window=budget // WINDOWS, host=host, fixed=FIXED + copies)
+
+
+def capture(recording: Recording) -> Graph:
+    """Record a function as a graph in normal form; raises `CaptureError` where it cannot be."""
+    return lower_graph(record(recording), recording.names, recording.device)
+
+
+def record(recording: Recording) -> Any:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(t.detach()) for t in recording.inputs]
+    try:
+        with (
+            _active(), recording.watch.paths(), fx_traceback.preserve_node_meta(), _uncompiled(), _own_norms(),
+            torch.autograd.set_detect_anomaly(False),  # it looks for NaN, and here are no numbers
+            torch.autograd.set_multithreading_enabled(False),  # a device's backward stays in this thread
+            _Undrawn(mode), recording.undrawn(), _control_flow(recording.watch),
+        ):  # fmt: skip
+            module = make_fx(dispatch_functionalize(recording.function))(*fakes)
+    except NotImplementedError as error:
+        if "Generator" not in str(error):  # which a recording of torch 2.11 cannot hold
+            raise
+        raise own_generator(recording.watch.current, "the step") from error
+    except AssertionError as error:
+        if "effect" not in str(error):
+            raise
+        raise CaptureError(
+            f"in {recording.watch.current or 'the step'}, an op talks to other processes or has another effect "
+            "beside its result, which cannot be recorded; wrap the tiled module in DistributedDataParallel, not the "
+            "other way round"
+        ) from error
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise CaptureError(
+                f"in {recording.watch.current or 'the step'}, torch.utils.checkpoint with use_reentrant=True cannot "
+                "be recorded; use use_reentrant=False, or no checkpoint: a tiled step stores what fits its budget"
+            ) from error
+        if "already associated to a python object" in str(error):
+            raise CaptureError(
+                f"in {recording.watch.current or 'the step'}, a tensor of a subclass is made by calling the class, "
+                "which cannot be recorded; use tensor.as_subclass(...)"
+            ) from error
+        if not reads_data(error):
+            raise
+        raise _data_dependent(recording.watch.current, error) from error
+    finally:
+        torch.clear_autocast_cache()
+    if recording.watch.failed is not None:  # and the step's own code went on as if nothing had been
+        raise _data_dependent(recording.watch.current, recording.watch.failed) from recording.watch.failed
+    return module
+
+
+@contextmanager
+def _control_flow(watch: Watch) -> Iterator[None]:
+    """Name the function of torch's that has failed because it chooses its course by the data."""
+    try:
+        yield
+    except Exception as error:
+        frames = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
+        names = [n.rpartition(".")[2] for n in frames if n.startswith("torch._higher_order_ops.")]
+        found = next((n for n in names if n in ("cond", "while_loop", "scan", "associative_scan", "map")), None)
+        if found is None:
+            raise
+        raise CaptureError(
+            f"in {watch.current or 'the step'}, torch's {found} makes the course of the computation depend on the "
+            "data, so it cannot be recorded once for all inputs; use torch.where, or Python's own if and for over "
+            "what is known"
+        ) from error
+
+
+class _Undrawn(TorchDispatchMode):
+    """Random numbers made from nothing, for which no fake tensor asks, are fake too: torch's generators stay as they
+    are, from which other threads may be drawing."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, fake: FakeTensorMode):
+        super().__init__()
+        self.fake = fake
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self.fake if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()) else nullcontext():
+            return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Inside, functions that torch.compile made run as they were written."""
+    dynamo = sys.modules.get("torch._dynamo")
+    with dynamo.config.patch(error_on_nested_fx_trace=False) if dynamo else nullcontext():
+        yield
+
+
+@contextmanager
+def _own_norms() -> Iterator[None]:
+    """Inside, CUDA tensors are normed by torch's own ops and not by those of its library."""
+    enabled = torch._C._get_cudnn_enabled()
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_enabled(enabled)
+
+
+def _data_dependent(path: str, error: Exception) -> CaptureError:
+    if isinstance(error, CaptureError):
+        return error
+    op = str(getattr(error, "func", "")) or "the numbers of a tensor"
+    where = place_of(error)
+    return CaptureError(
+        f"in {path or 'the step'}, {f'at {where}, ' if where else ''}the course of the computation depends on the "
+        f"data ({op}), so it cannot be "
+        "recorded once for all inputs; compute that value outside the step and pass it in, or use a mask of fixed "
+        "shape (torch.where) in place of an if or of a selection"
+    )
+
+
+@contextmanager
+def _active() -> Iterator[None]:
+    _STATE.active = True
+    try:
+        yield
+    finally:
+        _STATE.active = False

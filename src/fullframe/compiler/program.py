@@ -1,0 +1,197 @@
+"""From a call to a program: the step recorded once, and planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from fullframe.capture.joint import Strides
+from fullframe.capture.questions import Asked, settle
+from fullframe.capture.subclasses import Dressing
+from fullframe.compiler.asked import asked_of, backward_of, sources
+from fullframe.frontend.inputs import Call
+from fullframe.frontend.reads import EVERYTHING, Reads
+from fullframe.frontend.returned import Tree, put_together
+from fullframe.frontend.sources import Left, Place
+from fullframe.ir.graph import Graph, Value
+from fullframe.schedule.plan import Plan
+from fullframe.schedule.planner import plan
+from fullframe.schedule.request import Request
+
+
+@dataclass(frozen=True)
+class Options:
+    """Budget in bytes (None: what is free when first planned), forced tile, worker threads."""
+
+    budget: int | None
+    tile: int | tuple[int, ...] | None
+    workers: int
+
+
+@dataclass(eq=False)
+class Asks:
+    """Of which outputs a backward may ask the gradient: what that needs, and what has been planned for it.
+
+    ``graph`` is given the gradient of each, ``late`` by the output's number. A step's first scalar is taken for its
+    loss until a backward asks for others, too: ``guess`` is what the next forward is planned for.
+    """
+
+    graph: Graph
+    late: dict[int, Value]
+    request: Request
+    device: torch.device
+    guess: frozenset[int]
+    programs: dict[tuple[frozenset[int], bool], Program] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A captured and planned call.
+
+    The graph's outputs are ``outputs`` tensors to hand out (those of the call's own output, then those left behind),
+    then up to ``start`` those left behind again, then the new contents of each of `Call.tensors`, then the gradients
+    of those at ``wanted``. ``returned`` says how to make the call's own output of its tensors, ``places`` where the
+    forward leaves tensors, and ``cut`` which of those handed out have lost a graph.
+    ``lasting`` is False where the forward changes what it reads (a counter) or reads what nobody can look at (an
+    iterator), so that the next call must be recorded anew. ``reads`` is what belongs to its key, and the terms of all
+    numbers and places here. ``devices`` are where the outputs belong, ``unused`` the numbers of tensors that were met
+    and not read. ``lost`` are outputs that no gradient can be asked of, and why. ``alive`` are tensors of the call,
+    by number, that have a graph when it ends, and the outputs that bring it.
+    ``asked`` are the outputs whose gradients the graph is given, in the order of ``late``, or the one whose gradient
+    it takes to be one. ``asks`` are the others of which they may be asked; None where there is only that one.
+    ``moved`` is a place, in words, that the forward itself changes. ``dressing`` says of which classes the outputs
+    are. ``strides`` are those of the outputs, and then of the gradients, in plain PyTorch. ``conditions`` are what
+    the recording has assumed to hold or not, whose truth is the last of the outputs up to ``start``.
+    """
+
+    graph: Graph
+    plan: Plan
+    returned: Tree
+    outputs: int
+    start: int
+    wanted: tuple[int, ...]
+    differentiable: tuple[bool, ...]
+    lasting: bool
+    places: tuple[Place, ...] = ()
+    cut: tuple[bool, ...] = ()
+    reads: Reads = EVERYTHING
+    devices: tuple[torch.device, ...] = ()
+    unused: frozenset[int] = frozenset()
+    lost: dict[int, str] = field(default_factory=dict)
+    alive: dict[int, int] = field(default_factory=dict)
+    asked: tuple[int, ...] = ()
+    asks: Asks | None = None
+    moved: str = ""
+    dressing: Dressing = field(default_factory=Dressing)
+    strides: tuple[Strides, ...] = ()
+    conditions: tuple[Asked, ...] = ()
+
+    def expected(self) -> Program:
+        """As it is planned for the outputs whose gradients were asked for lately."""
+        return self if self.asks is None else self._version(self.asks.guess, False)
+
+    def once_more(self, used: frozenset[int]) -> Program:
+        """What makes only the gradients, from those of these outputs."""
+        return self._version(used, True)
+
+    def _version(self, used: frozenset[int], alone: bool) -> Program:
+        asks = self.asks
+        assert asks is not None
+        if used == frozenset(self.asked) and not alone:
+            return self
+        if (used, alone) not in asks.programs:
+            graph = asked_of(asks.graph, {asks.late[k] for k in used}, asks.device)
+            graph = backward_of(graph) if alone else graph
+            planned = plan(graph, freed(asks.request, graph, len(self.wanted)))
+            found = replace(self, graph=graph, plan=planned, asked=tuple(sorted(used)), asks=None)
+            asks.programs[used, alone] = found
+        return asks.programs[used, alone]
+
+    @property
+    def answers(self) -> tuple[bool, ...]:
+        """The answers that were assumed."""
+        return tuple(a.answer for a in self.conditions if a.answer is not None)
+
+    def settle(self, values: Mapping[Value, torch.Tensor]) -> bool:
+        """Look at what the recording has assumed (`questions.settle`)."""
+        flags = self.graph.outputs[self.start - len(self.conditions) : self.start]
+        return settle(self.conditions, [None if v is None else values.get(v) for v in flags])
+
+    @property
+    def gradients(self) -> list[Value | None]:
+        """Of each of ``wanted``, whichever output it is asked of."""
+        graph = self.graph if self.asks is None else self.asks.graph
+        return graph.outputs[len(graph.outputs) - len(self.wanted) :]
+
+    @property
+    def reached(self) -> list[int]:
+        """Those of ``wanted`` that have a gradient; the others take no part in autograd, nor do their hooks."""
+        return [k for k, v in zip(self.wanted, self.gradients, strict=True) if v is not None]
+
+    @cached_property
+    def again(self) -> list[int]:
+        """The call's tensors that gradients follow from: what it takes to make them once more."""
+        if self.asks is None:
+            return []
+        graph = self.asks.graph
+        found = sources(graph, (v for v in self.gradients if v is not None)) - graph.late - {graph.seed}
+        return [k for k, v in enumerate(graph.inputs) if v in found]
+
+    @cached_property
+    def changed(self) -> dict[int, Value]:
+        """Of each tensor that the step changes in place, by its number, the new contents."""
+        return changes(self.graph, self.start, len(self.graph.outputs) - len(self.wanted))
+
+    @cached_property
+    def made(self) -> frozenset[Value]:
+        """The values that a run is there for: outputs, new contents, gradients."""
+        first = len(self.graph.outputs) - len(self.wanted)
+        found = (*self.graph.outputs[: self.start], *self.graph.outputs[first:])
+        return frozenset((*(v for v in found if v is not None), *self.changed.values()))
+
+    @cached_property
+    def read(self) -> frozenset[Value]:
+        """The values that a run needs. It is given no others, or it would keep what former calls left behind."""
+        return self.made | {v for op in self.graph.ops for v in op.inputs}
+
+    @cached_property
+    def read_late(self) -> frozenset[Value]:
+        """What is read once the gradients of the outputs are there: by the steps that then run, or handed on."""
+        if not self.graph.late:
+            return frozenset()
+        late = (op for step in self.plan.steps[self.plan.early :] for op in step.section.ops)
+        grads = self.graph.outputs[len(self.graph.outputs) - len(self.wanted) :]
+        return frozenset((*(v for op in late for v in op.inputs), *(v for v in grads if v is not None)))
+
+    @cached_property
+    def ruled(self) -> bool:
+        """Whether every op is the engine's own or has a rule."""
+        return all(op.rule.kind != "whole" or op.target.startswith("tile.") for op in self.graph.ops)
+
+    @cached_property
+    def narrow(self) -> bool:
+        """Whether anything is computed in float16, whose gradients may need a loss scale."""
+        return any(op.output.dtype == torch.float16 for op in self.graph.ops)
+
+    def assemble(self, call: Call, outputs: Sequence[torch.Tensor]) -> Any:
+        """The call's own output from its tensors."""
+        return put_together(self.returned, outputs, call.survey)
+
+    def leave(self, call: Call, outputs: Sequence[torch.Tensor]) -> None:
+        """Put the call's tensors where its forward leaves them."""
+        Left(call.survey, outputs, self.cut, call.tensors).put(self.places)
+
+
+def changes(graph: Graph, start: int, end: int) -> dict[int, Value]:
+    """New contents, by the number of the input, where the output for it is not that input itself."""
+    new = enumerate(graph.outputs[start:end])
+    return {k: v for k, v in new if v is not None and v is not graph.inputs[k]}
+
+
+def freed(request: Request, graph: Graph, wanted: int) -> Request:
+    """A request for another version of its graph, whose gradients may be other values."""
+    return replace(request, free=frozenset(v for v in graph.outputs[len(graph.outputs) - wanted :] if v is not None))

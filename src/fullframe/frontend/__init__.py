@@ -1,0 +1,1 @@
+"""What a call reads and leaves: inputs, guards, sources, side effects and aliasing."""

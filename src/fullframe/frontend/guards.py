@@ -1,0 +1,593 @@
+"""What a recording reads of a module besides the numbers in its tensors.
+
+A stale recording is a silent wrong number, so everything a forward could look at goes in: flags,
+attributes, hooks and structure of modules; plain objects, containers, functions with their
+closures, defaults and the globals they name; class attributes. Tensors go in by shape, dtype,
+device, strides and requires_grad, and are listed, so that their numbers are read afresh each step.
+
+A survey may be told to look only at what a recording has read (`fullframe.reads`): then other fields of objects,
+other attributes of classes and leaves that were only handed on stay out.
+
+Iterators and memory shared with other processes cannot be looked at without changing them or in
+time: with one of them in reach every call is recorded anew. Generators of random numbers are listed,
+so that a recording that drew from one can be refused.
+
+Not seen: files, the environment, the clock, the insides of compiled extensions, globals that
+installed packages read, and what lies more than DEPTH objects away from a module.
+"""
+
+from __future__ import annotations
+
+import array
+import functools
+import hashlib
+import random
+import threading
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from enum import Enum
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fullframe.frontend.names import (
+    ANY_GLOBAL,
+    BY_STRING,
+    foreign,
+    foreign_class,
+    global_names,
+    imported,
+    installed,
+    looked_up,
+)
+
+# Tensors that a tiled step has put where its forward left them; True: PyTorch's would have a graph, these have none.
+# The next call's key has their shape and such apart (`Survey.details`), for few recordings read them.
+LEFT = WeakIdKeyDictionary()
+DEPTH = 8  # objects, containers and functions away from the nearest module
+ATOMS = frozenset(
+    (int, str, bool, bytes, complex, type(None), type(...), range, types.CodeType,
+     torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout)
+)  # fmt: skip
+# Of a module's own dictionary: what never changes a forward, and what need not be looked at while empty.
+IGNORED = frozenset(
+    ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+     "_non_persistent_buffers_set")
+)  # fmt: skip
+OFTEN_EMPTY = frozenset(
+    ("_parameters", "_buffers", "_modules", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
+     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+     "_forward_pre_hooks_with_kwargs")
+)  # fmt: skip
+OPAQUE = frozenset(("logging", "threading", "_thread", "io", "_io"))
+REGISTERED = ("_parameters", "_buffers", "_modules")  # of a module, always looked at
+BRIEF = 256  # bytes in a key; of more there is a digest
+# Others change it, or taking from it does.
+SHARED = ("_queue", "multiprocessing.sharedctypes", "multiprocessing.managers", "ctypes", "_ctypes", "mmap")
+SILENT = frozenset(("__init_subclass__", "__repr__", "__str__", "__reduce__", "__reduce_ex__", "__getstate__",
+                    "__setstate__", "__del__", "__class_getitem__", "__subclasshook__"))  # fmt: skip
+
+
+class Missing:
+    """Stands for a field that an object does not have."""
+
+
+MISSING = Missing()
+
+
+class Same:
+    """Stands for an object in a key: equal only to itself, and keeps it alive."""
+
+    __slots__ = ("thing",)
+
+    def __init__(self, thing: Any):
+        self.thing = thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.thing is other.thing
+
+
+class Choice:
+    """What a survey looks at, asked in the order in which things are met; None is everything."""
+
+    def fields(self, holder: Any) -> tuple[str, ...] | None:
+        """Names of an object's own fields; names that it does not have are looked for too."""
+        return None
+
+    def attributes(self, cls: type) -> tuple[str, ...] | None:
+        """Names of a class's own attributes and methods."""
+        return None
+
+    def labels(self, tensor: torch.Tensor) -> tuple[str, ...] | None:
+        """Names of what a tensor carries besides its numbers."""
+        return None
+
+
+class _Key:
+    """A key of a table, as a step to what lies there."""
+
+    def __init__(self, key: Any):
+        self.key = key
+
+    def __str__(self) -> str:
+        return repr(self.key)
+
+
+class Survey:
+    """One look at everything reachable from some roots.
+
+    ``key`` is hashable: equal keys may share a recording. ``tensors`` are those met, each once, in
+    an order that equal keys share. ``passed`` are entries of containers, by id and key or position,
+    of which only the type is looked at, in all roots but the first. With names for the
+    roots, ``spans`` say which parts come from which place.
+    """
+
+    def __init__(
+        self,
+        roots: Iterable[Any],
+        choice: Choice | None = None,
+        passed: Collection[tuple[int, Any]] = (),
+        named: Sequence[str] = (),
+    ):
+        self.choice = choice or Choice()
+        self.passed: Collection[tuple[int, Any]] = ()
+        self.trail: list[str] | None = [] if named else None
+        self.spans: list[tuple[int, int, tuple[str, ...]]] = []
+        self.mentioned: set[str] = set()  # names in the code of functions met, other than those of classes left out
+        self.parts: list[Any] = []
+        self.tensors: list[torch.Tensor] = []
+        self.inner = 0  # how many of the tensors are in reach of the first root
+        self.seen: dict[int, int] = {}
+        self.holders: list[Any] = []  # objects with attributes of their own, in the order met
+        self.containers: list[Any] = []  # dicts, lists and deques
+        self.sets: list[Any] = []
+        self.cells: list[Any] = []  # variables of closures
+        self.scopes: list[tuple[dict[str, Any], Iterable[str] | None]] = []  # globals, and which of their names
+        self.classes: list[type] = []  # other than torch's
+        self.left: list[torch.Tensor] = []  # of the tensors those in `LEFT`
+        self.details: list[Any] = []  # what the key does not have of them
+        self.generators: list[Any] = []  # of random numbers
+        self.caches: list[Any] = []  # functions that keep what they returned
+        self.passing: tuple[str, ...] = ()  # the first place of such, if names are asked for
+        self.lasting = True  # False where something cannot be looked at
+        for k, root in enumerate(roots):
+            self.visit(root, 0, named[k] if named else "")
+            self.passed = passed
+            self.inner = self.inner or len(self.tensors)
+        self.key = tuple(self.parts)
+
+    def visit(self, thing: Any, depth: int, step: Any = "") -> None:
+        """Look at a thing; ``step`` is how it is found in what was looked at before: a name, key or position."""
+        if self.trail is None:
+            self._visit(thing, depth)
+            return
+        first = len(self.parts)
+        self.trail.append(step if isinstance(step, str) else f"[{step}]")
+        self._visit(thing, depth)
+        self.spans.append((first, len(self.parts), tuple(self.trail)))
+        self.trail.pop()
+
+    def _visit(self, thing: Any, depth: int) -> None:
+        kind = type(thing)
+        self.parts.append(kind)
+        if kind in ATOMS:
+            self.parts.append(thing)
+            return
+        if kind is float:
+            self.parts.append(repr(thing))  # tells -0.0 from 0.0, and NaN equals itself
+            return
+        name = id(thing)
+        if name in self.seen:
+            self.parts.append(self.seen[name])
+            return
+        self.seen[name] = len(self.seen)
+        if depth > DEPTH:
+            self.parts.append(Same(thing))
+            return
+        look = LOOKS.get(kind)
+        if look is None:
+            look = LOOKS[kind] = _look_for(kind)
+        look(self, thing, depth)
+
+
+def _tensor(survey: Survey, tensor: torch.Tensor, depth: int) -> None:
+    strided = tensor.layout is torch.strided
+    details = (
+        tensor.shape, tensor.dtype, tensor.device, tensor.stride() if strided else tensor.layout,
+        tensor.requires_grad,
+    )  # fmt: skip
+    if tensor in LEFT:
+        survey.parts.append("left")
+        survey.details += (*details, LEFT[tensor])
+        survey.left.append(tensor)
+    else:
+        survey.parts += details
+    survey.tensors.append(tensor)
+    if not type(tensor).__module__.startswith("torch._"):
+        chosen = survey.choice.labels(tensor)
+        fields = vars(tensor)
+        if chosen is None and fields:
+            _mapping(survey, fields, depth)
+        for name in chosen or ():
+            survey.parts.append(name)
+            survey.visit(fields.get(name, MISSING), depth + 1, f".{name}")
+
+
+def _module(survey: Survey, module: nn.Module, depth: int) -> None:
+    parts = survey.parts
+    survey.holders.append(module)
+    fields = object.__getattribute__(module, "__dict__")
+    chosen = survey.choice.fields(module)
+    names = fields if chosen is None else dict.fromkeys((*REGISTERED, *chosen))
+    for name in names:
+        value = fields.get(name, MISSING)
+        if name in IGNORED or (name in OFTEN_EMPTY and not value):
+            continue
+        if name == "_fullframe":  # a tiled module inside another: what it wraps, not its recordings
+            value = value["pair"]
+        parts.append(name)
+        survey.visit(value, 0, f".{name}")
+    parts.append("end")
+    _class(survey, type(module), 0)
+
+
+def _object(survey: Survey, thing: Any, depth: int) -> None:
+    fields = _fields(thing)
+    if fields is None or str(type(thing).__module__).partition(".")[0] in OPAQUE:
+        survey.parts.append(Same(thing))
+        return
+    survey.holders.append(thing)
+    chosen = survey.choice.fields(thing)
+    for name in fields if chosen is None else chosen:
+        survey.parts.append(name)
+        survey.visit(fields.get(name, MISSING), depth + 1, f"<{type(thing).__name__}>.{name}")
+    survey.parts.append("end")
+    _class(survey, type(thing), depth)
+
+
+def _fields(thing: Any) -> dict[str, Any] | None:
+    """What an object holds in its dictionary and its slots; None where it has neither."""
+    found: dict[str, Any] = {}
+    plain = True
+    for name in ("__dict__", *(s for c in type(thing).__mro__ for s in _slots(c))):
+        try:
+            value = object.__getattribute__(thing, name)
+        except AttributeError:
+            continue
+        plain = False
+        found |= value if name == "__dict__" else {name: value}
+    return None if plain else found
+
+
+def slots_of(thing: Any) -> dict[str, Any]:
+    """What an object holds in slots."""
+    names = (s for c in type(thing).__mro__ for s in _slots(c))
+    return {n: object.__getattribute__(thing, n) for n in names if hasattr(thing, n)}
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    slots = vars(cls).get("__slots__", ())
+    slots = (slots,) if isinstance(slots, str) else tuple(slots)
+    private = f"_{cls.__name__.lstrip('_')}"
+    named = (private + s if s.startswith("__") and not s.endswith("__") else s for s in slots)
+    return tuple(s for s in named if s not in ("__dict__", "__weakref__"))
+
+
+def _mapping(survey: Survey, mapping: Any, depth: int) -> None:
+    survey.parts.append(len(mapping))
+    survey.containers += [mapping] if isinstance(mapping, dict) else []
+    for key, value in mapping.items():
+        survey.visit(key, depth + 1)
+        if survey.passed and (id(mapping), key) in survey.passed:
+            survey.parts.append(type(value))
+        else:
+            survey.visit(value, depth + 1, _Key(key))
+    _derived(survey, mapping, depth)
+
+
+def _sequence(survey: Survey, sequence: Any, depth: int) -> None:
+    survey.parts.append(len(sequence))
+    survey.containers += [sequence] if isinstance(sequence, (list, deque)) else []
+    for k, value in enumerate(sequence):
+        if survey.passed and (id(sequence), k) in survey.passed:
+            survey.parts.append(type(value))
+        else:
+            survey.visit(value, depth + 1, k)
+    _derived(survey, sequence, depth)
+
+
+def _set(survey: Survey, things: Any, depth: int) -> None:
+    survey.parts.append(len(things))
+    survey.sets.append(things)
+    for value in sorted(things, key=repr):
+        survey.visit(value, depth + 1)
+    _derived(survey, things, depth)
+
+
+def _derived(survey: Survey, thing: Any, depth: int) -> None:
+    """What a kind of container or number has beyond the built-in one."""
+    kind = type(thing)
+    for name, value in (_fields(thing) or {}).items():
+        survey.parts.append(name)
+        survey.visit(value, depth + 1, f".{name}")
+    if kind.__module__ not in ("builtins", "collections"):
+        _class(survey, kind, depth)
+
+
+def _number(survey: Survey, number: Any, depth: int) -> None:
+    plain: Any = next(kind for kind in (float, int, complex, bytes, str) if isinstance(number, kind))
+    survey.parts.append(plain.__repr__(number))
+    _derived(survey, number, depth)
+
+
+def _bytes(survey: Survey, thing: Any, depth: int) -> None:
+    survey.parts.append(digest(thing))
+    _derived(survey, thing, depth)
+
+
+def _volatile(survey: Survey, thing: Any, depth: int) -> None:
+    survey.parts.append(Same(thing))
+    survey.lasting = False
+    survey.passing = survey.passing or tuple(survey.trail or ())
+
+
+def _generator(survey: Survey, thing: Any, depth: int) -> None:
+    survey.parts.append(Same(thing))
+    survey.generators.append(thing)
+    if type(thing).__module__ != "random":
+        _derived(survey, thing, depth)
+
+
+def _cached(survey: Survey, function: Any, depth: int) -> None:
+    survey.caches.append(function)
+    survey.visit(function.__wrapped__, depth)
+
+
+def _reference(survey: Survey, reference: Any, depth: int) -> None:
+    survey.visit(reference(), depth + 1)
+
+
+def _proxy(survey: Survey, proxy: Any, depth: int) -> None:
+    survey.visit(proxy.__repr__.__self__, depth + 1)
+
+
+def _thread_local(survey: Survey, thing: threading.local, depth: int) -> None:
+    survey.visit(dict(vars(thing)), depth + 1)
+
+
+def _variable(survey: Survey, variable: ContextVar[Any], depth: int) -> None:
+    survey.visit(variable.get(None), depth + 1)
+
+
+def _python_module(survey: Survey, module: types.ModuleType, depth: int) -> None:
+    """The values in a module of the user's, such as a configuration, and in the modules in it."""
+    survey.parts.append(Same(module))
+    if not foreign(module):
+        survey.scopes.append((vars(module), None))
+        for name, value in list(vars(module).items()):
+            if not name.startswith("__"):
+                survey.parts.append(name)
+                survey.visit(value, depth + 1, f".{name}")
+
+
+def _slice(survey: Survey, thing: slice, depth: int) -> None:
+    _sequence(survey, (thing.start, thing.stop, thing.step), depth)
+
+
+def _method(survey: Survey, method: types.MethodType, depth: int) -> None:
+    survey.visit(method.__func__, depth, method.__func__.__name__)
+    survey.visit(method.__self__, depth)
+
+
+def _builtin(survey: Survey, function: Any, depth: int) -> None:
+    """A function of C's, with what it is bound to."""
+    owner = function.__self__
+    if owner is None or isinstance(owner, (types.ModuleType, type)) or type(owner).__module__.startswith("torch._C"):
+        survey.parts.append(function)
+    else:
+        survey.parts.append(function.__name__)
+        survey.visit(owner, depth + 1)
+
+
+def _partial(survey: Survey, call: functools.partial[Any], depth: int) -> None:
+    for part in (call.func, call.args, call.keywords, vars(call)):
+        survey.visit(part, depth + 1)
+
+
+def _array(survey: Survey, array: Any, depth: int) -> None:
+    survey.parts += (array.shape, str(array.dtype))
+    if array.dtype == object:
+        _sequence(survey, array.ravel().tolist(), depth)
+    else:
+        survey.parts.append(digest(array))
+
+
+def _member(survey: Survey, member: Enum, depth: int) -> None:
+    survey.parts.append(member)
+    for name, value in vars(member).items():
+        if not name.startswith("_"):
+            survey.parts.append(name)
+            survey.visit(value, depth + 1, f".{name}")
+
+
+def _atom(survey: Survey, thing: Any, depth: int) -> None:
+    survey.parts.append(thing)
+
+
+def _identity(survey: Survey, thing: Any, depth: int) -> None:
+    survey.parts.append(Same(thing))
+
+
+def _descriptor(survey: Survey, thing: Any, depth: int) -> None:
+    for name in ("fget", "__func__", "func"):
+        if hasattr(thing, name):
+            survey.visit(getattr(thing, name), depth)
+
+
+def _function(survey: Survey, function: types.FunctionType, depth: int) -> None:
+    """Code, defaults and closure; for code that is not an installed package's also the globals it names."""
+    code = function.__code__
+    survey.parts.append(code)
+    for value in (function.__defaults__, function.__kwdefaults__, function.__dict__ or None):
+        if value is not None:
+            survey.visit(value, depth + 1, function.__name__)
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
+        survey.cells.append(cell)
+        try:
+            survey.visit(cell.cell_contents, depth + 1, f"<{function.__name__}>.{name}")
+        except ValueError:
+            survey.parts.append("empty")
+    if not installed(code.co_filename):
+        space = function.__globals__
+        names = global_names(code)
+        survey.mentioned.update(names)
+        own = tuple(n for n in names if n in looked_up(code)) if BY_STRING.isdisjoint(names) else names
+        if not ANY_GLOBAL.isdisjoint(names):
+            names += tuple(n for n in space if not n.startswith("__"))
+            own = names
+        survey.scopes.append((space, own))
+        met: set[int] = set()
+        for name in own:
+            if name in space:
+                _global(survey, name, space[name], names, met, depth)
+            elif (module := imported(name, space.get("__package__") or "")) is not None:
+                _global(survey, name, module, names, met, depth)
+
+
+def _global(survey: Survey, name: str, value: Any, names: Iterable[str], met: set[int], depth: int) -> None:
+    """A global; of a module, what in it has one of the names, all of it where code may look up any name."""
+    survey.parts.append(name)
+    if not isinstance(value, types.ModuleType) or not BY_STRING.isdisjoint(names):
+        survey.visit(value, depth + 1, f"<globals>.{name}")
+    elif id(value) not in met and not foreign(value):
+        met.add(id(value))
+        survey.scopes.append((vars(value), names))
+        for inner in names:
+            if inner in vars(value):
+                _global(survey, inner, vars(value)[inner], names, met, depth + 1)
+
+
+def _class(survey: Survey, cls: type, depth: int) -> None:
+    """Attributes and methods of a class and its bases, once per survey."""
+    if id(cls) in survey.seen:
+        return
+    survey.seen[id(cls)] = len(survey.seen)
+    if type(cls) is not type:
+        _class(survey, type(cls), depth)
+    for base in cls.__mro__:
+        if base is object or (base is not cls and id(base) in survey.seen):
+            continue
+        survey.seen.setdefault(id(base), len(survey.seen))
+        if str(base.__module__).partition(".")[0] in ("torch", "builtins", *OPAQUE):
+            survey.parts += (base, Same(vars(base).get("forward")))  # a replaced forward still shows
+            continue
+        survey.classes.append(base)
+        chosen = survey.choice.attributes(base)
+        foreign = foreign_class(base)
+        survey.parts += [n for n in vars(base) if not n.startswith("__")]
+        for name, value in list(vars(base).items()):
+            hidden = name in SILENT if isinstance(value, DEFINITIONS) else name.startswith("__")
+            if hidden or name in ("_abc_impl", "_is_protocol"):
+                continue
+            if foreign and isinstance(value, types.FunctionType):
+                survey.parts.append(value)  # of an installed class not the insides of its methods
+                survey.mentioned.update(n for n in global_names(value.__code__) if n not in BY_STRING)
+            elif chosen is None or name in chosen:
+                survey.parts.append(name)
+                survey.visit(value, depth + 1, f"<{base.__name__}>.{name}")
+            else:
+                code = getattr(value, "__code__", None)
+                survey.parts += (name, type(value), code)
+
+
+DEFINITIONS = (types.FunctionType, property, staticmethod, classmethod, functools.cached_property)
+
+
+def _type(survey: Survey, cls: type, depth: int) -> None:
+    survey.parts.append(cls)
+    survey.seen.pop(id(cls), None)
+    if cls.__module__ not in ("builtins", "typing"):
+        _class(survey, cls, depth)
+
+
+def digest(memory: Any) -> bytes:
+    """The bytes of some memory, or of what lies in it at equal steps, in short: no copy of much is kept or made."""
+    try:
+        view = memoryview(memory)
+    except (TypeError, ValueError, BufferError):  # as of NumPy's dates and times
+        return _condensed(memory.tobytes())
+    if view.c_contiguous:
+        return _condensed(view.cast("B") if view.nbytes else b"")
+    if view.ndim == 1 or view.shape is None:
+        return _condensed(view.tobytes())
+    return _condensed(b"".join(digest(memory[k]) for k in range(len(memory))))
+
+
+def _condensed(memory: Any) -> bytes:
+    return bytes(memory) if len(memory) <= BRIEF else hashlib.blake2b(memory, digest_size=32).digest()
+
+
+def state_of(generator: Any) -> Any:
+    """What numbers a generator of Python's or NumPy's will give next."""
+    if isinstance(generator, random.SystemRandom):
+        return None
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    inner = getattr(generator, "bit_generator", None)
+    return repr(generator.get_state(legacy=False) if inner is None else inner.state)
+
+
+Look = Callable[[Survey, Any, int], None]
+LOOKS: dict[type, Look] = {}
+
+
+def _look_for(kind: type) -> Look:
+    """How things of a kind are looked at."""
+    if kind.__module__.startswith("numpy"):
+        if hasattr(kind, "tobytes") and hasattr(kind, "shape"):
+            return _array
+        if hasattr(kind, "standard_normal"):
+            return _generator
+    families: list[tuple[Any, Look]] = [
+        (torch.Tensor, _tensor),
+        (nn.Module, _module),
+        (Enum, _member),
+        ((PurePath, Missing), _atom),
+        ((int, float, complex, str, bytes), _number),
+        ((bytearray, array.array), _bytes),
+        ((dict, types.MappingProxyType), _mapping),
+        ((list, tuple, deque), _sequence),
+        ((set, frozenset), _set),
+        (types.FunctionType, _function),
+        (types.MethodType, _method),
+        ((types.BuiltinFunctionType, types.MethodWrapperType), _builtin),
+        (functools.partial, _partial),
+        ((property, staticmethod, classmethod, functools.cached_property), _descriptor),
+        (slice, _slice),
+        (types.ModuleType, _python_module),
+        (random.Random, _generator),
+        (functools._lru_cache_wrapper, _cached),
+        (threading.local, _thread_local),
+        (weakref.ref, _reference),
+        (weakref.ProxyTypes, _proxy),
+        (ContextVar, _variable),
+        (type, _type),
+    ]
+    for classes, look in families:
+        if issubclass(kind, classes):
+            return look
+    if kind.__module__.startswith(("torch._", "torch.fx")):
+        return _identity
+    if kind.__module__ == "numpy":
+        return _identity
+    passing = issubclass(kind, Iterator) and kind.__module__ in ("builtins", "itertools")
+    return _volatile if passing or kind.__module__.startswith(SHARED) else _object

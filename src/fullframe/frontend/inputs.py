@@ -1,0 +1,190 @@
+"""One call taken apart: the tensors it reads in a fixed order, and the key of its recording."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.overrides
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
+
+from fullframe.frontend.guards import Survey, digest
+from fullframe.frontend.handed import value
+from fullframe.frontend.reads import EVERYTHING, Reads
+
+Tensors = list[torch.Tensor]
+
+
+class Pair(nn.Module):
+    """Module and criterion under one root, so that both have their parameters replaced."""
+
+    def __init__(self, module: nn.Module, criterion: Callable[..., Any] | None):
+        super().__init__()
+        self.module = module
+        self.criterion = criterion
+
+    def forward(self, args: Any, kwargs: Any, then: Callable[[Any], Any] | None = None) -> Any:
+        """The call's result, or what ``then`` makes of it while the parameters are still replaced."""
+        made = (
+            self.module(*args, **kwargs) if self.criterion is None else self.criterion(self.module(args[0]), args[1])
+        )
+        return made if then is None else then(made)
+
+
+# Switches of torch's backends that a forward may ask for.
+SWITCHES: tuple[Callable[[], Any], ...] = (
+    torch._C._get_mkldnn_enabled, torch._C._get_mkldnn_deterministic, torch._C._get_nnpack_enabled,
+    torch._C._get_cudnn_enabled, torch._C._get_cudnn_benchmark, torch._C._get_cudnn_deterministic,
+    torch.is_deterministic_algorithms_warn_only_enabled,
+    *(partial(torch._C._get_fp32_precision_getter, backend, op)
+      for backend in ("mkldnn", "cuda") for op in ("all", "conv", "matmul")),
+)  # fmt: skip
+
+
+def _everywhere() -> list[Any]:
+    """Hooks of all modules, and modes that see every call: other than none, seldom."""
+    kinds = (n for n in vars(nn.modules.module) if n.startswith("_global_") and n.endswith("_hooks"))
+    hooks = [list(vars(nn.modules.module)[n].values()) for n in kinds if vars(nn.modules.module)[n]]
+    # Weights that `parametrize.cached` keeps are left behind by one call and read by the next.
+    kept = [parametrize._cache] if parametrize._cache_enabled else []
+    return [*hooks, *torch.overrides._get_current_function_mode_stack(), *kept]
+
+
+class Call:
+    """A call of a tiled module.
+
+    ``tensors`` holds everything with numbers: parameters, buffers, ``others`` (tensors met in
+    attributes, closures and the like), inputs. They are read where they live at each call, and what the
+    step changes in place is changed there.
+    """
+
+    def __init__(self, pair: Pair, args: Any, kwargs: Any):
+        self.pair, self.args, self.kwargs = pair, args, kwargs
+        self._given = args[:1] if pair.criterion is not None else (args, kwargs)  # what the module is given
+        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        self.inputs: Tensors = [x for x in self.leaves if isinstance(x, torch.Tensor)]
+        if pair.criterion is not None and (len(args) != 2 or kwargs):
+            given = f"{len(args)} arguments" + (f" and {sorted(kwargs)} by name" if kwargs else "")
+            raise TypeError(f"a tiled step takes an input and a target, step(input, target); got {given}")
+        for k, x in enumerate(self.inputs):
+            if 0 in x.shape:
+                raise ValueError(f"input {k} has shape {tuple(x.shape)}, without elements; leave that batch out")
+        self.parameters = dict(pair.named_parameters())
+        for name, t in (*self.parameters.items(), *pair.named_buffers()):
+            if is_lazy(t):
+                raise ValueError(
+                    f"{name.removeprefix('module.')} has no shape yet; call the plain module once, on a small input, "
+                    "before it is tiled"
+                )
+        self.buffers = {k: v for k, v in pair.named_buffers() if v is not None}
+        self.roots = [pair, args, kwargs, _everywhere()]
+        self.grad = torch.is_grad_enabled()
+        self._survey: Survey | None = None
+        self._others: Tensors = []
+        self.undo: Callable[[], None] | None = None  # puts back what the recording of this call did in Python
+
+    def look(self, reads: Reads, survey: Survey | None = None) -> None:
+        """See what is in reach, as far as a recording has read it; the ``survey`` may have been made already."""
+        survey = Survey(self.roots, reads.choice(), self.entries(reads.passed)) if survey is None else survey
+        known = {id(t) for t in (*self.parameters.values(), *self.buffers.values(), *self.inputs)}
+        self._survey, self._others = survey, [t for t in survey.tensors if id(t) not in known]
+
+    @property
+    def survey(self) -> Survey:
+        """What is in reach: all of it, unless the call was told to `look` otherwise."""
+        if self._survey is None:
+            self.look(EVERYTHING)
+        assert self._survey is not None
+        return self._survey
+
+    @property
+    def others(self) -> Tensors:
+        """Tensors in reach that are neither parameters, buffers nor inputs."""
+        return self._others if self.survey else []
+
+    def entries(self, leaves: Sequence[int]) -> frozenset[tuple[int, Any]]:
+        """Leaves of the arguments, by number, as entries of containers, by id and key or position."""
+        return frozenset(e for k, e in enumerate(_entries((self.args, self.kwargs))) if k in leaves)
+
+    @property
+    def tensors(self) -> Tensors:
+        return [*self.parameters.values(), *self.buffers.values(), *self.others, *self.inputs]
+
+    @property
+    def names(self) -> list[str]:
+        names = [n.removeprefix("module.") for n in (*self.parameters, *self.buffers)]
+        names += [f"attribute{k}" for k in range(len(self.others))]
+        return names + [f"input{k}" for k in range(len(self.inputs))]
+
+    @property
+    def spatial(self) -> list[tuple[int, ...]]:
+        """For each input the spatial axes that tiles follow, none where it is no image.
+
+        Images are floating point tensors (batch, channels, spatial axes), and such of whole numbers
+        (bytes, say) that the module is given; one of three axes may be a map of labels, whose second
+        axis is spatial too. Targets of whole numbers follow the output that they are compared with.
+        """
+        count = sum(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(self._given))
+        found = []
+        for k, x in enumerate(self.inputs):
+            image = x.dim() >= 3 and (x.is_floating_point() or x.is_complex() or k < count)
+            first = 1 if x.dim() == 3 and not x.is_floating_point() else 2
+            found.append(tuple(range(first, x.dim())) if image else ())
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        found = self.inputs or self.tensors
+        return max(found, key=lambda t: t.dim()).device if found else torch.device("cpu")
+
+    def key(self, reads: Reads = EVERYTHING) -> Any:
+        """What a recording has read, after the call was looked at by the same ``reads``."""
+        autocast = tuple(
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")
+        )
+        modes = (self.grad, autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
+        tensors = self.tensors if reads.numbers else []
+        numbers = tuple(_numbers(tensors[k]) if k < len(tensors) else None for k in reads.numbers)
+        details = tuple(self.survey.details) if reads.details else None
+        return self.survey.key, str(self.spec), modes, tuple(read() for read in SWITCHES), numbers, details
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """Numbers of the leaves, other than tensors, that a step may only hand on."""
+        if all(isinstance(x, torch.Tensor) for x in self.leaves):
+            return ()
+        entries = _entries((self.args, self.kwargs))
+        return tuple(
+            k for k, (x, e) in enumerate(zip(self.leaves, entries, strict=True)) if e is not None and value(x)
+        )
+
+    def rebuild(self, inputs: Sequence[torch.Tensor], handed: Mapping[int, Any] | None = None) -> tuple[Any, Any]:
+        """Arguments and keyword arguments with other tensors in place of the inputs, and some leaves ``handed``."""
+        found, handed = iter(inputs), handed or {}
+        leaves = [next(found) if isinstance(x, torch.Tensor) else handed.get(k, x) for k, x in enumerate(self.leaves)]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+def _entries(thing: Any, place: Any = None) -> Iterator[Any]:
+    """Each leaf, in the order of pytree's, as an entry of a container; None for what is in no plain one."""
+    if type(thing) in (dict, OrderedDict):
+        for key, value in thing.items():
+            yield from _entries(value, (id(thing), key))
+    elif type(thing) in (list, tuple):
+        for k, value in enumerate(thing):
+            yield from _entries(value, (id(thing), k))
+    else:
+        leaves = pytree.tree_leaves(thing)
+        yield from [place] if len(leaves) == 1 and leaves[0] is thing else [None] * len(leaves)
+
+
+def _numbers(tensor: torch.Tensor) -> bytes:
+    """The numbers of a tensor, in short."""
+    return digest(bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).tolist()))

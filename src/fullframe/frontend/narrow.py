@@ -1,0 +1,108 @@
+"""From all that a call could have read to what it has read: a recording's numbers and places in the terms of its key.
+
+A recording is made of everything in reach, and numbers the tensors and places that it found there. Later calls look
+only at what it has read, and find fewer of them, in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fullframe.frontend.guards import Survey
+from fullframe.frontend.inputs import Call
+from fullframe.frontend.reads import Reads
+from fullframe.frontend.returned import Tree, renumbered
+from fullframe.frontend.sources import Given, Holder, Made, Place, viewed
+from fullframe.ir.graph import Graph
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a recording says by number or place.
+
+    ``wanted``: tensors whose gradients are outputs, in their order. ``alive``: tensors that have a graph in the end,
+    and the outputs that bring it. ``numbers``: tensors whose numbers were read. ``unused``: tensors met and not read.
+    """
+
+    wanted: tuple[int, ...]
+    alive: dict[int, int]
+    numbers: tuple[int, ...]
+    unused: frozenset[int]
+    places: tuple[Place, ...]
+    returned: Tree
+
+
+def narrowed(
+    call: Call, survey: Survey, reads: Reads, terms: Terms, needed: Collection[int]
+) -> tuple[Terms, list[int]]:
+    """A recording's terms for a call that is looked at by ``reads``, and the former numbers of its tensors in order.
+
+    ``needed`` are the former numbers that must be among them. Raises `LookupError` where something is not found, and
+    leaves the call as it was.
+    """
+    old, before = call.tensors, call.survey
+    fixed, given = len(call.parameters) + len(call.buffers), len(call.inputs)
+    known = {id(t): fixed + k for k, t in enumerate(call.others)}
+    call.look(reads, survey)
+    try:
+        order = [*range(fixed), *(known[id(t)] for t in call.others), *range(len(old) - given, len(old))]
+        new = {k: number for number, k in enumerate(order)}
+        found = Terms(
+            tuple(new[k] for k in terms.wanted), {new[k]: v for k, v in terms.alive.items()},
+            tuple(new[k] for k in terms.numbers), frozenset(new[k] for k in terms.unused if k in new),
+            tuple(_place(p, before, survey, new) for p in terms.places),
+            renumbered(terms.returned, lambda k: _index(before.holders[k], survey.holders)),
+        )  # fmt: skip
+        if not new.keys() >= set(needed):
+            raise LookupError("a tensor was read in a way that nobody has seen")
+    except LookupError:
+        call.look(reads, before)
+        raise
+    return found, order
+
+
+def reorder(graph: Graph, start: int, order: list[int], count: int) -> None:
+    """Put a graph's inputs for the call's ``count`` tensors, and its outputs for them from ``start`` on, in order."""
+    graph.inputs[:count] = [graph.inputs[k] for k in order]
+    graph.outputs[start : start + count] = [graph.outputs[start + k] for k in order]
+
+
+def _place(place: Place, old: Survey, new: Survey, numbers: dict[int, int]) -> Place:
+    kind, number, name = place.address
+    address = kind, _position(kind, number, name, old, new), name
+    return Place(address, _recipe(place.key, old, new, numbers), _recipe(place.recipe, old, new, numbers))
+
+
+def _position(kind: str, number: int, name: str, old: Survey, new: Survey) -> int:
+    """Where the new survey has what the old one has at this position."""
+    if kind == "container":
+        thing: Any = old.containers[number]
+        return _index(thing, new.containers)
+    if kind == "holder":
+        return _index(old.holders[number], new.holders)
+    if kind == "scope":
+        space, names = old.scopes[number]
+        for k, (other, others) in enumerate(new.scopes):
+            if other is space and (others is names or others == names):
+                return k
+        raise LookupError("a global that is not read")
+    return _index(viewed(old)[kind][number], viewed(new)[kind])
+
+
+def _index(thing: Any, things: list[Any]) -> int:
+    for k, other in enumerate(things):
+        if other is thing:
+            return k
+    raise LookupError("a place that is not read")
+
+
+def _recipe(recipe: Any, old: Survey, new: Survey, numbers: dict[int, int]) -> Any:
+    if isinstance(recipe, Given):
+        return Given(numbers[recipe.number])
+    if isinstance(recipe, Holder):
+        return Holder(_index(old.holders[recipe.number], new.holders))
+    if isinstance(recipe, Made):
+        return replace(recipe, parts=tuple(_recipe(p, old, new, numbers) for p in recipe.parts))
+    return tuple(_recipe(p, old, new, numbers) for p in recipe) if type(recipe) is tuple else recipe

@@ -1,0 +1,243 @@
+"""Places where a forward may leave tensors, what it leaves there, and how a step puts it there.
+
+Places are named by their position in the survey of a call, which calls of equal keys share, for the object itself
+may be another at the next call.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from types import CellType
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fullframe.frontend.guards import LEFT, Survey, slots_of
+
+Address = tuple[str, int, str]  # kind, position among what the survey has of it, name of a field
+
+
+# How to make again what lies in a place ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """A tensor that the step hands out."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Given:
+    """A tensor of the call itself."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the list held at this position before the call."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A number, text and the like."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Made:
+    """A new container; where two places hold the same one, they have the same ``name``."""
+
+    parts: tuple[Any, ...]
+    spec: Any
+    name: int
+
+
+@dataclass(frozen=True)
+class Holder:
+    """As a key of a dictionary: an object that the survey met."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something is put: under ``key`` (a recipe too), or a whole list where that is None."""
+
+    address: Address
+    key: Any
+    recipe: Any
+
+
+# Places --------------------------------------------------------------------------------------------
+
+
+class Names:
+    """Some names of a dictionary, seen as a space: the globals that a function may set."""
+
+    def __init__(self, scope: tuple[dict[str, Any], Iterable[str] | None]):
+        self.space, names = scope
+        self.names = self.space if names is None else names
+
+    def items(self) -> dict[Any, Any]:
+        return {n: self.space[n] for n in self.names if n in self.space}
+
+    def write(self, items: dict[Any, Any]) -> None:
+        self.space.update(items)
+
+    def delete(self, key: Any) -> None:
+        del self.space[key]
+
+
+class Slots:
+    """The slots of an object, or the attributes of a class."""
+
+    def __init__(self, owner: Any):
+        self.owner = owner
+
+    def items(self) -> dict[Any, Any]:
+        return dict(vars(self.owner)) if isinstance(self.owner, type) else slots_of(self.owner)
+
+    def write(self, items: dict[Any, Any]) -> None:
+        for name, value in items.items():
+            setattr(self.owner, name, value)
+
+    def delete(self, key: Any) -> None:
+        delattr(self.owner, key)
+
+
+class Cell:
+    """The variable of a closure."""
+
+    def __init__(self, cell: CellType):
+        self.cell = cell
+
+    def items(self) -> dict[Any, Any]:
+        try:
+            return {"": self.cell.cell_contents}
+        except ValueError:
+            return {}
+
+    def write(self, items: dict[Any, Any]) -> None:
+        self.cell.cell_contents = items[""]
+
+    def delete(self, key: Any) -> None:
+        del self.cell.cell_contents
+
+
+VIEWS: dict[str, Callable[[Any], Any]] = {"cell": Cell, "scope": Names, "class": Slots, "slots": Slots}
+
+
+def spaces(survey: Survey) -> dict[Address, Any]:
+    """Where a forward may leave tensors, each once: dictionaries, lists, attributes, globals, closures."""
+    found: dict[Address, Any] = {("container", k, ""): c for k, c in enumerate(survey.containers)}
+    for k, holder in enumerate(survey.holders):
+        fields = fields_of(holder)
+        found["holder", k, ""] = fields
+        kept = ((n, v) for n, v in fields.items() if isinstance(v, (dict, list, deque)))
+        found |= {("holder", k, n): v for n, v in kept}
+    met: set[int] = set()
+    found = {a: s for a, s in found.items() if not (id(s) in met or met.add(id(s)))}
+    for kind, things in viewed(survey).items():
+        found |= {(kind, k, ""): VIEWS[kind](thing) for k, thing in enumerate(things)}
+    return found
+
+
+def viewed(survey: Survey) -> dict[str, list[Any]]:
+    return {"cell": survey.cells, "scope": survey.scopes, "class": survey.classes, "slots": survey.holders}
+
+
+def _space(survey: Survey, address: Address) -> Any:
+    kind, number, name = address
+    if kind == "holder":
+        fields = fields_of(survey.holders[number])
+        return fields[name] if name else fields
+    return survey.containers[number] if kind == "container" else VIEWS[kind](viewed(survey)[kind][number])
+
+
+def fields_of(holder: Any) -> dict[str, Any]:
+    """An object's own dictionary; an empty one where it has none."""
+    try:
+        return object.__getattribute__(holder, "__dict__")
+    except AttributeError:
+        return {}
+
+
+def items_of(space: Any) -> dict[Any, Any]:
+    """What a space holds, by key or position."""
+    if isinstance(space, (list, deque)):
+        return dict(enumerate(space))
+    return dict(space) if isinstance(space, dict) else space.items()
+
+
+def write(space: Any, items: dict[Any, Any]) -> None:
+    """Give a space what it is to hold; other than a list it keeps what it has under other keys."""
+    if isinstance(space, list):
+        space[:] = items.values()
+    elif isinstance(space, deque):
+        space.clear()
+        space.extend(items.values())
+    elif isinstance(space, dict):
+        space.update(items)
+    else:
+        space.write(items)
+
+
+def delete(space: Any, key: Any) -> None:
+    if isinstance(space, dict):
+        del space[key]
+    else:
+        space.delete(key)
+
+
+# After a step --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Left:
+    """One call: what the survey met, the tensors it handed out, which had a graph that these do not have, its own."""
+
+    survey: Survey
+    results: Sequence[torch.Tensor]
+    cut: Sequence[bool]
+    given: Sequence[torch.Tensor]
+    made: dict[int, Any] = field(default_factory=dict)
+
+    def put(self, places: Sequence[Place]) -> None:
+        """Put the call's tensors where its forward leaves them."""
+        # All is looked up before anything is written, so that places may exchange what they hold.
+        writes = []
+        for place in places:
+            space = _space(self.survey, place.address)
+            old = items_of(space)
+            if place.key is None:
+                writes.append((space, dict(enumerate(self._make(r, old) for r in place.recipe))))
+            else:
+                writes.append((space, {self._make(place.key, old): self._make(place.recipe, old)}))
+        for space, items in writes:
+            write(space, items)
+
+    def _make(self, recipe: Any, old: dict[Any, Any]) -> Any:
+        if isinstance(recipe, Result):
+            tensor = self.results[recipe.number]
+            LEFT[tensor] = self.cut[recipe.number]
+            return tensor
+        if isinstance(recipe, Given):
+            return self.given[recipe.number]
+        if isinstance(recipe, Entry):
+            return old[recipe.index]
+        if isinstance(recipe, Holder):
+            return self.survey.holders[recipe.number]
+        if isinstance(recipe, Fixed):
+            return recipe.value
+        if recipe.name not in self.made:
+            parts = [self._make(p, old) for p in recipe.parts]
+            self.made[recipe.name] = pytree.tree_unflatten(parts, recipe.spec)
+        return self.made[recipe.name]

@@ -1,0 +1,1 @@
+"""Values, ops, and regions: the graph that everything below the capture works on."""

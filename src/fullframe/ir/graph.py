@@ -1,0 +1,208 @@
+"""The graph: values, ops and the contract of a rule.
+
+A graph is a flat list of ops in an order that can be run. Every op makes one value; no two values
+share memory; buffers that a module updates are outputs. The module knows nothing of torch: dtypes
+and callables are opaque.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Literal, Protocol
+
+from fullframe.ir.region import Region
+
+Kind = Literal["pointwise", "window", "resample", "layout", "reduce", "whole"]
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """One tensor of the step: ``shape`` (elements per axis), an opaque ``dtype``, bytes per element."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+    itemsize: int
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.itemsize
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.name}:{dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands in ``Op.args`` for the tensor ``Op.inputs[index]``."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Link:
+    """Axis ``axis`` of input ``input`` runs along axis ``out`` of the output.
+
+    For a reduction ``out`` is an axis of the driver, the input whose elements are summed.
+    """
+
+    input: int
+    axis: int
+    out: int
+
+
+class Rule(Protocol):
+    """What the engine knows of an op: where a region of the output comes from, and how to run it.
+
+    ``kind``        the family, for printing and for the planner.
+    ``heavy``       True where recomputing an element costs much more than loading it.
+    ``links``       which axes of inputs and output run along each other (tiles follow them).
+    ``channels``    (input, axis) pairs contracted in full whatever the region: never tiled.
+    ``grow``        the smallest region the op can make that holds the wanted one.
+    ``footprint``   for a (grown) region, the region read of each input, clipped to it.
+    ``run``         the window of the region from windows cut exactly to the footprint.
+    ``cost``        floating point operations to make this many output elements.
+    ``scratch``     bytes that `run` takes for a (grown) region beside what it reads and the output that it makes.
+    ``once``        True where all tiles must see the same decision (which of two equal numbers is the maximum):
+                    the output is stored, and never made again.
+    ``selects``     True where the output's elements are elements of its input (a maximum), to the last bit.
+    ``passes``      True where elements of the output may be elements of an input, to the last bit.
+    ``decides``     True where the last bit of an input can change the output by much: comparisons, bends, steps.
+    ``compares``    True where it compares the elements of two inputs.
+    ``opposes``     True where it compares or subtracts them.
+    ``calls``       True where the library runs it, whose calls take a while to begin, however small the window.
+
+    A reduction has ``driver``: the input whose own regions, a disjoint cover, are summed. Its
+    ``grow`` and ``footprint`` take a region of the driver, ``run`` returns a partial result, and
+    ``combine`` adds a partial into an accumulator made by ``start``; ``finish`` gives the value.
+    """
+
+    kind: Kind
+    heavy: bool
+    once: bool
+
+    def links(self, op: Op) -> Sequence[Link]: ...
+
+    def channels(self, op: Op) -> Sequence[tuple[int, int]]: ...
+
+    def grow(self, op: Op, region: Region) -> Region: ...
+
+    def footprint(self, op: Op, region: Region) -> Sequence[Region]: ...
+
+    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any: ...
+
+    def cost(self, op: Op, elements: int) -> int: ...
+
+    def scratch(self, op: Op, region: Region) -> int: ...
+
+    def selects(self, op: Op) -> bool: ...
+
+    def decides(self, op: Op) -> bool: ...
+
+    def passes(self, op: Op) -> bool: ...
+
+    def compares(self, op: Op) -> bool: ...
+
+    def opposes(self, op: Op) -> bool: ...
+
+    def calls(self, op: Op) -> bool: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One operation: ``output = target(*args, **kwargs)`` with tensors in ``args`` as `Ref`."""
+
+    target: str
+    inputs: tuple[Value, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Value
+    rule: Rule
+    call: Callable[..., Any]
+    path: str = ""
+
+    def bind(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
+        """Positional arguments with the tensors in place of their `Ref`."""
+        return tuple(_fill(a, tensors) for a in self.args)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(_show(a, self.inputs) for a in self.args)
+        return f"{self.output!r} = {self.target}({shown})"
+
+
+def _fill(arg: Any, tensors: Sequence[Any]) -> Any:
+    if type(arg) is Ref:
+        return tensors[arg.index]
+    if type(arg) in (list, tuple):
+        return [_fill(a, tensors) for a in arg]
+    return arg
+
+
+def _show(arg: Any, inputs: Sequence[Value]) -> str:
+    if isinstance(arg, Ref):
+        return "%" + inputs[arg.index].name
+    if isinstance(arg, (list, tuple)):
+        return "[" + ", ".join(_show(a, inputs) for a in arg) + "]"
+    return str(arg)
+
+
+def arg(op: Op, position: int, default: Any = None) -> Any:
+    """Argument at a position, or the default that ATen's schema gives it."""
+    return op.args[position] if position < len(op.args) else default
+
+
+@dataclass
+class Graph:
+    """Inputs, ops in runnable order, and outputs (``None`` where a slot has no tensor).
+
+    ``phase`` counts how many of the outputs must be ready before any input in ``late`` arrives:
+    a tiled module hands out its outputs before it is given their gradients.
+    """
+
+    inputs: list[Value]
+    ops: list[Op]
+    outputs: list[Value | None]
+    early: int = 0
+    late: frozenset[Value] = frozenset()
+    constants: dict[Value, Any] = field(default_factory=dict)
+    seed: Value | None = None  # the input that random numbers follow from; the last of the inputs
+    strides: dict[Value, tuple[int, ...]] = field(default_factory=dict)  # of outputs, as their caller expects them
+
+    def __str__(self) -> str:
+        head = f"graph({', '.join(map(repr, self.inputs))})"
+        body = "\n".join(f"  {op!r}" for op in self.ops)
+        tail = ", ".join("None" if v is None else "%" + v.name for v in self.outputs)
+        return f"{head}\n{body}\n  return {tail}"
+
+
+def verify(graph: Graph) -> None:
+    """Assert that every op reads values made before it and that no value is made twice."""
+    known: set[Value] = set(graph.inputs) | set(graph.constants)
+    for op in graph.ops:
+        assert all(v in known for v in op.inputs), f"{op!r} reads a value not made yet"
+        assert op.output not in known, f"{op!r} makes a value twice"
+        known.add(op.output)
+    assert all(v is None or v in known for v in graph.outputs), "an output is never made"
+
+
+def live_ops(ops: Iterable[Op], wanted: Iterable[Value]) -> list[Op]:
+    """The ops that the wanted values need, in order."""
+    need = set(wanted)
+    kept = []
+    for op in reversed(list(ops)):
+        if op.output in need:
+            kept.append(op)
+            need.update(op.inputs)
+    return kept[::-1]
+
+
+def followers(ops: Iterable[Op], values: Iterable[Value]) -> set[Value]:
+    """The values and all that is made from them."""
+    found = set(values)
+    for op in ops:
+        if not found.isdisjoint(op.inputs):
+            found.add(op.output)
+    return found

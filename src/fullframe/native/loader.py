@@ -1,0 +1,53 @@
+"""C++ of our own that does what an op of the library's does: loaded by name, run on tensors, noted on tape."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+
+from fullframe.bytecode.recorder import current
+from fullframe.codegen.toolchain import cxx as compiler
+
+_LOCK = Lock()
+_LOADED: dict[str, Callable[..., int] | None] = {}
+SOURCES = {
+    "convolution": ("vectors.h", "blocks.h", "convolution.cpp", "couples.h", "winograd.cpp"),
+    "gradient": ("vectors.h", "gradient.cpp", "couples.h", "winograd_gradient.cpp"),
+}
+"""The files that are compiled together."""
+
+
+def own(name: str, source: str = "") -> Callable[..., int] | None:
+    """A function of one of the `SOURCES`, by default the one it is named after; None without a compiler, or where the
+    source has it only for other processors.
+
+    It is compiled by the thread that asks first.
+    """
+    if name not in _LOADED:
+        with _LOCK:
+            if name not in _LOADED:
+                _LOADED[name] = _load(name, source or name)
+    return _LOADED[name]
+
+
+def _load(name: str, source: str) -> Callable[..., int] | None:
+    here = Path(__file__).parent / "src"
+    text = "".join((here / file).read_text() for file in SOURCES[source])
+    try:
+        return compiler.load(text, f"fullframe_{name}")
+    except compiler.BuildError:
+        return None
+
+
+def run(function: Callable[..., int], words: Any, tensors: Sequence[torch.Tensor | None]) -> None:
+    """Call a function with numbers, an array of ctypes, and the addresses of tensors."""
+    places = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
+    if function(words, places):
+        raise MemoryError("no memory for a copy of a convolution's weight")
+    if (tape := current()) is not None:
+        tape.own(function, words, tensors)

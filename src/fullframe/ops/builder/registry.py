@@ -1,0 +1,38 @@
+"""The registry of decompositions, by the name of the ATen op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fullframe.ir.graph import Value
+from fullframe.ops.builder.builder import Builder
+
+Lowering = Callable[..., Any]
+LOWERINGS: dict[str, Lowering] = {}
+
+
+def lowers(*names: str) -> Callable[[Lowering], Lowering]:
+    """Register a lowering for ATen overloads (``.default`` is implied)."""
+
+    def register(function: Lowering) -> Lowering:
+        for name in names:
+            LOWERINGS[f"aten.{name}" if "." in name else f"aten.{name}.default"] = function
+        return function
+
+    return register
+
+
+def dims_of(x: Value, dims: Any) -> tuple[int, ...]:
+    """Sorted non-negative axes; None or an empty list means all."""
+    rank = len(x.shape)
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+        return tuple(range(rank))
+    dims = [dims] if isinstance(dims, int) else dims
+    return tuple(sorted(d % max(rank, 1) for d in dims)) if rank else ()
+
+
+def cast(b: Builder, x: Value, dtype: Any = None, **_: Any) -> Value:
+    return x if dtype in (None, x.dtype) else b.aten(torch.ops.aten._to_copy.default, x, dtype=dtype)

@@ -1,0 +1,48 @@
+"""Matrix products in normal form: contractions of two operands, merged axes as products of factors."""
+
+from __future__ import annotations
+
+import torch
+
+from fullframe.ir.graph import Value
+from fullframe.ops.builder.builder import Builder
+from fullframe.ops.builder.registry import lowers
+
+aten = torch.ops.aten
+
+EQUATIONS = {
+    "mm": "mk,kn->mn",
+    "bmm": "bmk,bkn->bmn",
+    "mv": "mk,k->m",
+    "dot": "k,k->",
+    "vdot": "k,k->",
+}
+
+
+def product(b: Builder, x: Value, y: Value) -> Value:
+    return b.contract(x, y, EQUATIONS[b.target.split(".")[1]], b.meta_dtype)
+
+
+for _name in EQUATIONS:
+    lowers(_name)(product)
+
+
+def scaled(b: Builder, x: Value, number: float) -> Value:
+    return x if number == 1 else b.aten(aten.mul.Scalar, x, number)
+
+
+def added_product(b: Builder, base: Value, x: Value, y: Value, *, beta: float = 1, alpha: float = 1) -> Value:
+    equations = {"addmm": "mk,kn->mn", "baddbmm": "bmk,bkn->bmn", "addmv": "mk,k->m", "addbmm": "bmk,bkn->mn"}
+    made = b.contract(x, y, equations[b.target.split(".")[1]], b.meta_dtype)
+    made = scaled(b, made, alpha)
+    return made if beta == 0 else b.aten(aten.add.Tensor, made, scaled(b, base, beta))
+
+
+for _name in ("addmm", "baddbmm", "addmv", "addbmm"):
+    lowers(_name)(added_product)
+
+
+@lowers("addr")
+def addr(b: Builder, base: Value, x: Value, y: Value, *, beta: float = 1, alpha: float = 1) -> Value:
+    made = scaled(b, b.contract(x, y, "m,n->mn", b.meta_dtype), alpha)
+    return made if beta == 0 else b.aten(aten.add.Tensor, made, scaled(b, base, beta))

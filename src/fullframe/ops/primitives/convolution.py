@@ -1,0 +1,291 @@
+"""Window ops: convolutions and their gradients.
+
+Padding is applied only where a window touches the border of the image, at every op. The geometry
+of one spatial axis is (kernel, stride, padding, dilation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+
+from fullframe.bytecode.libtorch import taping
+from fullframe.ir import region as box
+from fullframe.ir.graph import Kind, Link, Op
+from fullframe.ir.region import Interval, Region
+from fullframe.native.convolution import Axis as Placed
+from fullframe.native.convolution import convolution, suits
+from fullframe.native.weight_gradient import suits_gradient, weight_grad
+from fullframe.native.winograd import winograd
+from fullframe.ops.numerics.convolve import DOT, EVEN, Axis, convolve, in_pieces, pad_window, spread
+from fullframe.ops.primitives.rule import BaseRule, Reduction, made_of, nbytes_of
+
+
+def outside(region: Sequence[Interval], extents: Sequence[int]) -> list[Interval]:
+    """How much of each (unclipped) interval lies before and after its axis."""
+    pairs = zip(region, extents, strict=True)
+    return [(min(high, 0) - min(low, 0), max(high, n) - max(low, n)) for (low, high), n in pairs]
+
+
+BLOCK = 16  # channels: the library's own layout has a multiple of so many
+
+
+def _library(op: Op, x: Region, g: Region, kernel: Sequence[int]) -> int:
+    """Bytes that the library takes beside a map read in ``x`` and one at each of whose pixels ``g`` a window lies.
+
+    In float32 and below these are copies in its own layout; what it makes by a matrix product, as float64 and weight
+    gradients of small windows and batches, has a column for each pixel.
+    """
+    rule: Any = op.rule
+    item = op.inputs[0].itemsize
+    sizes = [high - low for low, high in g]
+    plain = all(a.stride == a.dilation == 1 for a in rule.axes(op))
+    small = rule.kind == "reduce" and max(kernel[-2:]) <= 3 and sizes[0] < 16 and plain
+    products = item == 8 or small
+    columns = blocked = 0
+    if products and prod(kernel) > 1:
+        deep = op.output.shape[1] if rule.kind == "reduce" else op.inputs[1].shape[1]
+        columns = sizes[0] * prod(sizes[2:-1]) * (sizes[-1] + EVEN) * deep * prod(kernel) * item
+    if item < 8:
+        pixels = [(box.size(r) // max(1, r[1][1] - r[1][0]), r[1][1] - r[1][0]) for r in (x, g)]
+        blocked = sum(n * -(-c // BLOCK) * BLOCK * 4 for n, c in pixels)
+    return max(columns, blocked)
+
+
+class Conv(BaseRule):
+    """``tile.conv(x, weight, bias?, stride, padding, dilation, groups)``."""
+
+    kind: Kind = "window"
+    heavy = True
+
+    def axes(self, op: Op) -> list[Axis]:
+        kernel = op.inputs[1].shape[2:]
+        n = len(kernel)
+        stride, padding, dilation = (spread(op.args[k], n) for k in (3, 4, 5))
+        return [Axis(*a) for a in zip(kernel, stride, padding, dilation, strict=True)]
+
+    def links(self, op: Op) -> Sequence[Link]:
+        return [Link(0, 0, 0)] + [Link(0, a, a) for a in range(2, len(op.output.shape))]
+
+    def channels(self, op: Op) -> Sequence[tuple[int, int]]:
+        return [(0, 1), (-1, 1)]
+
+    def grow(self, op: Op, region: Region) -> Region:
+        return (region[0], (0, op.output.shape[1]), *region[2:])
+
+    def reads(self, op: Op, region: Region) -> list[Interval]:
+        return [box.window_reads(r, *a) for r, a in zip(region[2:], self.axes(op), strict=True)]
+
+    def footprint(self, op: Op, region: Region) -> Sequence[Region]:
+        shape = op.inputs[0].shape
+        spatial = [box.clip(r, n) for r, n in zip(self.reads(op, region), shape[2:], strict=True)]
+        return [(region[0], (0, shape[1]), *spatial), *(box.full(v.shape) for v in op.inputs[1:])]
+
+    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+        x, weight = windows[0], windows[1]
+        bias = windows[2] if len(windows) > 2 else None
+        _, _, _, stride, _, dilation, groups = op.args
+        pads, axes = self.placed(op, region)
+        made = convolution(x, weight, bias, axes, groups)
+        if made is not None:
+            return made
+        if all(before == after for before, after in pads):
+            padding = [before for before, _ in pads]
+        else:
+            x, padding = pad_window(x, pads), [0]
+        return convolve(x, weight, bias, stride, padding, dilation, False, [0], groups)
+
+    def placed(self, op: Op, region: Region) -> tuple[list[Interval], list[Placed]]:
+        """How much of what a region reads lies outside of the input, and how windows lie in the rest."""
+        pads = outside(self.reads(op, region), op.inputs[0].shape[2:])
+        sizes = zip(box.shape_of(region[2:]), self.axes(op), pads, strict=True)
+        return pads, [Placed(n, a.stride, before, a.dilation) for n, a, (before, _) in sizes]
+
+    def cost(self, op: Op, elements: int) -> int:
+        return 2 * elements * prod(op.inputs[1].shape[1:])
+
+    def scratch(self, op: Op, region: Region) -> int:
+        if not self.calls(op) and taping():
+            return 0
+        read = self.footprint(op, region)[0]
+        copies = 2 * box.size(read) * op.inputs[0].itemsize + made_of(op, region)  # padded, and in another layout
+        return copies + _library(op, read, region, op.inputs[1].shape[2:])
+
+    def calls(self, op: Op) -> bool:
+        weight = op.inputs[1]
+        return not suits(weight.shape, weight.dtype, op.args[6])
+
+
+class Winograd(Conv):
+    """``tile.winograd(x, weight, bias?, stride, padding, dilation, groups)``.
+
+    `Conv` with rows of three taps, of which the weight has four sums (`for_winograd`).
+    """
+
+    def axes(self, op: Op) -> list[Axis]:
+        *axes, row = super().axes(op)
+        return [*axes, row._replace(kernel=row.kernel - 1)]
+
+    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+        bias = windows[2] if len(windows) > 2 else None
+        return winograd(windows[0], windows[1], bias, self.placed(op, region)[1], region[-1][0])
+
+    def cost(self, op: Op, elements: int) -> int:
+        return elements * prod(op.inputs[1].shape[1:])
+
+    def calls(self, op: Op) -> bool:
+        return False
+
+
+class ConvTranspose(BaseRule):
+    """``tile.conv_transpose(x, weight, bias?, stride, padding, dilation, groups)``.
+
+    Also the input gradient of a strided convolution; the output's shape is the op's own, so that
+    output padding and gradients of odd sizes need no argument.
+    """
+
+    kind: Kind = "window"
+    heavy = True
+
+    axes = Conv.axes
+    links = Conv.links
+    channels = Conv.channels
+    grow = Conv.grow
+
+    def footprint(self, op: Op, region: Region) -> Sequence[Region]:
+        shape = op.inputs[0].shape
+        spatial = [
+            box.clip(box.window_writes(r, *a), n)
+            for r, a, n in zip(region[2:], self.axes(op), shape[2:], strict=True)
+        ]
+        return [(region[0], (0, shape[1]), *spatial), *(box.full(v.shape) for v in op.inputs[1:])]
+
+    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+        x, weight = windows[0], windows[1]
+        bias = windows[2] if len(windows) > 2 else None
+        _, _, _, stride, _, dilation, groups = op.args
+        read = self.footprint(op, region)[0]
+        if box.is_empty(read):
+            channels = op.output.shape[1]
+            out = x.new_zeros([region[0][1] - region[0][0], channels, *box.shape_of(region[2:])])
+            return out if bias is None else out + bias.view(-1, *[1] * (len(region) - 2))
+        # The window makes the outputs [first, last) of each axis; the wanted ones lie among them,
+        # but for outputs past the last touched one, which are zero (plus bias).
+        crops = []
+        for r, a, want in zip(read[2:], self.axes(op), region[2:], strict=True):
+            first = r[0] * a.stride - a.padding
+            last = (r[1] - 1) * a.stride - a.padding + a.dilation * (a.kernel - 1) + 1
+            crops.append((want[0] - first, last - want[1]))
+        padding = [max(0, min(c)) for c in crops]
+        crops = [(c[0] - p, c[1] - p) for c, p in zip(crops, padding, strict=True)]
+        ragged = any(n < 0 for c in crops for n in c)
+        out = convolve(x, weight, None if ragged else bias, stride, padding, dilation, True, [0], groups)
+        if any(n for c in crops for n in c):
+            out = pad_window(out, [(-before, -after) for before, after in crops])
+        if ragged and bias is not None:
+            out = out + bias.view(-1, *[1] * (len(region) - 2))
+        return out
+
+    def scratch(self, op: Op, region: Region) -> int:
+        read = self.footprint(op, region)[0]
+        pixels = prod(high - low for low, high in read[2:])
+        columns = pixels * prod(op.inputs[1].shape[1:]) * 8 if op.inputs[0].itemsize == 8 else 0
+        return 2 * (box.size(read) * op.inputs[0].itemsize + made_of(op, region)) + columns
+
+    def calls(self, op: Op) -> bool:
+        return True
+
+    def cost(self, op: Op, elements: int) -> int:
+        weight = op.inputs[1].shape
+        per = prod(weight[2:]) / prod(spread(op.args[3], len(weight) - 2))
+        return int(2 * elements * weight[0] // op.args[6] * max(1, per))
+
+
+def _overlooks_ends(x: torch.Tensor, axes: Sequence[Axis]) -> bool:
+    """Whether the library cannot be left to pad for a weight gradient.
+
+    In bfloat16, where an axis is shorter than the window, it leaves parts of the gradient as they lay in memory, or
+    writes beyond it (oneDNN in torch 2.13; plain PyTorch has it too).
+    """
+    spans = zip(x.shape[2:], axes, strict=True)
+    return x.dtype == torch.bfloat16 and any(n < (a.kernel - 1) * a.dilation + 1 for n, a in spans)
+
+
+class ConvWeightGrad(Reduction):
+    """``tile.conv_weight_grad(g, x, stride, padding, dilation, groups)``, driven by ``g``.
+
+    ``transposed`` convolutions are the same sum with the roles of g and x swapped.
+    """
+
+    heavy = True
+
+    def axes(self, op: Op) -> list[Axis]:
+        kernel = op.output.shape[2:]
+        n = len(kernel)
+        stride, padding, dilation = (spread(op.args[k], n) for k in (2, 3, 4))
+        return [Axis(*a) for a in zip(kernel, stride, padding, dilation, strict=True)]
+
+    def links(self, op: Op) -> Sequence[Link]:
+        spatial = range(2, len(op.output.shape))
+        return [Link(i, a, a) for i in (0, 1) for a in (0, *spatial)]
+
+    def channels(self, op: Op) -> Sequence[tuple[int, int]]:
+        return [(0, 1), (1, 1)]
+
+    def grow(self, op: Op, region: Region) -> Region:
+        return (region[0], (0, op.inputs[0].shape[1]), *region[2:])
+
+    def reads(self, op: Op, region: Region) -> list[Interval]:
+        return [box.window_reads(r, *a) for r, a in zip(region[2:], self.axes(op), strict=True)]
+
+    def footprint(self, op: Op, region: Region) -> Sequence[Region]:
+        shape = op.inputs[1].shape
+        spatial = [box.clip(r, n) for r, n in zip(self.reads(op, region), shape[2:], strict=True)]
+        return [region, (region[0], (0, shape[1]), *spatial)]
+
+    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+        g, x = windows
+        stride, padding, dilation, groups = op.args[2:]
+        pads = outside(self.reads(op, region), op.inputs[1].shape[2:])
+        axes = self.axes(op)
+        made = weight_grad(
+            g, x, op.output.shape, [a.stride for a in axes], [before for before, _ in pads],
+            [a.dilation for a in axes], groups,
+        )  # fmt: skip
+        if made is not None:
+            return made
+        if all(before == after for before, after in pads) and not _overlooks_ends(x, axes):
+            padding = [before for before, _ in pads]
+        else:
+            x, padding = pad_window(x, pads), [0]
+        shape, geometry = op.output.shape, (stride, padding, dilation, False, [0])
+        if all(a.kernel == a.stride == 1 for a in axes) and not any(padding):
+            pieces = in_pieces(g, x)
+            if pieces is not None:
+                (g, x), shape, geometry = pieces, (*shape[:2], 1, 1), DOT
+        weight = g.new_empty(1).expand(shape)
+        grads = torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, groups, [False, True, False])
+        return grads[1].view(op.output.shape)
+
+    def cost(self, op: Op, elements: int) -> int:
+        return 2 * elements * prod(op.output.shape[1:])
+
+    def scratch(self, op: Op, region: Region) -> int:
+        if not self.calls(op) and taping():
+            return 0
+        g, x = self.footprint(op, region)
+        return nbytes_of(op, (g, x)) + _library(op, x, g, op.output.shape[2:])
+
+    def calls(self, op: Op) -> bool:
+        return not suits_gradient(op.output.shape, op.inputs[0].dtype, op.args[5])
+
+
+RULES: dict[str, BaseRule] = {
+    "tile.conv": Conv(),
+    "tile.conv_transpose": ConvTranspose(),
+    "tile.conv_weight_grad": ConvWeightGrad(),
+    "tile.winograd": Winograd(),
+}

@@ -1,0 +1,127 @@
+"""Defaults shared by the rules, and the rule of an op that is only ever run whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fullframe.ir import region as box
+from fullframe.ir.graph import Kind, Link, Op
+from fullframe.ir.region import Region
+
+
+def nbytes_of(op: Op, regions: Sequence[Region]) -> int:
+    """Bytes of a region of each input."""
+    return sum(box.size(r) * v.itemsize for v, r in zip(op.inputs, regions, strict=True))
+
+
+def made_of(op: Op, region: Region) -> int:
+    """Bytes of what an op makes of a (grown) region."""
+    rule: Any = op.rule
+    return box.size(rule.out_region(op, region) if rule.kind == "reduce" else region) * op.output.itemsize
+
+
+class BaseRule:
+    """A rule that reads every input in full: the safe default the families narrow down."""
+
+    kind: Kind = "whole"
+    heavy = False
+    once = False
+
+    def links(self, op: Op) -> Sequence[Link]:
+        return ()
+
+    def channels(self, op: Op) -> Sequence[tuple[int, int]]:
+        return ()
+
+    def grow(self, op: Op, region: Region) -> Region:
+        return region
+
+    def footprint(self, op: Op, region: Region) -> Sequence[Region]:
+        return [box.full(v.shape) for v in op.inputs]
+
+    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+        return op.call(*op.bind(windows), **op.kwargs)
+
+    def cost(self, op: Op, elements: int) -> int:
+        return elements
+
+    def scratch(self, op: Op, region: Region) -> int:
+        """A copy of all that it reads and makes, as of another layout; the ops that move numbers make none."""
+        return 0 if self.kind == "layout" else nbytes_of(op, self.footprint(op, region)) + made_of(op, region)
+
+    def selects(self, op: Op) -> bool:
+        return False
+
+    def decides(self, op: Op) -> bool:
+        return False
+
+    def compares(self, op: Op) -> bool:
+        return False
+
+    def opposes(self, op: Op) -> bool:
+        return False
+
+    def calls(self, op: Op) -> bool:
+        return False
+
+    def passes(self, op: Op) -> bool:
+        return self.kind == "layout" or self.selects(op)
+
+
+class Whole(BaseRule):
+    """An op known only by its name: all of the inputs, all of the output, once."""
+
+    heavy = True
+
+    def grow(self, op: Op, region: Region) -> Region:
+        return box.full(op.output.shape)
+
+
+class Reduction(BaseRule):
+    """A sum over tiles of the driver input.
+
+    Partial results are float64 for floating inputs: between tiles nothing is lost, whatever the
+    number of tiles, so the result does not depend on the tiling beyond one rounding.
+    """
+
+    kind: Kind = "reduce"
+    driver = 0
+
+    def keeps(self, op: Op) -> Sequence[tuple[int, int]]:
+        """Pairs (axis of the driver, axis of the output) that are not summed."""
+        return ()
+
+    def accumulator(self, op: Op) -> torch.dtype:
+        if op.output.dtype.is_complex:
+            return torch.complex128
+        return torch.float64 if op.output.dtype.is_floating_point else op.output.dtype
+
+    def start(self, op: Op, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        return torch.zeros(shape, dtype=self.accumulator(op), device=device)
+
+    def combine(self, op: Op, total: torch.Tensor, partial: torch.Tensor) -> None:
+        total.add_(partial)
+
+    def join(self, op: Op, partials: torch.Tensor) -> torch.Tensor:
+        """Several partial results, stacked on a new axis 0, as one."""
+        return torch.sum(partials, 0, dtype=self.accumulator(op))
+
+    def finish(self, op: Op, total: torch.Tensor) -> torch.Tensor:
+        return total.to(op.output.dtype)
+
+    def out_region(self, op: Op, driver: Region) -> Region:
+        """Where the partial result of a driver region is added in the output."""
+        out = list(box.full(op.output.shape))
+        for axis, kept in self.keeps(op):
+            out[kept] = driver[axis]
+        return tuple(out)
+
+    def driver_region(self, op: Op, out: Region) -> Region:
+        """The driver region summed into an output region."""
+        read = list(box.full(op.inputs[self.driver].shape))
+        for axis, kept in self.keeps(op):
+            read[axis] = out[kept]
+        return tuple(read)

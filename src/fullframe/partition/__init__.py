@@ -1,0 +1,1 @@
+"""Cuts a graph into sections and fusion groups."""

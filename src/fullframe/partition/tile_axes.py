@@ -1,0 +1,108 @@
+"""Tile axes: the batch and spatial axes of the inputs, followed through the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fullframe.ir import region as box
+from fullframe.ir.graph import Graph, Op, Value
+from fullframe.ir.region import Region
+
+Labels = dict[Value, tuple["int | None", ...]]
+
+
+def label_axes(graph: Graph, roots: Sequence[tuple[Value, Sequence[int]]]) -> Labels:
+    """Follow the given axes of the inputs through the graph.
+
+    Axes contracted by a convolution are never tiled; nor is a label that one value carries twice
+    (a map added to its own transpose), since a tile would then need two places at once.
+    """
+    parent: dict[tuple[Value, int], tuple[Value, int]] = {}
+
+    def find(key: tuple[Value, int]) -> tuple[Value, int]:
+        while (up := parent.get(key, key)) != key:
+            parent[key] = parent.get(up, up)
+            key = up
+        return key
+
+    channels: list[tuple[Value, int]] = []
+    for op in graph.ops:
+        for a, b in axis_pairs(op):
+            parent[find(a)] = find(b)
+        for i, axis in op.rule.channels(op):
+            channels.append((op.output if i < 0 else op.inputs[i], axis))
+    dead = {find(key) for key in channels}
+    names: dict[tuple[Value, int], int] = {}
+    for value, axes in roots:
+        for axis in axes:
+            key = find((value, axis))
+            if key not in dead:
+                names.setdefault(key, len(names))
+    return _apply_names(graph, names, find)
+
+
+def axis_pairs(op: Op) -> Iterable[tuple[tuple[Value, int], tuple[Value, int]]]:
+    """Pairs of axes that run along each other in an op."""
+    rule: Any = op.rule
+    through = op.inputs[rule.driver] if rule.kind == "reduce" else op.output
+    for link in rule.links(op):
+        yield (op.inputs[link.input], link.axis), (through, link.out)
+    if rule.kind == "reduce":
+        for axis, out in rule.keeps(op):
+            yield (through, axis), (op.output, out)
+
+
+def _apply_names(graph: Graph, names: dict[tuple[Value, int], int], find: Any) -> Labels:
+    values = [*graph.inputs, *graph.constants, *(op.output for op in graph.ops)]
+    found: Labels = {}
+    doubled: set[int] = set()
+    for value in values:
+        labels = tuple(names.get(find((value, a))) if n > 1 else None for a, n in enumerate(value.shape))
+        used = [x for x in labels if x is not None]
+        doubled |= {x for x in used if used.count(x) > 1}
+        found[value] = labels
+    if doubled:
+        found = {v: tuple(None if x in doubled else x for x in ls) for v, ls in found.items()}
+    return found
+
+
+def tiled(value: Value, labels: Labels) -> bool:
+    return any(x is not None for x in labels[value])
+
+
+def sums_tiles(op: Op, labels: Labels) -> bool:
+    """Whether the op adds up partial results of tiles (a reduction over a labelled axis)."""
+    rule: Any = op.rule
+    if rule.kind != "reduce":
+        return False
+    kept = {axis for axis, _ in rule.keeps(op)}
+    return any(x is not None and a not in kept for a, x in enumerate(labels[op.inputs[rule.driver]]))
+
+
+# Tiles -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part ``[low, high)`` of a label whose axis has ``reference`` pixels where it is widest."""
+
+    low: int
+    high: int
+    reference: int
+
+
+Tile = dict[int, Span]
+
+
+def own_region(value: Value, labels: Labels, tile: Tile) -> Region:
+    """The tile's own part of a value; over all tiles a disjoint cover, whatever the sizes."""
+    found = []
+    for label, n in zip(labels[value], value.shape, strict=True):
+        span = tile.get(label) if label is not None else None
+        if span is None:
+            found.append((0, n))
+        else:
+            found.append((box.scaled(span.low, n, span.reference), box.scaled(span.high, n, span.reference)))
+    return tuple(found)

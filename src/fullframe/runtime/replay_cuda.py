@@ -1,0 +1,156 @@
+"""Runs recorded on a CUDA device and played again: a step is thousands of small launches, and Python is slow at them.
+
+A step that runs twice in a row is recorded as a CUDA graph at the second time. Its maps, windows and sums then stay
+where they were; parameters and buffers are read where they live, inputs are copied to where the first ones were, and
+what it makes is copied out. What cannot be recorded (an op that waits for the device) runs as it did.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import torch
+
+from fullframe.compiler.program import Program
+from fullframe.ir.graph import Value
+from fullframe.ops.numerics.table_cache import held
+from fullframe.runtime.executor import Run
+from fullframe.storage.arena import Arena, Arenas
+
+KIND = "cuda"  # of the devices that can record
+
+
+class Feed(NamedTuple):
+    """A tensor that a run reads; ``lasting`` where it is the same one at the next call (a parameter, a buffer)."""
+
+    value: Value
+    tensor: torch.Tensor
+    lasting: bool
+
+
+Feeds = Sequence[Feed]
+
+
+class Replay:
+    """One recorded run."""
+
+    def __init__(self, program: Program, arena: Arena, device: torch.device, feeds: Feeds):
+        self.program, self.arena, self.flags = program, arena, _flags()
+        self.run = Run(program.plan, arena, device)
+        # Detached: a parameter may be given other memory (p.data = ...), and must then be seen to have moved.
+        self.fed = [_fed(f, device) for f in feeds]
+        self.places = [_place(t) for t in self.fed]
+        self.run.feed([f.value for f in feeds], self.fed)
+        self.graph = torch.cuda.CUDAGraph()
+        self.played = torch.cuda.Event()
+        # A stream of its own: torch's is that of the device that recorded first. It is left again if this fails.
+        recording = torch.cuda.graph(self.graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local")
+        with held() as self.tables, torch.cuda.stream(torch.cuda.current_stream(device)), recording:
+            self.run.advance(len(program.plan.steps))
+
+    def fits(self, program: Program, feeds: Feeds) -> bool:
+        """Whether the same run on these tensors reads what lasts where it was, and computes in the same way."""
+        if program is not self.program or self.flags != _flags():
+            return False
+        return all(place == _place(f.tensor) for place, f in zip(self.places, feeds, strict=True) if f.lasting)
+
+    def play(self, feeds: Feeds) -> Run:
+        """The run with results in memory of their own."""
+        stream = torch.cuda.current_stream(self.run.device)
+        stream.wait_event(self.played)  # of another stream, perhaps
+        with torch.no_grad():
+            for old, feed in zip(self.fed, feeds, strict=True):
+                if not feed.lasting:
+                    old.copy_(feed.tensor)
+            self.graph.replay()
+            inputs = {f.value: f.tensor.detach() for f in feeds}
+            made = {v: t.clone() for v, t in self.run.values.items() if v in self.program.made and v not in inputs}
+        self.played.record(stream)
+        return self.run.finished(inputs | made)
+
+
+def _fed(feed: Feed, device: torch.device) -> torch.Tensor:
+    tensor = feed.tensor.detach()
+    return tensor if feed.lasting else tensor.to(device, copy=True)
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.stride()
+
+
+def _flags() -> tuple[Any, ...]:
+    """How torch's libraries are to compute: a recording holds what they chose."""
+    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda.matmul
+    kinds = (cudnn, cudnn.conv, cuda) if hasattr(cudnn, "conv") else (cudnn, cuda)
+    precision = tuple(getattr(kind, "fp32_precision", None) for kind in kinds)
+    reduced = (cuda.allow_fp16_reduced_precision_reduction, cuda.allow_bf16_reduced_precision_reduction)
+    return cudnn.enabled, cudnn.deterministic, cudnn.benchmark, precision, reduced
+
+
+def playable(program: Program) -> bool:
+    """Whether a program's runs may be recorded: one go, that nothing waits for, as an op without a rule may."""
+    return program.lasting and program.ruled and not program.graph.late and not program.plan.away
+
+
+class Replays:
+    """The latest recorded run of a tiled module: one, since it keeps its memory."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._replay: Replay | None = None
+        self._last: Program | None = None
+        self._refused: WeakSet[Program] = WeakSet()
+
+    def play(self, program: Program, arenas: Arenas, device: torch.device, feeds: Feeds) -> Run | None:
+        """The finished run of a program; None where it is not recorded, or another thread is at it."""
+        if device.type != KIND or torch.cuda.is_current_stream_capturing() or not self._lock.acquire(blocking=False):
+            return None
+        try:
+            again, self._last = self._last is program, program
+            if self._replay is not None and not self._replay.fits(program, feeds):
+                self._drop(arenas)
+            if again and self._replay is None and program not in self._refused and playable(program):
+                self._replay = self._record(program, arenas, device, feeds)
+            return self._replay.play(feeds) if self._replay is not None else None
+        except torch.OutOfMemoryError:  # nothing of the call's has changed yet
+            self._refused.add(program)
+            self._drop(arenas)
+            return None
+        finally:
+            self._lock.release()
+
+    def drop(self, arenas: Arenas) -> None:
+        """Let go of the recorded run and its memory, unless another thread is at it."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._drop(arenas)
+            finally:
+                self._lock.release()
+
+    def _drop(self, arenas: Arenas) -> None:
+        if self._replay is not None:
+            torch.cuda.current_stream(self._replay.run.device).wait_event(self._replay.played)
+            arenas.give(self._replay.arena)
+            self._replay = None
+
+    def _record(self, program: Program, arenas: Arenas, device: torch.device, feeds: Feeds) -> Replay | None:
+        arena = arenas.take(program.plan.bytes.arena, device)
+        try:
+            with _ONE_AT_A_TIME:
+                return Replay(program, arena, device, feeds)
+        except Exception:  # the device was waited for, say; the run that follows says what is wrong, if anything is
+            self._refused.add(program)
+            arenas.give(arena)
+            return None
+
+    def __deepcopy__(self, _: object) -> Replays:
+        return Replays()
+
+    def __reduce__(self) -> tuple[type[Replays], tuple[()]]:
+        return Replays, ()
+
+
+_ONE_AT_A_TIME = threading.Lock()  # torch can record one graph of a process at a time

@@ -1,0 +1,226 @@
+"""Tasks: what is to be done on one tile, with every region turned into slices.
+
+A task follows from the plan and never changes, so it is made when its tile first runs and then kept:
+the arithmetic of footprints is not repeated at every step. Of very many tiles only some are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from fullframe.ir import region as box
+from fullframe.ir.graph import Op, Value
+from fullframe.ir.region import Region
+from fullframe.partition.fusion import Unit, Work, work_of
+from fullframe.partition.tile_axes import Tile, own_region, tiled
+from fullframe.schedule.plan import KEPT, NBYTES, Plan, Step
+
+Part = tuple[slice, ...] | None  # of a tensor; None is all of it
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Read:
+    """What an op or a kernel takes: a part of a window or of a stored map; ``empty`` gives the shape of nothing."""
+
+    value: Value
+    window: bool
+    part: Part
+    empty: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Target:
+    """Where a kernel writes a value: a part of its stored map, or (``shape``) a new window; ``keep`` it as one."""
+
+    value: Value
+    part: Part
+    shape: tuple[int, ...] | None
+    keep: bool
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Store:
+    """A part of a window that is the tile's own part of a map; an untiled value is kept as it is."""
+
+    value: Value
+    tiled: bool
+    to: Part
+    made: Part
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Sum:
+    """A partial result: its place in the output and its shape. Not counted on tiles that another one stands for."""
+
+    op: Op
+    part: Part
+    shape: tuple[int, ...]
+    counted: bool
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One unit on a tile; ``drops`` are the windows that nothing reads afterwards, ``ready`` is the executor's."""
+
+    unit: Unit
+    region: Region
+    reads: tuple[Read, ...]
+    targets: tuple[Target, ...]
+    stores: tuple[Store, ...]
+    sums: tuple[Sum, ...]
+    drops: tuple[Value, ...]
+    ready: Any = None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Fetch:
+    """A part of a map that lives away from the device, to be a window of the tile."""
+
+    value: Value
+    part: Part
+
+
+@dataclass(eq=False, slots=True)
+class Task:
+    """The jobs of a tile, in runnable order, and what is to be fetched first; ``taped`` is the executor's."""
+
+    fetches: tuple[Fetch, ...]
+    jobs: tuple[Job, ...]
+    taped: Any = None
+
+
+class Tasks:
+    """The tasks of a plan, made when they are first asked for. Threads may ask at the same time.
+
+    They do not hold the plan, which is the key under which they are found.
+    """
+
+    def __init__(self, steps: Sequence[Step], room: int):
+        """Of so many tiles tasks are kept; those of the other steps are made anew each time."""
+        self.kept: list[list[Task | None] | None] = []
+        for step in steps:
+            fits = len(step.grid) <= room
+            room -= len(step.grid) if fits else 0
+            empty: list[Task | None] = [None] * len(step.grid)
+            self.kept.append(empty if fits else None)
+
+    def task(self, plan: Plan, number: int, k: int) -> Task:
+        """Of tile ``k`` of step ``number``."""
+        kept = self.kept[number]
+        found = kept[k] if kept is not None else None
+        if found is None:
+            step = plan.steps[number]
+            found = task_of(plan, step, tile_at(step, k))
+            if kept is None:
+                found.taped = False  # what is made anew each time is not worth a tape
+            else:
+                kept[k] = found
+        return found
+
+
+def room_of(plan: Plan) -> int:
+    """Of how many tiles the tasks are kept: more than `KEPT` where the plan leaves memory of its budget."""
+    return KEPT + max(0, plan.budget - plan.projected_bytes) // NBYTES
+
+
+def tile_at(step: Step, k: int) -> Tile:
+    """The tile of a number, the last axis fastest."""
+    k = len(step.grid) - 1 - k if step.turned else k
+    position: list[int] = []
+    for n in reversed(step.grid.counts()):
+        k, at = divmod(k, n)
+        position.insert(0, at)
+    return step.grid.tile(tuple(position))
+
+
+def task_of(plan: Plan, step: Step, tile: Tile) -> Task:
+    """What is to be done on a tile."""
+    section, labels = step.section, plan.labels
+    works, regions = work_of(step.units, section.saves, frozenset(section.sums), labels, tile)
+    last = {value: k for k, work in enumerate(works) for value in work.unit.reads}
+    away = plan.away
+    fetched = [v for v in section.loads if v in away and v in last and not box.is_empty(regions[v])]
+    made: set[Value] = {*fetched}
+    jobs = []
+    for k, work in enumerate(works):
+        reads = tuple(_read(v, r, regions, made) for v, r in zip(work.unit.reads, work.reads, strict=True))
+        form = _fused if work.unit.fused else _single
+        targets, stores, sums = form(plan, step, work, tile)
+        made |= {*work.unit.makes}
+        drops = tuple(
+            v for v in dict.fromkeys((*work.unit.reads, *work.unit.makes)) if v in made and last.get(v, k) == k
+        )
+        made -= {*drops}
+        jobs.append(Job(work.unit, work.region, reads, targets, stores, sums, drops))
+    return Task(tuple(Fetch(v, _part(regions[v], v.shape)) for v in fetched), tuple(jobs))
+
+
+def _read(value: Value, read: Region, regions: dict[Value, Region], made: set[Value]) -> Read:
+    if box.is_empty(read):  # along one axis; what was made for this tile need not hold it along the others
+        return Read(value, False, None, box.shape_of(read))
+    if value in made:
+        return Read(value, True, None if read == regions[value] else _slices(read, regions[value]))
+    return Read(value, False, _part(read, value.shape))
+
+
+def _part(region: Region, shape: tuple[int, ...]) -> Part:
+    return None if region == box.full(shape) else _slices(region)
+
+
+@lru_cache(maxsize=4096)
+def _slices(region: Region, origin: Region | None = None) -> tuple[slice, ...]:
+    return box.slices(region, origin)
+
+
+def _stores(plan: Plan, values: Iterable[Value], tile: Tile, made: Region) -> Iterator[Store]:
+    """Where each value's own part of the tile goes; an empty part, which may lie outside what is made, nowhere."""
+    for value in values:
+        own = own_region(value, plan.labels, tile)
+        if not tiled(value, plan.labels):
+            yield Store(value, False, None, None)
+        elif not box.is_empty(own):
+            yield Store(value, True, _part(own, value.shape), None if own == made else _slices(own, made))
+
+
+def _sum(plan: Plan, op: Op, region: Region, tile: Tile) -> Sum:
+    """Tiles that differ only in labels a driver lacks share its region: the first counts it."""
+    rule: Any = op.rule
+    labels = plan.labels[op.inputs[rule.driver]]
+    counted = all(span.low == 0 or label in labels for label, span in tile.items())
+    out = rule.out_region(op, region)
+    return Sum(op, _part(out, op.output.shape), box.shape_of(out), counted)
+
+
+Form = tuple[tuple[Target, ...], tuple[Store, ...], tuple[Sum, ...]]
+
+
+def _fused(plan: Plan, step: Step, work: Work, tile: Tile) -> Form:
+    unit, shape = work.unit, box.shape_of(work.region)
+    targets = []
+    away = plan.away
+    for value in dict.fromkeys((*unit.saves, *unit.makes)):
+        stored = unit.own and value in unit.saves and value not in away
+        part = _part(work.region, value.shape) if stored else None
+        targets.append(Target(value, part, None if stored else shape, value in unit.makes))
+    # The halo is another tile's to store.
+    later = [v for v in unit.saves if not unit.own or v in away]
+    stores = tuple(_stores(plan, later, tile, work.region))
+    return tuple(targets), stores, tuple(_sum(plan, op, work.region, tile) for op in unit.sums)
+
+
+def _single(plan: Plan, step: Step, work: Work, tile: Tile) -> Form:
+    unit = work.unit
+    (op,) = unit.ops or unit.sums
+    rule: Any = op.rule
+    if op in step.section.sums:
+        return (), (), (_sum(plan, op, work.region, tile),)
+    made = rule.out_region(op, work.region) if rule.kind == "reduce" else work.region
+    return (), tuple(_stores(plan, unit.saves, tile, made)), ()
+
+
+Partials = list[tuple[Sum, torch.Tensor]]

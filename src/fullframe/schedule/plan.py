@@ -1,0 +1,191 @@
+"""The plan: what runs in which order and tiles, what is stored where and how long. Only data."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+from fullframe.ir import region as box
+from fullframe.ir.graph import Graph, Value
+from fullframe.partition.fusion import Unit, work_of
+from fullframe.partition.sections import Section
+from fullframe.partition.tile_axes import Labels, Span, Tile, tiled
+
+LARGE = 1 << 20  # bytes of untiled values, from which on a step that makes them waits until all before it are done
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cuts labels into tiles: (label, pixels where the label is widest, pixels of a tile) each."""
+
+    axes: tuple[tuple[int, int, int], ...] = ()
+
+    def counts(self) -> list[int]:
+        return [-(-extent // step) for _, extent, step in self.axes]
+
+    def __len__(self) -> int:
+        n = 1
+        for c in self.counts():
+            n *= c
+        return n
+
+    def tile(self, position: tuple[int, ...]) -> Tile:
+        return {
+            label: Span(k * step, min((k + 1) * step, extent), extent)
+            for (label, extent, step), k in zip(self.axes, position, strict=True)
+        }
+
+    def tiles(self) -> Iterator[Tile]:
+        """All tiles, the last axis fastest."""
+        return (self.tile(p) for p in product(*(range(n) for n in self.counts())))
+
+    def samples(self) -> Iterator[Tile]:
+        """One tile of each class: first, second and last along every axis."""
+        choices = [sorted({0, min(1, n - 1), n - 1}) for n in self.counts()]
+        return (self.tile(p) for p in product(*choices))
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One section with its tiles, and the stored values that are not needed after it. ``window``: bytes of windows of
+    a tile; ``sums``: bytes of sums in progress; ``turned``: whether the last tile is made first."""
+
+    section: Section
+    units: tuple[Unit, ...]
+    grid: Grid
+    frees: tuple[Value, ...]
+    window: int
+    sums: int
+    parallel: bool
+    turned: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """Where a stored map lives in the arena, in bytes."""
+
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Projected bytes: the arena of stored maps, untiled values at their peak, the windows of the
+    tiles in work and sums in progress (``scratch``, with what the C library keeps of them), outputs handed to the
+    caller, and ``fixed``, an estimate of what the recording, the plan, its tiles' tasks and the libraries take.
+    ``host`` is the arena where the maps
+    live in the host's memory and not on the device: it is not part of the total."""
+
+    arena: int
+    untiled: int
+    scratch: int
+    outputs: int
+    fixed: int
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        """All that count against the budget."""
+        return self.arena + self.untiled + self.scratch + self.outputs + self.fixed
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Immutable; printable. ``steps[:early]`` make the outputs that are handed out first; of ``ahead`` steps in a row
+    any may be in work at the same time, if they need not wait for each other. ``tight``: the C library is told to
+    give back what is free, since the budget has no room for all that it would keep."""
+
+    graph: Graph
+    labels: Labels
+    steps: tuple[Step, ...]
+    early: int
+    slots: dict[Value, Slot]
+    bytes: Bytes
+    budget: int
+    workers: int
+    whole: tuple[str, ...] = ()
+    ahead: int = 1
+    tight: bool = False
+
+    @property
+    def away(self) -> Collection[Value]:
+        """The stored maps that live in the host's memory and not on the device."""
+        return self.slots.keys() if self.bytes.host else ()
+
+    @property
+    def projected_bytes(self) -> int:
+        """Bytes the step adds beyond inputs, parameters and gradients, by arithmetic."""
+        return self.bytes.total
+
+    def __str__(self) -> str:
+        return describe(self)
+
+
+def human(nbytes: float) -> str:
+    """Bytes in decimal units, as budgets are given."""
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
+
+
+def describe(plan: Plan) -> str:
+    """The whole plan as text: totals, then each section with what it loads, saves and sums."""
+    b = plan.bytes
+    tiled_steps = [s for s in plan.steps if _is_tiled(plan, s)]
+    cuts = [v for s in plan.steps for v in s.section.saves if tiled(v, plan.labels)]
+    barriers = [op for s in plan.steps for op in s.section.sums]
+    again = sum(s.section.clone for s in plan.steps)
+    rest = len(plan.steps) - len(tiled_steps)
+    lines = [
+        f"plan: {len(plan.graph.ops)} ops in {len(tiled_steps)} tiled sections and {rest} untiled",
+        f"  cuts {len(cuts)} (of them made again {again}), sums {len(barriers)}, workers {plan.workers}",
+        f"  projected {human(b.total)} of a budget of {human(plan.budget)}: stored maps {human(b.arena)}, "
+        f"untiled {human(b.untiled)}, windows {human(b.scratch)}, outputs {human(b.outputs)}, fixed {human(b.fixed)}",
+    ]
+    lines += [f"  stored maps {human(b.host)} in the host's memory, copied tile by tile"] * bool(b.host)
+    lines += [f"  runs whole: {name}" for name in plan.whole]
+    for k, step in enumerate(plan.steps):
+        if k == plan.early and k > 0:
+            lines.append("  -- outputs are ready; gradients arrive --")
+        if _is_tiled(plan, step):
+            lines.append(_line(plan, k, step))
+    return "\n".join(lines)
+
+
+def _is_tiled(plan: Plan, step: Step) -> bool:
+    s = step.section
+    return bool(s.sums) or any(tiled(v, plan.labels) for v in s.saves)
+
+
+def _line(plan: Plan, k: int, step: Step) -> str:
+    s = step.section
+    loads = " ".join(v.name for v in s.loads if tiled(v, plan.labels)) or "-"
+    saves = " ".join(f"{v.name}{list(v.shape)}" for v in s.saves) or "-"
+    sums = " ".join(f"{op.output.name}" for op in s.sums) or "-"
+    mark = "again " if s.clone else ""
+    tiles = "x".join(map(str, step.grid.counts())) or "1"
+    frees = " ".join(v.name for v in step.frees if tiled(v, plan.labels)) or "-"
+    work = f"{len(s.ops)} ops, tiles {tiles}, halo {halo(plan, step):.0%}"
+    return f"  {k:4d} {mark}load {loads} | {work} | save {saves} | sum {sums} | free {frees}"
+
+
+def halo(plan: Plan, step: Step) -> float:
+    """Elements made more than once for the halo, relative to those needed once (interior tile)."""
+    tiles = list(step.grid.samples())
+    tile = tiles[len(tiles) // 2]
+    made = owned = 0
+    section = step.section
+    for work in work_of(step.units, section.saves, frozenset(section.sums), plan.labels, tile)[0]:
+        for op in work.unit.ops:
+            if op.rule.heavy:
+                made += box.size(work.region)
+                owned += prod(op.output.shape) / len(step.grid)
+    return max(0.0, made / owned - 1) if owned else 0.0
+
+
+KEPT = 1 << 14  # tiles of a plan whose tasks are kept in any case,
+NBYTES = 16 << 10  # and bytes of each, with its tape

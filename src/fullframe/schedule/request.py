@@ -1,0 +1,30 @@
+"""What a plan is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fullframe.ir.graph import Value
+from fullframe.partition.fusion import Fusable
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to plan for. ``roots``: the inputs' tileable axes. ``tile``: forced tile as
+    (input value, axis, pixels) triples. ``free``: values not counted (gradients). ``fusable``:
+    whether a pointwise op or a sum has a place in a fused unit. ``window``: bytes that the largest window
+    of a tile may have at least. ``host``: bytes of a second tier, in which the stored maps may live where they do
+    not fit in the budget; 0 where there is none. ``fixed``: bytes that are taken whatever the plan; None: an estimate
+    of what recording, plan and libraries take, which lie in the same memory. ``ahead``: how many steps in a row may
+    be in work at the same time where the budget has room for it."""
+
+    budget: int
+    workers: int
+    roots: tuple[tuple[Value, tuple[int, ...]], ...]
+    fusable: Fusable
+    tile: tuple[tuple[Value, int, int], ...] | None = None
+    free: frozenset[Value] = frozenset()
+    window: int = 0
+    host: int = 0
+    fixed: int | None = None
+    ahead: int = 1

@@ -1,0 +1,1 @@
+"""Where maps live: regions and bytes only."""

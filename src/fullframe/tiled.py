@@ -1,0 +1,321 @@
+"""``fullframe.tile``: the tiled module and the tiled step, and their place in autograd."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+
+from fullframe.autograd import Kept, LostGraph, TiledFunction, fresh_leaf, revive, run_forward
+from fullframe.budget import parse_bytes
+from fullframe.capture.ambient import refuse_modes, uncompiled
+from fullframe.capture.questions import Diverged
+from fullframe.capture.subclasses import dressed
+from fullframe.capture.threads import RECORDING, Turns
+from fullframe.capture.trace import nested, recording
+from fullframe.compiler.pipeline import compile_call
+from fullframe.compiler.program import Options, Program
+from fullframe.errors import CaptureError
+from fullframe.frontend.changes import Changes
+from fullframe.frontend.inputs import Call, Pair, Tensors
+from fullframe.runtime.replay_cuda import Replays
+from fullframe.runtime.ways import Idle, Key, Programs, keep, keys, matching, tell
+from fullframe.schedule.plan import Plan
+from fullframe.storage.arena import Arenas
+
+
+class Tiled(nn.Module):
+    """A module that runs tile by tile; made by `fullframe.tile`.
+
+    Shares parameters, buffers and submodules with the module it wraps: ``state_dict``, ``to``,
+    optimisers and hooks see the same objects under the same names, and attributes are read from and
+    written to the wrapped module.
+    """
+
+    def __init__(self, module: nn.Module, criterion: Callable[..., Any] | None, options: Options):
+        super().__init__()
+        state: dict[str, Any] = {"pair": Pair(module, criterion), "options": options}
+        self.__dict__["_fullframe"] = state | _empty()
+        for name in SHARED:
+            self.__dict__[name] = getattr(module, name)  # of a traced module not in its dictionary
+        self.__dict__["training"] = getattr(module, "training", False)  # which a frozen one does not have
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped module."""
+        return self._fullframe["pair"].module
+
+    def train(self, mode: bool = True) -> Tiled:
+        """Set training mode, of the criterion too."""
+        self.__dict__["training"] = mode
+        self._fullframe["pair"].train(mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Tiled:
+        self._fullframe["pair"]._apply(fn, recurse)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only where the usual ways find nothing: plain attributes of the wrapped module.
+        inner = self.__dict__.get("_fullframe")
+        if inner is None:
+            raise AttributeError(name)
+        return getattr(inner["pair"].module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A method put in another's place is this module's, whose own it may call; so is a method kept for later.
+        replaces = callable(value) and callable(getattr(Tiled, name, None)) and not name.startswith("__")
+        if name in OWN or replaces or getattr(value, "__self__", None) is self:
+            self.__dict__[name] = value
+            if name == "training" and isinstance(value, bool):  # as code does that puts back what it found
+                self.module.training = value
+        else:
+            setattr(self.module, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__ and name not in OWN:
+            del self.__dict__[name]
+        else:
+            delattr(self.module, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_fullframe"] = state["_fullframe"] | _empty()
+        return state
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped module's."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped module's."""
+        return self.module.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.module._load_from_state_dict(*args, **kwargs)  # when the tiled module is part of another
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """The plan for these inputs, before anything runs; printable."""
+        with self._fullframe["turns"], RECORDING:
+            return self._program(Call(self._fullframe["pair"], args, kwargs)).plan
+
+    @uncompiled
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        pair = self._fullframe["pair"]
+        if recording():
+            with nested(pair):
+                return pair(args, kwargs)  # part of a larger module that is being recorded
+        with self._fullframe["turns"]:
+            return self._tiled(pair, args, kwargs)
+
+    def _tiled(self, pair: Pair, args: Any, kwargs: Any) -> Any:
+        with RECORDING:  # another thread's recording must not be met by the survey either
+            call = Call(pair, args, kwargs)
+            _refuse_transforms(call)
+            refuse_modes()
+            program = self._program(call)
+        kept = Kept(self._fullframe["arenas"], self._fullframe["replays"], self._fullframe["turns"])
+        program, made, shadows = self._run(kept, program, call)
+        if not program.reached:  # in plain PyTorch they have a graph all the same
+            yes = program.differentiable
+            made = [Idle.apply(t, fresh_leaf()) if y else t for t, y in zip(made, yes, strict=True)]
+        made = [
+            LostGraph.apply(t, program.lost[k], fresh_leaf()) if k in program.lost else t for k, t in enumerate(made)
+        ]
+        made = [dressed(*pair) for pair in zip(made, shadows, strict=True)] if shadows else made
+        program.leave(call, made)
+        revive(program, call, made)
+        return program.assemble(call, made)
+
+    def _run(self, kept: Kept, program: Program, call: Call) -> tuple[Program, Tensors, Any]:
+        """The program of the way that a call takes, the tensors that it hands out, and whose class those have."""
+        drawn = torch.get_rng_state() if program.conditions else None
+        turn = 0
+        while True:
+            _refuse_retained(program, call)
+            shadows = program.dressing.shadows(call.tensors)  # before anything is changed: it may be refused
+            wanted = [call.tensors[k] for k in program.reached]
+            try:
+                with torch.inference_mode(False):
+                    if wanted:
+                        return program, list(TiledFunction.apply(kept, program, call, *wanted)), shadows
+                    return program, run_forward(kept, program, call)[0], shadows
+            except Diverged as diverged:
+                assert drawn is not None
+                torch.set_rng_state(drawn)
+                turn += 1
+                with RECORDING:
+                    program = self._program(call, diverged, turn)
+
+    def _program(self, call: Call, diverged: Diverged | None = None, turn: int = 0) -> Program:
+        """The program of a call, or of the way it takes where conditions are not as they were assumed."""
+        programs: Programs = self._fullframe["programs"]
+        known = () if diverged is None else diverged.answers
+        if call.undo is not None:
+            call.undo()
+            call.undo = None
+        match = next(matching(call, programs, known), None)
+        if match is not None:
+            key, found = match[:2], programs[match]
+        else:
+            if call.device.type == "cuda":  # what is kept for other sizes is free for this one
+                self._fullframe["replays"].drop(self._fullframe["arenas"])
+                self._fullframe["arenas"].clear()
+            values: Values = self._fullframe["values"]
+            tried = values.unread(call)
+            ways = 0 if diverged is None else len(list(matching(call, programs)))
+            found = compile_call(call, self._fullframe["options"], tried, known)
+            if diverged is not None:
+                tell(max(ways, turn), diverged.where)
+            key = found.reads, call.key(found.reads)
+            values.note(call, found, tried)
+            if not found.reads.passed and not (diverged is not None and found.moved):
+                self._fullframe["changes"].note(call, found.reads, found.moved)
+        if found.lasting:
+            keep(programs, key, found, KEPT)
+        return found
+
+
+class Values:
+    """Texts and numbers in the arguments, and in which calls they were all that was new."""
+
+    def __init__(self) -> None:
+        self.calls: dict[Key, None] = {}  # keys of the calls recorded, without them
+        self.read: dict[str, set[int]] = {}  # which of them steps read, by the structure of the arguments
+
+    def unread(self, call: Call) -> set[int]:
+        """Those that may not matter: in all else the call is as one that was recorded."""
+        found = set(call.values) - self.read.get(str(call.spec), set())
+        return found if found and any(k in self.calls for k in keys(call, self.calls)) else set()
+
+    def note(self, call: Call, program: Program, tried: set[int]) -> None:
+        """Remember a call that was just recorded, with some of them ``tried``."""
+        if tried:
+            self.read.setdefault(str(call.spec), set()).update(tried - set(program.reads.passed))
+        if program.lasting and (values := call.values):
+            reads = replace(program.reads, passed=values)
+            call.look(reads)
+            self.calls[reads, call.key(reads)] = None
+            while len(self.calls) > KEPT:
+                del self.calls[next(iter(self.calls))]
+            call.look(program.reads)
+
+
+def _refuse_transforms(call: Call) -> None:
+    """Refuse torch.func's transforms and forward-mode gradients, which a recorded step would leave out."""
+    transformed = peek_interpreter_stack() is not None
+    if not transformed and forward_ad._current_level >= 0:
+        transformed = any(forward_ad.unpack_dual(t).tangent is not None for t in call.tensors)
+    if transformed:
+        raise CaptureError(
+            "torch.func's transforms (vmap, grad, vjp, jvp, jacrev) and forward-mode gradients do not reach into a "
+            "tiled module or step; use the plain module there, or backward() for gradients"
+        )
+
+
+KEPT = 16  # recordings kept; the least recently used goes first
+SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_load_state_dict_post_hooks")
+OWN = frozenset(("training", *nn.Module().__dict__)) - frozenset(SHARED)
+
+
+def _empty() -> dict[str, Any]:
+    return {
+        "programs": {},
+        "values": Values(),
+        "changes": Changes(),
+        "arenas": Arenas(),
+        "replays": Replays(),
+        "turns": Turns(),
+    }
+
+
+def _refuse_retained(program: Program, call: Call) -> None:
+    for k in program.alive:
+        if call.tensors[k].retains_grad:
+            raise CaptureError(
+                f"the forward changes {call.names[k]} in place, of which retain_grad() asks for the gradient before "
+                "that; give the module a clone"
+            )
+
+
+def tile(
+    module: nn.Module,
+    *,
+    loss: Callable[..., Any] | None = None,
+    budget: int | str | None = None,
+    tile: int | Sequence[int] | None = None,
+    workers: int | None = None,
+) -> Tiled:
+    """Run a module, or its training step, tile by tile within a memory budget.
+
+    ``tile(module)`` has the module's call, output and gradients. ``tile(module, loss=criterion)``
+    is a step: ``step(input, target)`` equals ``criterion(module(input), target)``. Tensors that the
+    forward or its hooks keep in attributes, lists or dictionaries lie there after every call; those
+    of a step are detached.
+
+    Parameters
+    ----------
+    module: any convolutional network, shared with the caller, not copied.
+    loss: a function or Module of (output, target) that returns a scalar, or several tensors in tuples,
+        lists or dicts, each of which has its gradient. The first scalar is taken for the loss, and its
+        gradients are made with the forward; the first backward that asks for others makes the forward once
+        more, and the steps after it are planned for what was asked.
+    budget: bytes, or text such as "8 GB" or "7.5 GiB": all that the step keeps and uses beyond
+        inputs, parameters and gradients. None: what is free under the container's limit.
+    tile: forces the tile, in pixels of the input: one extent per spatial axis or one for all.
+    workers: threads over tiles on the CPU; None: one per core.
+
+    Raises
+    ------
+    BudgetError: (at the first call) no plan fits the budget; the message names the smallest.
+    CaptureError: the step depends on data or randomness that a recording would freeze.
+    UnsupportedOpError: an op must run whole and does not fit.
+
+    Example
+    -------
+    >>> import torch, fullframe
+    >>> net = torch.nn.Conv2d(1, 2, 3, padding=1)
+    >>> step = fullframe.tile(net, loss=torch.nn.functional.cross_entropy, budget="1 GB")
+    >>> loss = step(torch.zeros(1, 1, 32, 32), torch.zeros(1, 32, 32, dtype=torch.long))
+    >>> loss.backward()
+    >>> net.weight.grad.shape
+    torch.Size([2, 1, 3, 3])
+    """
+    nbytes = None if budget is None else parse_bytes(budget)
+    extents = _extents(tile)
+    if workers is not None and not _whole(workers):
+        raise TypeError(f"workers={workers!r} must be a whole number of threads")
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss={loss!r} must be a function or Module of (output, target)")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers} must be positive; leave it out for one per core")
+    return Tiled(module, loss, Options(nbytes, extents, workers or _cores()))
+
+
+def _extents(tile: Any) -> int | tuple[int, ...] | None:
+    if tile is None:
+        return None
+    several = isinstance(tile, Iterable) and not isinstance(tile, (str, bytes))
+    extents: tuple[Any, ...] = tuple(tile) if several else (tile,)
+    if not all(_whole(n) for n in extents):
+        raise TypeError(f"tile={tile!r} must be a whole number of pixels of the input, or one for each spatial axis")
+    if any(n < 1 for n in extents):
+        raise ValueError(f"tile={tile} must be positive, in pixels of the input")
+    whole = tuple(int(n) for n in extents)
+    return whole if several else whole[0]
+
+
+def _whole(number: Any) -> bool:
+    """Whether this is a whole number, of NumPy's say, and no switch."""
+    return hasattr(type(number), "__index__") and not isinstance(number, (bool, torch.Tensor))
+
+
+def _cores() -> int:
+    """Those that this process may run on, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

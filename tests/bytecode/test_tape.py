@@ -1,0 +1,179 @@
+"""Tapes: the same bits as in Python, and what has no instruction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fullframe.bytecode.libtorch import taping
+from fullframe.bytecode.recorder import Tape
+from fullframe.codegen.group import Group, Operand, Reduction, Ref
+from fullframe.codegen.kernel import build
+
+pytestmark = pytest.mark.skipif(
+    not taping(), reason="no compiler, or a PyTorch without the functions that tapes call"
+)
+
+
+ATEN = torch.ops.aten
+
+
+def _run(work, *bases):
+    """What a function makes of arrays in Python, and from its tape."""
+    tape = Tape([torch.empty(0), *bases])
+    with torch.no_grad(), tape:
+        made = work(*bases)
+    taped = tape.finish([made])
+    assert taped is not None, tape.refused
+    again = taped.run([0, *(b.data_ptr() for b in bases)])
+    assert again is not None
+    return made, again[0]
+
+
+def _packed(*shape):
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x, w: torch.convolution(x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
+        lambda x, w: torch.convolution(x[:, :, 2:-1], w, w.new_zeros(5), [2, 1], [0], [1, 2], False, [0], 1),
+        lambda x, w: torch.convolution(F.pad(x, (1, 0, -1, 2)), w, None, [1], [0], [1], False, [0], 1),
+        lambda x, w: x.contiguous().add_(x)[:, :, ::2, 1:].clone(),
+        lambda x, w: x.new_zeros(2, 4, 9, 12).copy_(x).add_(x[:1]),
+        lambda x, w: F.pad(x, (0, 0, 1, 3))[..., 2:],
+        lambda x, w: F.interpolate(x, size=(13, 20), mode="bilinear"),
+        lambda x, w: F.interpolate(x, scale_factor=2.5, mode="bilinear", recompute_scale_factor=False),
+        lambda x, w: x.log_softmax(1),
+        lambda x, w: x.sin(),
+        lambda x, w: torch.stack([x, x.cos()], 1),
+        lambda x, w: x.topk(2, 1)[0],
+        lambda x, w: 2.5 * x + x / 3 - 1,
+        lambda x, w: torch.sub(x, w[:1, :, 1:2, 1:2], alpha=0.3),
+        lambda x, w: x.sum() * 0.1 + 3,
+        lambda x, w: (x.bfloat16() * 0.3 + x.bfloat16()).double() + 1e-5,
+        lambda x, w: x.cos().sin_(),
+        lambda x, w: F.pad(x, (1, 1), value=float("-inf")),
+        lambda x, w: x.new_full((5,), 1.5, dtype=torch.bfloat16),
+        lambda x, w: torch.full((2, 3), 7) + torch.full((2, 3), 2),
+        lambda x, w: torch.where(x > x.mean(), x, 0),
+        lambda x, w: x.new_zeros(2, 4, 9, 12, dtype=torch.float64).copy_(x).add_(x).add_(x.bfloat16()),
+        lambda x, w: ATEN._unsafe_view(x.contiguous(), (2, 36, 12)).sin(),
+    ],
+)
+def test_calls_on_tape(work):
+    x, w = _packed(2, 4, 9, 12), _packed(5, 4, 3, 3)
+    made, again = _run(work, x, w)
+    assert torch.equal(made, again)
+
+
+@pytest.mark.parametrize("mask", [[True, False, False], [False, True, False]])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_on_tape(mask, transposed):
+    x, w = _packed(2, 4, 9, 12), _packed(4, 4, 3, 3)
+    rest = ([1, 1], [1, 1], [1, 1], transposed, [0, 0], 1)
+    g = torch.randn_like(torch.convolution(x, w, None, *rest))
+
+    def work(g, x, w):
+        return ATEN.convolution_backward(g, x, w, None, *rest, mask)[mask.index(True)]
+
+    made, again = _run(work, g, x, w)
+    assert torch.equal(made, again)
+
+
+@pytest.mark.parametrize(
+    ("work", "why"),
+    [
+        (lambda x: x.clamp(1, 2), "aten.clamp.default with a"),
+        (lambda x: torch.rand_like(x), "aten.rand_like.default"),
+        (lambda x: x.masked_select(x > 0), "aten.masked_select.default"),
+        (lambda x: torch.tensor([1.0, 2.0]) + x[0, :2], "lift_fresh"),
+        (lambda x: torch.arange(3) - torch.ones(3, dtype=torch.int64), "a sum of torch.int64"),
+        (lambda x: torch.arange(4) * 0.5, "0.5 beside torch.int64"),
+        (lambda x: torch.arange(4).gt(0) + 0.5, "0.5 beside torch.bool"),
+        (lambda x: torch.arange(4).eq(2.0), "2.0 beside torch.int64"),
+        (lambda x: x.sum().bfloat16() * 0.1, "0.1 beside torch.bfloat16"),
+        (lambda x: torch.linalg.inv(x[:3, :3]), "_linalg_check_errors"),
+        (lambda x: x.to_mkldnn().to_dense(), "storage"),
+        (lambda x: torch.linspace(0, 1, 100_000) + x[0, 0], "large"),
+        (lambda x: x.new_zeros(3, 4, dtype=torch.float16).add_(x), "a sum of torch.float32 in torch.float16"),
+        (lambda x: x.clone().add_(OTHER), "elsewhere"),
+    ],
+)
+def test_what_has_no_word_is_refused(work, why):
+    x = torch.randn(3, 4)
+    tape = Tape([x])
+    with torch.no_grad(), tape:
+        made = work(x)
+    assert tape.finish([made]) is None
+    assert why in tape.refused
+
+
+OTHER = torch.randn(3, 4)
+
+
+def test_arrays_that_share_memory_are_refused():
+    x = torch.randn(4, 4)
+    assert Tape([x, x[1:]]).refused
+
+
+def test_many_axes_are_refused():
+    x = torch.randn([2] * 12)
+    tape = Tape([x])
+    with torch.no_grad(), tape:
+        made = x.permute(*reversed(range(12))).contiguous()
+    assert tape.finish([made]) is None and "12 axes" in tape.refused
+
+
+@pytest.mark.parametrize("how", ["conjugate", "negative", "inference", "new"])
+def test_what_looks_like_a_copy_and_is_not(how):
+    with torch.inference_mode(how == "inference"):
+        x = torch.randn(4, 6, dtype=torch.complex64 if how == "conjugate" else torch.float32)
+    tape = Tape([x])
+    with torch.no_grad(), tape:
+        if how == "conjugate":
+            made = x.conj().clone()
+        elif how == "negative":
+            made = torch.empty_like(x).copy_(torch._neg_view(x))
+        elif how == "inference":
+            made = x.t().contiguous()
+        else:
+            made = x.clone().add_(torch.tensor(1.0))
+    assert tape.finish([made]) is None
+
+
+def test_a_sum_that_nobody_kept_is_forgotten():
+    group = Group(2, (Operand(torch.float64, (False,) * 2),), (), (), (Reduction(Ref(0), "sum", (0,)),))
+    kernel: Any = build(group)
+    x, w = torch.randn(7, 4096, dtype=torch.float64), torch.randn(4096, dtype=torch.float64)
+    for _ in range(20):  # until the library gives out the same memory again
+        tape = Tape([x, w])
+        call, places = kernel.call([x], []), [x.data_ptr()]
+        sums = call(places)
+        tape.kernel(call, [x], places, [], sums)
+        address = sums[0].data_ptr()
+        del sums
+        with torch.no_grad(), tape:
+            made = w.clone()
+        taped = tape.finish([made])
+        assert taped is not None
+        again = taped.run([x.data_ptr(), w.data_ptr()])
+        assert again is not None and torch.equal(again[0], made)
+        if made.data_ptr() == address:
+            return
+
+
+def test_small_results_do_not_keep_large_ones():
+    x = torch.randn(200, 300)
+    tape = Tape([x])
+    with torch.no_grad(), tape:
+        made = [x.clone(), x[:3, :4].clone()]
+    taped = tape.finish(made)
+    assert taped is not None
+    large, small = taped.run([x.data_ptr()]) or made
+    assert torch.equal(large, made[0]) and torch.equal(small, made[1])
+    assert small.untyped_storage().nbytes() == small.nbytes < large.nbytes

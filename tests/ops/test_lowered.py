@@ -1,0 +1,119 @@
+"""What lowering spares a step: sums that are zero, maps that another one stands for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fullframe
+from fullframe.schedule.plan import Plan
+
+
+def plan_of(net: nn.Module) -> Plan:
+    step = fullframe.tile(net, loss=lambda y, t: (y - t).square().mean(), tile=7)
+    x = torch.randn(2, 3, 20, 17, dtype=torch.float64)
+    return step.plan(x, net(x).detach())
+
+
+def targets(plan: Plan) -> list[str]:
+    return [op.target for op in plan.graph.ops]
+
+
+def small(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), norm, nn.LeakyReLU(0.1), nn.Conv2d(4, 2, 1)).double()
+
+
+def test_the_bias_before_a_batch_norm_needs_no_sum():
+    with_bias, without = small(nn.BatchNorm2d(4)), small(nn.BatchNorm2d(4))
+    without[0].bias = None
+    assert targets(plan_of(with_bias)).count("tile.sum") == targets(plan_of(without)).count("tile.sum")
+    assert fullframe.check(with_bias, torch.randn(2, 3, 20, 17), None, lambda y, _: y.square().mean()).passed
+
+
+def test_the_bias_before_a_norm_in_evaluation_mode_needs_one():
+    net = small(nn.BatchNorm2d(4))
+    net[1].eval()
+    found = fullframe.check(net, torch.randn(2, 3, 20, 17), None, lambda y, _: y.square().mean())
+    (bias,) = [d for d in found.of("gradient") if d.name == "0.bias"]
+    assert found.passed and bias.scale > 0
+
+
+class AboutAnother(torch.autograd.Function):
+    """Batch norm whose backward is told of another mean."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        y, mean, invstd = torch.native_batch_norm(x, w, None, None, None, True, 0.1, 1e-5)
+        ctx.save_for_backward(x, w, mean, invstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w, mean, invstd = ctx.saved_tensors
+        back = torch.ops.aten.native_batch_norm_backward
+        made = back(g, x, w, None, None, mean + 0.5, invstd, True, 1e-5, [True, True, False])
+        return made[0], made[1]
+
+
+class WithIt(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.weight = nn.Conv2d(3, 4, 3, padding=1), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return AboutAnother.apply(self.conv(x), self.weight)
+
+
+def test_the_bias_before_a_norm_about_another_mean_needs_a_sum():
+    found = fullframe.check(WithIt(), torch.randn(2, 3, 20, 17), None, lambda y, _: y.pow(3).mean())
+    (bias,) = [d for d in found.of("gradient") if d.name == "conv.bias"]
+    assert found.passed and bias.scale > 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_gradient_of_that_bias_is_no_number_where_plain_pytorch_has_none(value):
+    net = small(nn.BatchNorm2d(4))
+    x = torch.randn(2, 3, 20, 17, dtype=torch.float64)
+    x[0, 0, 3, 3] = value
+    fullframe.tile(net, loss=lambda y, _: y.square().mean(), tile=7)(x, torch.zeros(())).backward()
+    assert net[0].bias.grad.isnan().all()
+
+
+def test_a_leaky_relu_is_bent_by_its_result():
+    graph = plan_of(small(nn.BatchNorm2d(4))).graph
+    (back,) = [op for op in graph.ops if op.target == "aten.leaky_relu_backward.default"]
+    (made,) = [op for op in graph.ops if op.target == "aten.leaky_relu.default"]
+    assert back.inputs[1] is made.output
+
+
+@pytest.mark.parametrize("slope", [0.0, -0.5])
+def test_but_not_where_its_sign_says_nothing(slope):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LeakyReLU(slope)).double()
+    graph = plan_of(net).graph
+    (back,) = [op for op in graph.ops if op.target == "aten.leaky_relu_backward.default"]
+    (made,) = [op for op in graph.ops if op.target == "aten.leaky_relu.default"]
+    assert back.inputs[1] is not made.output
+    assert fullframe.check(net, torch.randn(2, 3, 20, 17), None, lambda y, _: y.square().mean()).passed
+
+
+def test_numbers_too_small_for_their_slope_keep_their_side():
+    tiny = torch.finfo(torch.float64).smallest_normal
+    x = torch.tensor([-1.0, -tiny * 2**-52, -0.0, 0.0, tiny * 2**-52, 1.0], dtype=torch.float64).view(1, 1, 1, 6)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(1, 1, 1, 6, dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.leaky_relu(x * self.w, 0.01)
+
+    weight = torch.arange(1.0, 7).view(1, 1, 1, 6).double()
+    grads = []
+    for tiled in (False, True):
+        image, net = x.clone().requires_grad_(), Net()
+        run = fullframe.tile(net, tile=3) if tiled else net
+        (run(image) * weight).sum().backward()
+        grads.append(image.grad)
+    assert torch.equal(*grads)

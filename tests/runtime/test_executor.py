@@ -1,0 +1,96 @@
+"""The executor: threads of the caller, tasks kept and made anew, partial sums joined."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fullframe
+from fullframe.ir.graph import Op, Value
+from fullframe.ops.primitives.reductions import RULES
+from fullframe.runtime import executor
+from fullframe.runtime import tasks as task
+from fullframe.runtime.fused import ready
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 2, 3, padding=1)
+    )
+
+
+def _gradients(step: nn.Module, net: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
+    net.zero_grad()
+    step(image).square().sum().backward()
+    return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+
+def test_the_callers_threads_are_given_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        net = _net()
+        _gradients(fullframe.tile(net, tile=16), net, torch.randn(1, 3, 40, 40))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 1 << 14])
+def test_same_bits_whether_tasks_are_kept(monkeypatch, kept):
+    net, image = _net(), torch.randn(1, 3, 40, 40)
+    truth = _gradients(fullframe.tile(net, tile=16), net, image)
+    monkeypatch.setattr(executor, "room_of", lambda plan: kept)
+    step = fullframe.tile(net, tile=16)
+    for _ in range(2):
+        assert all(map(torch.equal, _gradients(step, net, image), truth))
+
+
+def test_what_a_plan_leaves_of_its_budget_is_for_tasks():
+    """All tiles of a large image run from tape where there is memory for it; where there is not, some do."""
+    net, image = _net(), torch.randn(1, 3, 400, 400)
+    least = fullframe.tile(net, tile=4, budget="1 GB").plan(image).projected_bytes
+    for spare in (0, 100 * task.NBYTES):
+        plan = fullframe.tile(net, tile=4, budget=least + spare).plan(image)
+        tiles = sum(len(step.grid) for step in plan.steps)
+        assert plan.projected_bytes == least and tiles > task.KEPT
+        assert task.room_of(plan) == task.KEPT + spare // task.NBYTES
+        kept = [k is not None for k in task.Tasks(plan.steps, task.room_of(plan)).kept]
+        assert any(kept) and not all(kept)
+        assert all(k is not None for k in task.Tasks(plan.steps, tiles).kept)
+
+
+@pytest.mark.parametrize("name", ["tile.sum", "tile.amax", "tile.amin", "tile.moments", "tile.prod"])
+def test_joined_partials_are_those_added_one_by_one(name):
+    torch.manual_seed(0)
+    rule = RULES[name]
+    x = Value("x", (5, 6, 7), torch.float64, 8)
+    shape = (3, 1, 6, 1) if name == "tile.moments" else (6,)
+    args = (None, (0, 2)) if name == "tile.moments" else (None, (0, 2), False)
+    op = Op(name, (x,), args, {}, Value("y", shape, torch.float64, 8), rule, lambda: None)
+    partials = []
+    for rows in ((0, 1), (1, 2), (2, 5)):
+        window = torch.randn(rows[1] - rows[0], 6, 7, dtype=torch.float64) + 1e6
+        partials.append(rule.run(op, (rows, (0, 6), (0, 7)), [window]))
+    one_by_one, at_once = (rule.start(op, shape, torch.device("cpu")) for _ in range(2))
+    for partial in partials:
+        rule.combine(op, one_by_one, partial)
+    rule.combine(op, at_once, rule.join(op, torch.stack(partials)))
+    # The mean is rounded at 1e6: the squares about it can agree no better.
+    torch.testing.assert_close(at_once, one_by_one, rtol=1e-9 if name == "tile.moments" else 1e-12, atol=0)
+
+
+def test_a_stored_part_that_is_a_window_too_is_looked_up_every_time():
+    # A job made ready would store it, and not keep the window that a later job reads.
+    value = Value("v", (4, 6), torch.float64, 8)
+    stored = torch.zeros(4, 6, dtype=torch.float64)
+    for keep in (False, True):
+        target = task.Target(value, (slice(0, 2), slice(0, 6)), None, keep)
+        job: Any = SimpleNamespace(reads=(), targets=(target,))
+        made = ready(job, SimpleNamespace(), {value: stored}, {}, [], {value: stored[:2]})  # type: ignore[arg-type]
+        assert (made is None) is keep

@@ -1,0 +1,286 @@
+"""Several steps in flight: what they wait for, the order of sums, errors, and the order and memory of the plan."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fullframe
+from fullframe.ir.graph import Value
+from fullframe.runtime import executor
+from fullframe.runtime.executor import Flow, Work
+from fullframe.schedule.dependencies import Waits, waits_of
+from fullframe.schedule.memory import Lifetimes, lifetimes
+from fullframe.schedule.order import alternate
+from fullframe.schedule.plan import Plan
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+# The flow alone ------------------------------------------------------------------------------------
+
+
+class _Log:
+    """Work whose every event is written down; tiles take a random while."""
+
+    def __init__(self, counts: list[int], seed: int):
+        self.counts, self.draws = counts, random.Random(seed)
+        self.events: list[tuple[str, int, int]] = []
+        self.threads: dict[int, set[int]] = {}
+        self.states: dict[int, list[int]] = {}
+        self.most = 0  # tiles that one was begun after the first whose result was not there
+
+    def work(self) -> Work:
+        return Work(self.begin, self.tile, lambda state, made: state.append(made), self.end, self.free)
+
+    def begin(self, number: int) -> list[int]:
+        self.events.append(("begin", number, 0))
+        self.states[number] = []
+        return self.states[number]
+
+    def tile(self, number: int, k: int) -> int:
+        self.threads.setdefault(number, set()).add(threading.get_ident())
+        self.events.append(("tile", number, k))
+        self.most = max(self.most, k - len(self.states[number]) + 1)
+        time.sleep(self.draws.random() * 1e-3)
+        return k
+
+    def end(self, number: int, state: list[int]) -> None:
+        assert state == list(range(self.counts[number])), "added up in another order"
+        self.events.append(("end", number, 0))
+
+    def free(self, number: int) -> None:
+        self.events.append(("free", number, 0))
+
+
+def _go(flow: Flow, others: int, wide: Any = lambda make: make()) -> None:
+    threads = [threading.Thread(target=flow.run) for _ in range(others)]
+    for t in threads:
+        t.start()
+    flow.run(wide)
+    for t in threads:
+        t.join(30)
+        assert not t.is_alive()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_tile_once_and_none_before_what_it_waits_for(seed):
+    draws = random.Random(seed)
+    steps, ahead, others = 60, draws.choice([1, 2, 5, 8]), draws.choice([0, 1, 3])
+    counts = [draws.choice([1, 1, 3, 9]) for _ in range(steps)]
+    before = []
+    for k in range(steps):
+        recent = range(max(0, k - ahead + 1), k)
+        before.append(tuple(j for j in recent if draws.random() < 0.4))
+    wide = [n == 1 and draws.random() < 0.2 for n in counts]
+    log, start = _Log(counts, seed), 5
+    flow = Flow(range(start, steps), Waits(tuple(before), tuple(counts), tuple(wide)), ahead, 4, log.work())
+    _go(flow, others)
+    assert log.most <= 4
+    when: dict[tuple[str, int, int], int] = {event: n for n, event in enumerate(log.events)}
+    assert len(when) == len(log.events) == sum(counts[start:]) + 3 * (steps - start)
+    for k in range(start, steps):
+        begun = when["begin", k, 0]
+        assert all(when["end", j, 0] < begun for j in before[k] if j >= start)
+        assert all(when["end", j, 0] < begun for j in range(start, k - ahead + 1))
+        assert all(when["end", j, 0] < when["free", k, 0] for j in range(start, k + 1))
+        assert not wide[k] or log.threads[k] == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("mine", [True, False], ids=["caller", "other"])
+def test_an_error_in_any_thread_stops_the_rest_and_is_raised(mine):
+    done, met, caller = [], threading.Barrier(2), threading.get_ident()
+
+    def tile(_: int, k: int) -> None:
+        if k < 2:  # one in each thread
+            met.wait(30)
+        if (threading.get_ident() == caller) is mine:
+            raise ValueError(str(k))
+        time.sleep(0.05)
+        done.append(k)
+
+    work = Work(lambda _: None, tile, lambda *_: None, lambda *_: None, lambda _: None)
+    flow = Flow(range(3), Waits(((), (0,), (1,)), (1000, 1, 1), (False,) * 3), 2, 10, work)
+    raised = []
+
+    def other() -> None:
+        try:
+            flow.run()
+        except ValueError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        flow.run(lambda make: make())
+    except ValueError as error:
+        raised.append(error)
+    thread.join(30)
+    assert len(raised) == 1 and len(done) < 10
+
+
+# In a step -----------------------------------------------------------------------------------------
+
+
+class _Planes(nn.Module):
+    """Three images through the same layers, as three planes of a detector, then together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1)
+        )
+        self.deep = nn.Sequential(nn.Conv2d(24, 24, 3, padding=1), nn.BatchNorm2d(24), nn.LeakyReLU())
+        self.up = nn.Sequential(nn.ConvTranspose2d(8, 8, 2, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        deep = self.deep(torch.cat([self.down(plane) for plane in x.chunk(3, 1)], 1))
+        return torch.cat([self.up(plane) for plane in deep.chunk(3, 1)], 1)
+
+
+def _step(workers: int) -> tuple[Plan, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    net = _Planes()
+    image, target = torch.randn(1, 3, 96, 80), torch.randn(1, 9, 96, 80)
+    step = fullframe.tile(net, loss=F.mse_loss, tile=16, workers=workers)
+    found = []
+    for _ in range(4):
+        loss = step(image, target)
+        loss.backward()
+        found += [loss.detach(), *(b.clone() for b in net.buffers())]
+    return step.plan(image, target), [*found, *(p.grad for p in net.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_same_bits_as_one_step_at_a_time(monkeypatch, workers):
+    _, truth = _step(1)
+    draws, tile = random.Random(0), executor.Run.tile
+
+    def slow(self: Any, task: Any) -> Any:
+        time.sleep(draws.random() * 1e-3)
+        return tile(self, task)
+
+    monkeypatch.setattr(executor.Run, "tile", slow)
+    plan, found = _step(workers)
+    assert plan.ahead > 1
+    assert all(map(torch.equal, found, truth))
+
+
+def test_what_a_step_reads_or_overwrites_is_waited_for():
+    plan, _ = _step(2)
+    waits = waits_of(plan, [False] * len(plan.steps))
+    assert sum(len(b) < min(k, plan.ahead - 1) for k, b in enumerate(waits.before)) > len(plan.steps) / 2
+    after: list[set[int]] = []
+    for k, step in enumerate(plan.steps):
+        after.append(set(waits.before[k]).union(*(after[j] for j in waits.before[k])))
+        made, read = set(step.section.outputs), set(step.section.loads)
+        for j in range(max(0, k - plan.ahead + 1), k):
+            other = plan.steps[j].section
+            reads = read & set(other.outputs)
+            shared = any(
+                _overlap(plan, v, w) for v in made for w in (*other.outputs, *other.loads)
+            )  # and what it makes may not lie where another still reads
+            assert j in after[k] or not (reads or shared)
+
+
+def _overlap(plan: Plan, v: Value, w: Value) -> bool:
+    if v not in plan.slots or w not in plan.slots:
+        return False
+    a, b = plan.slots[v], plan.slots[w]
+    return a.offset < b.offset + b.nbytes and b.offset < a.offset + a.nbytes
+
+
+def test_steps_in_flight_do_not_outlive_the_arena():
+    plan, _ = _step(2)
+    one, _ = _step(1)
+    assert plan.bytes.arena <= one.bytes.arena + sum(v.nbytes for v in plan.graph.inputs)
+    assert plan.bytes.scratch >= one.bytes.scratch
+
+
+# The order -----------------------------------------------------------------------------------------
+
+
+def _sections(seed: int) -> tuple[list[Any], dict[Value, int]]:
+    """Random sections in a runnable order, and the bytes of what they make."""
+    draws = random.Random(seed)
+    made: list[Value] = []
+    sections: list[Any] = []
+    for k in range(40):
+        loads = tuple(dict.fromkeys(draws.choice(made[-9:]) for _ in range(draws.randint(1, 3)))) if made else ()
+        value = Value(f"v{k}", (1,), torch.float32, 4)
+        sections.append(SimpleNamespace(loads=loads, outputs=(value,)))
+        made.append(value)
+    return sections, {v: draws.choice([1, 10, 100]) for v in made}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_alternating_keeps_the_order_runnable_and_the_peak(seed):
+    sections, sizes = _sections(seed)
+    early, kept = seed % 40, [sections[-1].outputs[0]]
+    order = alternate(sections, early, kept, sizes)
+    assert sorted(map(id, order)) == sorted(map(id, sections))
+    assert {id(s) for s in order[:early]} == {id(s) for s in sections[:early]}
+    done: set[Value] = set()
+    for section in order:
+        assert done.issuperset(section.loads)
+        done.update(section.outputs)
+
+    def peak(steps: list[Any]) -> int:
+        return max(lifetimes(steps, kept).usage(len(steps), sizes))
+
+    def bound(steps: list[Any]) -> int:
+        return sum(bool(set(b.loads) & set(a.outputs)) for a, b in pairwise(steps))
+
+    assert peak(order) <= peak(sections)
+    assert bound(order) <= bound(sections)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_slight_and_waits_for_nothing_comes_just_before_its_reader(seed):
+    draws = random.Random(seed)
+    sections, sizes = _sections(seed)
+    readers, lone = [*sections], []
+    for k in range(8):
+        value = Value(f"w{k}", (1,), torch.float32, 4)
+        lone.append(SimpleNamespace(loads=(), outputs=(value,)))
+        sizes[value] = draws.choice([1, 10])
+        for reader in draws.sample(readers, 2):
+            reader.loads = (*reader.loads, value)
+        sections.insert(min(sections.index(r) for r in sections if value in r.loads), lone[-1])
+    kept = [sections[-1].outputs[0]]
+    order = alternate(sections, 0, kept, sizes, lambda s: any(s is one for one in lone))
+    assert sorted(map(id, order)) == sorted(map(id, sections))
+    done: set[Value] = set()
+    for section in order:
+        assert done.issuperset(section.loads)
+        done.update(section.outputs)
+    for k, section in enumerate(order):
+        if any(section is one for one in lone):
+            after = next(s for s in order[k:] if not any(s is one for one in lone))
+            assert section.outputs[0] in after.loads
+    usage = [max(lifetimes(steps, kept).usage(len(steps), sizes)) for steps in (order, sections)]
+    assert usage[0] <= usage[1]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_lingering_stays_below_the_peak(seed):
+    sections, sizes = _sections(seed)
+    lives = lifetimes(sections, ())
+    longer = lives.lingering(len(sections), sizes, 5)
+    assert max(longer.usage(len(sections), sizes)) == max(lives.usage(len(sections), sizes))
+    assert longer.first == lives.first
+    assert all(lives.last[v] <= last <= min(lives.last[v] + 5, len(sections) - 1) for v, last in longer.last.items())
+    assert isinstance(longer, Lifetimes) and longer.last != lives.last
