@@ -270,7 +270,7 @@ def planned(case: Case) -> tuple[Tiled, Any, Program, planner.Request]:
     if case.tight < 1:
         request = replace(request, budget=budget)
         program = replace(program, plan=planner.plan(program.graph, request))
-    return step, (program.reads, call.key(program.reads)), program, request
+    return step, (program.reads, call.key(program.reads), program.answers), program, request
 
 
 def invariants(plan: fullframe.Plan) -> None:
