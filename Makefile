@@ -4,7 +4,7 @@ PIP    := .venv/bin/python -m pip --disable-pip-version-check install --quiet --
 
 SUITE  := .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test lint fuzz slow compat-isa compat-nocompiler clean
+.PHONY: help demo ci test lint fuzz slow compat-isa compat-nocompiler clean
 
 help:
 	@echo "make demo   simulate, train at full resolution, evaluate; leaves out/demo/report.html"
@@ -17,6 +17,9 @@ help:
 
 demo: .venv/app.stamp
 	.venv/bin/python -m cosmictagger demo --out out/demo
+
+# What continuous integration runs.
+ci: test
 
 test: lint
 	$(SUITE)
