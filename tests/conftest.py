@@ -1,10 +1,12 @@
 """Fixtures that several files ask for by name."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
 
+import fullframe.tiled
 from fullframe.codegen.toolchain import cxx as compiler
 
 
@@ -21,3 +23,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was recorded, one entry for each time."""
+    made: list[Any] = []
+    compiled = fullframe.tiled.compile_call
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        made.append(args)
+        return compiled(*args, **kwargs)
+
+    monkeypatch.setattr(fullframe.tiled, "compile_call", counted)
+    return made

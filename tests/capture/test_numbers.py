@@ -24,20 +24,6 @@ def settled() -> Iterator[None]:
     yield
 
 
-@pytest.fixture
-def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was recorded, one entry for each time."""
-    made: list[Any] = []
-    compiled = fullframe.tiled.compile_call
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        made.append(args)
-        return compiled(*args, **kwargs)
-
-    monkeypatch.setattr(fullframe.tiled, "compile_call", counted)
-    return made
-
-
 class Net(nn.Module):
     """A convolution, and what ``what`` makes of the net and its output."""
 

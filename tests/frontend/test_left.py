@@ -30,20 +30,6 @@ def settled() -> Iterator[None]:
     yield
 
 
-@pytest.fixture
-def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was recorded, one entry for each time."""
-    made: list[Any] = []
-    compiled = fullframe.tiled.compile_call
-
-    def counted(*args: Any) -> Any:
-        made.append(args)
-        return compiled(*args)
-
-    monkeypatch.setattr(fullframe.tiled, "compile_call", counted)
-    return made
-
-
 class Net(nn.Module):
     """Two convolutions; ``what`` sees the map between them and returns what goes on."""
 

@@ -37,20 +37,6 @@ def settled() -> Iterator[None]:
     yield
 
 
-@pytest.fixture
-def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was recorded, one entry for each time."""
-    made: list[Any] = []
-    compiled = fullframe.tiled.compile_call
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        made.append(args)
-        return compiled(*args, **kwargs)
-
-    monkeypatch.setattr(fullframe.tiled, "compile_call", counted)
-    return made
-
-
 def image() -> torch.Tensor:
     return torch.randn(1, 1, 8, 9, dtype=torch.float64)
 

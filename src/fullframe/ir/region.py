@@ -46,15 +46,6 @@ def union(a: Region, b: Region) -> Region:
     return tuple((min(p[0], q[0]), max(p[1], q[1])) for p, q in zip(a, b, strict=True))
 
 
-def intersect(a: Region, b: Region) -> Region:
-    """The box common to both (empty, with low == high, where they are apart)."""
-    out = []
-    for (a0, a1), (b0, b1) in zip(a, b, strict=True):
-        low = max(a0, b0)
-        out.append((low, max(low, min(a1, b1))))
-    return tuple(out)
-
-
 def contains(outer: Region, inner: Region) -> bool:
     """Whether ``outer`` holds ``inner``; an empty ``inner`` is held by anything."""
     if is_empty(inner):
