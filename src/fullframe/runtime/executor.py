@@ -27,7 +27,7 @@ from fullframe.runtime.tile import MOVED, RECORDING, Kernels, TapedTask, aligned
 from fullframe.schedule.dependencies import Waits, is_expensive, waits_of
 from fullframe.schedule.plan import LARGE, Plan
 from fullframe.storage.arena import Arena, empty_map, empty_output, gapless
-from fullframe.storage.heap import Keeper
+from fullframe.storage.heap import Keeper, mapped
 from fullframe.storage.offload import Lanes, fetch, put
 
 _POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
@@ -128,7 +128,8 @@ class Run:
         threads = torch.get_num_threads()
         self.keeper = self._keeper() if self.plan.tight else None
         flowing = self.plan.workers > 1 and self.device.type == "cpu" and not self.plan.away
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        off = torch.autocast(self.device.type, enabled=False)
+        with torch.no_grad(), off, mapped(self.plan.tight):
             try:
                 reel = self.runtime.reel(self.plan, self.position, end)
                 if reel is not None and reel.play(self, threads, pool):

@@ -1,17 +1,43 @@
 """What the C library keeps of memory that it was given back.
 
 It hands out windows by its own lists, and keeps what was freed for the next one, of which another size may be asked:
-after a few sections it holds three or four times what is in use. Where a budget has no room for that, it is told now
-and then to give back what nobody uses.
+after a few sections it holds three or four times what is in use. Where a budget has no room for that, windows from
+a megabyte on are mapped one by one, so that they are given back when they are freed, and it is told now and then to
+give back what nobody uses of the rest.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
+MAPPED = 1 << 20  # bytes from which a window is mapped alone within a tight budget
+LARGEST = 32 << 20  # what glibc raises its own threshold to as large windows are freed; it trims at twice as much
+
+
+@contextmanager
+def mapped(tight: bool) -> Iterator[None]:
+    """Within ``tight`` budgets what is freed goes back to the system at once, but for small windows.
+
+    Afterwards the thresholds are those at which glibc's own, which grow with what is freed, come to rest.
+    """
+    library = _library() if tight else None
+    if library is None:
+        yield
+        return
+    library.mallopt(MMAP_THRESHOLD, MAPPED)
+    try:
+        yield
+    finally:
+        library.mallopt(MMAP_THRESHOLD, LARGEST)
+        library.mallopt(TRIM_THRESHOLD, 2 * LARGEST)
 
 
 class Keeper:
