@@ -42,6 +42,21 @@ def test_module_equals_plain_and_differentiates_its_input():
     agree(plain_net(), image.requires_grad_(), tile=TILE)
 
 
+class Magnitude(nn.Module):
+    """Of complex numbers, which have no axis more than others."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, 1, dtype=torch.complex128))
+
+    def forward(self, x):
+        return (x * self.scale).abs()
+
+
+def test_tiles_of_complex_images():
+    agree(Magnitude(), torch.randn(2, 3, 17, dtype=torch.complex128), tile=(5,))
+
+
 class Ins(nn.Module):
     """Nested containers in and out."""
 

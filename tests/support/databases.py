@@ -40,6 +40,7 @@ SECONDS = 120  # that one trial may take
 DRAWS = 4  # of a change in the last bits, where a trial is to be found wrong
 IMAGE = (2, 3, 8, 9)
 OUTCOMES = ("right", "wrong", "crash", "refused", "ill-conditioned", "unusable")
+PLAIN = "plain"  # what a process says between its two runs of a trial
 UNSET = ("empty", "resize")  # in names of operators whose numbers nobody has set
 Trials = Iterator[tuple[str, "Trial"]]
 
@@ -275,8 +276,8 @@ def _largest(t: Any) -> float:
     return float(_real(t).abs().nan_to_num(0.0, 0.0, 0.0).max()) if not t.isinf().all() or t.isnan().any() else 1.0
 
 
-def judged(trial: Trial) -> tuple[str, str]:
-    """Run a trial both ways: what became of it, and why."""
+def judged(trial: Trial, plain_runs: Callable[[], None] = lambda: None) -> tuple[str, str]:
+    """Run a trial both ways: what became of it, and why. ``plain_runs`` is told once plain PyTorch has come through."""
 
     def plain(noise: int = 0) -> Results:
         net = twin(trial.net)
@@ -308,6 +309,7 @@ def judged(trial: Trial) -> tuple[str, str]:
             break
     if not expected and "this oracle" not in unknown:
         return "unusable", unknown
+    plain_runs()
     net = twin(trial.net)
     step = fullframe.tile(net, tile=tuple(-(-n // 2) for n in trial.input.shape[2:]), workers=1)
     before = copy.deepcopy(net.state_dict())
@@ -362,7 +364,7 @@ def _child(out: Connection, entry: Callable[[], Trials], done: frozenset[str]) -
             for name, trial in entry():
                 if name not in done:
                     out.send((name, None))
-                    out.send((name, judged(trial)))
+                    out.send((name, judged(trial, lambda name=name: out.send((name, PLAIN)))))
         except Exception as error:
             out.send(("samples", None))
             out.send(("samples", ("unusable", _first(error))))
@@ -376,6 +378,7 @@ class _Running:
     connection: Connection
     since: float
     trial: str = ""
+    plain: bool = False  # whether plain PyTorch has come through
 
 
 def tried(names: Sequence[str], done: dict[str, set[str]], processes: int = 1) -> Iterator[Record]:
@@ -407,7 +410,8 @@ def tried(names: Sequence[str], done: dict[str, set[str]], processes: int = 1) -
                     why = signal.Signals(-code).name if code < 0 else f"exit {code}"
                     done[r.name].add(r.trial)
                     queue.insert(0, r.name)
-                    yield Record(r.name, r.trial, "crash", f"the process ends: {why}")
+                    outcome, whose = ("crash", "the process") if r.plain else ("unusable", "plain PyTorch's process")
+                    yield Record(r.name, r.trial, outcome, f"{whose} ends: {why}")
 
 
 def _heard(r: _Running, done: dict[str, set[str]]) -> Iterator[Record]:
@@ -416,8 +420,9 @@ def _heard(r: _Running, done: dict[str, set[str]]) -> Iterator[Record]:
         trial, verdict = r.connection.recv()
     except EOFError:
         return True
-    r.trial, r.since = ("" if verdict else trial), time.monotonic()
-    if verdict:
+    r.plain, r.since = verdict == PLAIN, time.monotonic()
+    r.trial = "" if verdict and not r.plain else trial
+    if not r.trial:
         done[r.name].add(trial)
         yield Record(r.name, trial, *verdict)
     return False

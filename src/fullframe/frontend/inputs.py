@@ -133,8 +133,9 @@ class Call:
         count = sum(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(self._given))
         found = []
         for k, x in enumerate(self.inputs):
-            image = x.dim() >= 3 and (x.is_floating_point() or x.is_complex() or k < count)
-            first = 1 if x.dim() == 3 and not x.is_floating_point() else 2
+            numbers = x.is_floating_point() or x.is_complex()
+            image = x.dim() >= 3 and (numbers or k < count)
+            first = 2 if numbers or x.dim() > 3 else 1
             found.append(tuple(range(first, x.dim())) if image else ())
         return found
 
