@@ -18,7 +18,8 @@ from fullframe.ir.graph import Value, followers
 from fullframe.runtime.executor import Run
 from fullframe.runtime.replay_cuda import Feed, Replays
 from fullframe.runtime.ways import assuming
-from fullframe.storage.arena import Arena, Arenas, laid_out
+from fullframe.storage.arena import laid_out
+from fullframe.storage.pool import Pool, Stores
 
 Grads = list["torch.Tensor | None"]
 
@@ -26,7 +27,7 @@ Grads = list["torch.Tensor | None"]
 class Kept(NamedTuple):
     """What a tiled module keeps between calls besides its programs."""
 
-    arenas: Arenas
+    pool: Pool
     replays: Replays
     turns: Turns
 
@@ -39,7 +40,7 @@ class Made(NamedTuple):
     """A run that has made a forward's outputs, to go on in a backward."""
 
     run: Run
-    arena: Arena | None
+    stores: Stores | None
     guard: Guard
     seed: torch.Tensor | None
 
@@ -58,22 +59,22 @@ Again = list["torch.Tensor | None"]  # what it takes to make gradients once more
 def run_forward(kept: Kept, program: Program, call: Call, wanted: Sequence[int] = ()) -> tuple[Tensors, Again, Made]:
     graph, plan, device = program.graph, program.plan, call.device
     refuse_shared(program.changed, call.tensors, call.names, program.unused)
-    tensors, arenas = call.tensors, kept.arenas
+    tensors, pool = call.tensors, kept.pool
     seed = None if graph.seed is None else torch.randint(2**62, (), dtype=torch.int64)
     feeds = _feeds(program, call, seed)
-    arena: Arena | None = None
-    run = kept.replays.play(program, arenas, device, feeds)
+    stores: Stores | None = None
+    run = kept.replays.play(program, pool, device, feeds)
     if run is None:
-        arena = arenas.take(plan.bytes.arena + plan.bytes.host, device, bool(plan.away))
-        run = Run(plan, arena, device)
+        stores = pool.take(plan.bytes.stores, device)
+        run = Run(plan, stores, device)
         run.feed([f.value for f in feeds], [f.tensor for f in feeds])
         with assuming(program, run):
             run.advance(plan.early if graph.late else len(plan.steps))
     try:
         program.settle(run.values)
     except Exception:
-        if arena is not None:
-            arenas.give(arena)
+        if stores is not None:
+            pool.give(stores)
         raise
     outputs = _handed_out(program, run)
     guard = _guard(program, call, run, outputs) if graph.late else []
@@ -83,9 +84,9 @@ def run_forward(kept: Kept, program: Program, call: Call, wanted: Sequence[int] 
     for k, value in program.changed.items():
         with torch.inference_mode(tensors[k].is_inference()), torch.no_grad():
             tensors[k].copy_(run.values[value])
-    if arena is not None and not graph.late:
-        arenas.give(arena)
-    return outputs, again, Made(run, arena, guard, seed)
+    if stores is not None and not graph.late:
+        pool.give(stores)
+    return outputs, again, Made(run, stores, guard, seed)
 
 
 def _as_it_was(tensor: torch.Tensor, changed: bool, parameter: bool) -> torch.Tensor | None:
@@ -262,7 +263,7 @@ def _asked(ctx: Any, used: dict[int, torch.Tensor]) -> Grads:
             grads = _scaled(load.program, load.grads, used)
         else:
             ctx.spent, flight.load, ctx.late = ctx.late is not None, None, None
-            grads = _finished(load.program, load.made, ctx.kept.arenas, used)
+            grads = _finished(load.program, load.made, ctx.kept.pool, used)
     return _again(ctx, used, saved[1:]) if grads is None else grads
 
 
@@ -282,12 +283,12 @@ def _scaled(program: Program, grads: Sequence[torch.Tensor | None], used: dict[i
     return list(grads)
 
 
-def _finished(program: Program, made: Made, arenas: Arenas, used: dict[int, torch.Tensor]) -> Grads | None:
+def _finished(program: Program, made: Made, pool: Pool, used: dict[int, torch.Tensor]) -> Grads | None:
     """Gradients by the run that made the outputs; None where zeros in the place of others spoil them."""
     _unchanged(made.guard)
     grads = _advanced(program, made.run, used)
-    if made.arena is not None:
-        arenas.give(made.arena)
+    if made.stores is not None:
+        pool.give(made.stores)
     unused = [v for v, k in zip(_late(program), program.asked, strict=True) if k not in used]
     if not unused:
         return grads
@@ -307,16 +308,16 @@ def _again(ctx: Any, used: dict[int, torch.Tensor], saved: Sequence[torch.Tensor
                 f"this backward makes the forward's part once more, and {name} is not what it was: the forward has "
                 "changed it, or it was made in inference mode. Add up the losses and call backward once"
             )
-    plan, arenas = program.plan, ctx.kept.arenas
-    arena = arenas.take(plan.bytes.arena + plan.bytes.host, ctx.device, bool(plan.away))
-    run = Run(plan, arena, ctx.device)
+    plan, pool = program.plan, ctx.kept.pool
+    stores = pool.take(plan.bytes.stores, ctx.device)
+    run = Run(plan, stores, ctx.device)
     fed = {whole.asks.graph.inputs[k]: t for k, t in zip(whole.again, saved, strict=True) if t is not None}
     if program.graph.seed is not None:
         fed[program.graph.seed] = ctx.seed
     read = [v for v in fed if v in program.read]
     run.feed(read, [fed[v] for v in read])
     grads = _advanced(program, run, used)
-    arenas.give(arena)
+    pool.give(stores)
     return grads
 
 

@@ -27,7 +27,7 @@ from fullframe.frontend.inputs import Call, Pair, Tensors
 from fullframe.runtime.replay_cuda import Replays
 from fullframe.runtime.ways import Idle, Key, Programs, keep, keys, matching, tell
 from fullframe.schedule.plan import Plan
-from fullframe.storage.arena import Arenas
+from fullframe.storage.pool import Pool
 
 
 class Tiled(nn.Module):
@@ -120,7 +120,7 @@ class Tiled(nn.Module):
             _refuse_transforms(call)
             refuse_modes()
             program = self._program(call)
-        kept = Kept(self._fullframe["arenas"], self._fullframe["replays"], self._fullframe["turns"])
+        kept = Kept(self._fullframe["pool"], self._fullframe["replays"], self._fullframe["turns"])
         program, made, shadows = self._run(kept, program, call)
         if not program.reached:  # in plain PyTorch they have a graph all the same
             yes = program.differentiable
@@ -165,8 +165,8 @@ class Tiled(nn.Module):
             key, found = match[:2], programs[match]
         else:
             if call.device.type == "cuda":  # what is kept for other sizes is free for this one
-                self._fullframe["replays"].drop(self._fullframe["arenas"])
-                self._fullframe["arenas"].clear()
+                self._fullframe["replays"].drop(self._fullframe["pool"])
+                self._fullframe["pool"].clear()
             values: Values = self._fullframe["values"]
             tried = values.unread(call)
             ways = 0 if diverged is None else len(list(matching(call, programs)))
@@ -229,7 +229,7 @@ def _empty() -> dict[str, Any]:
         "programs": {},
         "values": Values(),
         "changes": Changes(),
-        "arenas": Arenas(),
+        "pool": Pool(),
         "replays": Replays(),
         "turns": Turns(),
     }

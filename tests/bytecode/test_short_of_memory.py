@@ -38,7 +38,7 @@ errors = 0
 for more in range(0, 24 << 20, 3 << 20):
     before = [t.clone() for t in kept], [p.grad.clone() for p in net.parameters()]
     if (more >> 20) % 2:
-        tiled._fullframe["arenas"].clear()
+        tiled._fullframe["pool"].clear()
     resource.setrlimit(resource.RLIMIT_AS, (used() + more, -1))
     try:
         call()

@@ -11,7 +11,6 @@ from test_plan import Residual, gradients
 import fullframe
 from fullframe.compiler import pipeline
 from fullframe.schedule import tiling
-from fullframe.storage.offload import fetch, put
 
 
 @pytest.fixture
@@ -59,12 +58,3 @@ def test_without_room_in_either_tier_the_step_is_refused(second_tier):
     net, image, label = case()
     with pytest.raises(fullframe.BudgetError, match="smallest"):
         fullframe.tile(net, loss=F.cross_entropy, budget="1 MB").plan(image, label)
-
-
-def test_a_part_comes_and_goes_in_any_layout():
-    stored = torch.zeros(2, 6, 7, 3).movedim(-1, 1)
-    window = torch.randn(2, 3, 4, 5)
-    part = (slice(None), slice(None), slice(1, 5), slice(2, 7))
-    put(window, stored[part])
-    assert torch.equal(fetch(stored[part], torch.device("cpu")), window)
-    assert stored.count_nonzero() == window.count_nonzero()

@@ -17,6 +17,7 @@ from fullframe.bytecode.libtorch import taping
 from fullframe.bytecode.recorder import Tape
 from fullframe.capture.threads import Turns
 from fullframe.codegen.kernel import Plain
+from fullframe.ir import region as box
 from fullframe.ir.graph import Op, Value
 from fullframe.partition.tile_axes import tiled
 from fullframe.runtime.accumulate import Summation, add
@@ -26,9 +27,10 @@ from fullframe.runtime.tasks import Job, Partials, Read, Store, Target, Task, Ta
 from fullframe.runtime.tile import MOVED, RECORDING, Kernels, TapedTask, aligned, apart, as_plain, fit, kept, part_of
 from fullframe.schedule.dependencies import Waits, is_expensive, waits_of
 from fullframe.schedule.plan import LARGE, Plan
-from fullframe.storage.arena import Arena, empty_map, empty_output, gapless
+from fullframe.storage.arena import empty_map, empty_output, gapless
 from fullframe.storage.heap import Keeper, mapped
-from fullframe.storage.offload import Lanes, fetch, put
+from fullframe.storage.offload import Lanes
+from fullframe.storage.pool import Stored, Stores
 
 _POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
 _RUNTIMES: WeakKeyDictionary[Plan, Runtime] = WeakKeyDictionary()
@@ -98,8 +100,9 @@ def _start_worker() -> None:
 class Run:
     """One run of a plan. ``feed`` inputs, ``advance`` over its steps, ``result`` an output."""
 
-    def __init__(self, plan: Plan, arena: Arena, device: torch.device):
-        self.plan, self.arena, self.device = plan, arena, device
+    def __init__(self, plan: Plan, stores: Stores, device: torch.device):
+        self.plan, self.arena, self.device = plan, stores.arena, device
+        self.stores = stores
         self.runtime = runtime_of(plan, device)
         self.values: dict[Value, torch.Tensor] = dict(self.runtime.constants)
         self.position = 0
@@ -203,31 +206,46 @@ class Run:
         """Room for what a step makes, and its sums, empty."""
         step = self.plan.steps[number]
         for value in step.section.saves:
-            if value in self.runtime.maps or 0 in value.shape:  # no job makes what is empty
+            if value in self.plan.away:
+                self._away(value).open()
+            elif value in self.runtime.maps or 0 in value.shape:  # no job makes what is empty
                 self.values[value] = self.allocate(value)
         return {op: Summation(op, self.device, alone=len(step.grid) == 1) for op in step.section.sums}
 
     def end(self, number: int, sums: dict[Op, Summation]) -> None:
         """Keep what a step has added up."""
         for op, total in sums.items():
-            self.values[op.output] = self._keep(op.output, self._own(op.output, total.finish()))
+            self._keep(op.output, self._own(op.output, total.finish()))
 
     def free(self, number: int) -> None:
         self.look()
         for value in self.plan.steps[number].frees:
+            if value in self.plan.away:
+                self._away(value).close()
             self.values.pop(value, None)  # what a reel has made and nobody in Python saw is not there
 
     def task(self, number: int, k: int) -> Task:
+        if self.plan.away and k + self.plan.workers < self.runtime.waits.counts[number]:
+            for fetch in self.runtime.tasks.task(self.plan, number, k + self.plan.workers).fetches:
+                self._away(fetch.value).expect(fetch.region)
         return self.runtime.tasks.task(self.plan, number, k)
 
     def allocate(self, value: Value) -> torch.Tensor:
         slot = self.runtime.slots.get(value)
         if slot is None:
             return empty_output(self.plan.graph, value, self.device)
-        return self.arena.view(slot.offset, value.shape, value.dtype)
+        return self.arena.view(slot)
 
-    def _keep(self, value: Value, tensor: torch.Tensor) -> torch.Tensor:
-        return self.allocate(value).copy_(tensor) if value in self.runtime.kept else tensor
+    def _away(self, value: Value) -> Stored:
+        return self.stores.map(self.plan.slots[value])
+
+    def _keep(self, value: Value, tensor: torch.Tensor) -> None:
+        """Put what is made in one piece where it lives."""
+        if value in self.plan.away:
+            self._away(value).open()
+            self._away(value).put(box.full(value.shape), tensor)
+        else:
+            self.values[value] = self.allocate(value).copy_(tensor) if value in self.runtime.kept else tensor
 
     def tile(self, task: Task) -> Partials:
         """Make one tile; returns its partial result of each sum."""
@@ -256,7 +274,7 @@ class Run:
         return partials
 
     def jobs(self, task: Task, tape: Tape | None = None) -> Partials:
-        windows = {f.value: fetch(part_of(self.values[f.value], f.part), self.device) for f in task.fetches}
+        windows = {f.value: self._away(f.value).fetch(f.region) for f in task.fetches}
         partials: Partials = []
         for job in task.jobs:
             if job.unit.fused:
@@ -275,10 +293,12 @@ class Run:
 
     def _store(self, store: Store, made: torch.Tensor, parts: Sequence[torch.Tensor] = ()) -> None:
         """Keep what was made of these parts."""
-        if not store.tiled:
+        if store.region is None:
             self.values[store.value] = self._own(store.value, made, parts)
-            return
-        put(part_of(made, store.made), part_of(self.values[store.value], store.to))
+        elif store.value in self.plan.away:
+            self._away(store.value).put(store.region, part_of(made, store.made))
+        else:
+            part_of(self.values[store.value], store.to).copy_(part_of(made, store.made))
 
     def _own(self, value: Value, made: torch.Tensor, parts: Sequence[torch.Tensor] = ()) -> torch.Tensor:
         """An untiled value as a tensor that shares no memory with others, if it is small: tapes know arrays by it."""

@@ -18,7 +18,7 @@ from fullframe.compiler.program import Program
 from fullframe.ir.graph import Value
 from fullframe.ops.numerics.table_cache import held
 from fullframe.runtime.executor import Run
-from fullframe.storage.arena import Arena, Arenas
+from fullframe.storage.pool import Pool, Stores
 
 KIND = "cuda"  # of the devices that can record
 
@@ -37,9 +37,9 @@ Feeds = Sequence[Feed]
 class Replay:
     """One recorded run."""
 
-    def __init__(self, program: Program, arena: Arena, device: torch.device, feeds: Feeds):
-        self.program, self.arena, self.flags = program, arena, _flags()
-        self.run = Run(program.plan, arena, device)
+    def __init__(self, program: Program, stores: Stores, device: torch.device, feeds: Feeds):
+        self.program, self.stores, self.flags = program, stores, _flags()
+        self.run = Run(program.plan, stores, device)
         # Detached: a parameter may be given other memory (p.data = ...), and must then be seen to have moved.
         self.fed = [_fed(f, device) for f in feeds]
         self.places = [_place(t) for t in self.fed]
@@ -104,46 +104,46 @@ class Replays:
         self._last: Program | None = None
         self._refused: WeakSet[Program] = WeakSet()
 
-    def play(self, program: Program, arenas: Arenas, device: torch.device, feeds: Feeds) -> Run | None:
+    def play(self, program: Program, pool: Pool, device: torch.device, feeds: Feeds) -> Run | None:
         """The finished run of a program; None where it is not recorded, or another thread is at it."""
         if device.type != KIND or torch.cuda.is_current_stream_capturing() or not self._lock.acquire(blocking=False):
             return None
         try:
             again, self._last = self._last is program, program
             if self._replay is not None and not self._replay.fits(program, feeds):
-                self._drop(arenas)
+                self._drop(pool)
             if again and self._replay is None and program not in self._refused and playable(program):
-                self._replay = self._record(program, arenas, device, feeds)
+                self._replay = self._record(program, pool, device, feeds)
             return self._replay.play(feeds) if self._replay is not None else None
         except torch.OutOfMemoryError:  # nothing of the call's has changed yet
             self._refused.add(program)
-            self._drop(arenas)
+            self._drop(pool)
             return None
         finally:
             self._lock.release()
 
-    def drop(self, arenas: Arenas) -> None:
+    def drop(self, pool: Pool) -> None:
         """Let go of the recorded run and its memory, unless another thread is at it."""
         if self._lock.acquire(blocking=False):
             try:
-                self._drop(arenas)
+                self._drop(pool)
             finally:
                 self._lock.release()
 
-    def _drop(self, arenas: Arenas) -> None:
+    def _drop(self, pool: Pool) -> None:
         if self._replay is not None:
             torch.cuda.current_stream(self._replay.run.device).wait_event(self._replay.played)
-            arenas.give(self._replay.arena)
+            pool.give(self._replay.stores)
             self._replay = None
 
-    def _record(self, program: Program, arenas: Arenas, device: torch.device, feeds: Feeds) -> Replay | None:
-        arena = arenas.take(program.plan.bytes.arena, device)
+    def _record(self, program: Program, pool: Pool, device: torch.device, feeds: Feeds) -> Replay | None:
+        stores = pool.take(program.plan.bytes.stores, device)
         try:
             with _ONE_AT_A_TIME:
-                return Replay(program, arena, device, feeds)
+                return Replay(program, stores, device, feeds)
         except Exception:  # the device was waited for, say; the run that follows says what is wrong, if anything is
             self._refused.add(program)
-            arenas.give(arena)
+            pool.give(stores)
             return None
 
     def __deepcopy__(self, _: object) -> Replays:

@@ -45,10 +45,10 @@ class Target:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Store:
-    """A part of a window that is the tile's own part of a map; an untiled value is kept as it is."""
+    """A part of a window that is the tile's own region of a map; an untiled value, without one, is kept as it is."""
 
     value: Value
-    tiled: bool
+    region: Region | None
     to: Part
     made: Part
 
@@ -79,10 +79,10 @@ class Job:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Fetch:
-    """A part of a map that lives away from the device, to be a window of the tile."""
+    """A region of a map that lives away from the device, to be a window of the tile."""
 
     value: Value
-    part: Part
+    region: Region
 
 
 @dataclass(eq=False, slots=True)
@@ -157,7 +157,7 @@ def task_of(plan: Plan, step: Step, tile: Tile) -> Task:
         )
         made -= {*drops}
         jobs.append(Job(work.unit, work.region, reads, targets, stores, sums, drops))
-    return Task(tuple(Fetch(v, _part(regions[v], v.shape)) for v in fetched), tuple(jobs))
+    return Task(tuple(Fetch(v, regions[v]) for v in fetched), tuple(jobs))
 
 
 def _read(value: Value, read: Region, regions: dict[Value, Region], made: set[Value]) -> Read:
@@ -182,9 +182,9 @@ def _stores(plan: Plan, values: Iterable[Value], tile: Tile, made: Region) -> It
     for value in values:
         own = own_region(value, plan.labels, tile)
         if not tiled(value, plan.labels):
-            yield Store(value, False, None, None)
+            yield Store(value, None, None, None)
         elif not box.is_empty(own):
-            yield Store(value, True, _part(own, value.shape), None if own == made else _slices(own, made))
+            yield Store(value, own, _part(own, value.shape), None if own == made else _slices(own, made))
 
 
 def _sum(plan: Plan, op: Op, region: Region, tile: Tile) -> Sum:

@@ -87,7 +87,7 @@ def apart(task: Task, values: Mapping[Value, torch.Tensor], arena: Arena) -> lis
         for value in (
             *(r.value for r in job.reads if not r.window and r.empty is None),
             *(t.value for t in job.targets if t.shape is None),
-            *(s.value for s in job.stores if s.tiled),
+            *(s.value for s in job.stores if s.region is not None),
         )
     )
     block = arena.block.untyped_storage().data_ptr()
@@ -96,7 +96,7 @@ def apart(task: Task, values: Mapping[Value, torch.Tensor], arena: Arena) -> lis
 
 def kept(task: Task) -> list[Value]:
     """The untiled values that a task makes."""
-    return [s.value for job in task.jobs for s in job.stores if not s.tiled]
+    return [s.value for job in task.jobs for s in job.stores if s.region is None]
 
 
 def fit(task: Task) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from math import prod
 
@@ -12,6 +13,7 @@ from fullframe.ir.graph import Graph, Value
 from fullframe.partition.fusion import Unit, work_of
 from fullframe.partition.sections import Section
 from fullframe.partition.tile_axes import Labels, Span, Tile, tiled
+from fullframe.storage.protocol import DEVICE, HOST, Slot
 
 LARGE = 1 << 20  # bytes of untiled values, from which on a step that makes them waits until all before it are done
 
@@ -62,14 +64,6 @@ class Step:
     turned: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class Slot:
-    """Where a stored map lives in the arena, in bytes."""
-
-    offset: int
-    nbytes: int
-
-
 @dataclass(frozen=True)
 class Bytes:
     """Projected bytes: the arena of stored maps, untiled values at their peak, the windows of the
@@ -84,6 +78,11 @@ class Bytes:
     outputs: int
     fixed: int
     host: int = 0
+
+    @property
+    def stores(self) -> dict[str, int]:
+        """Bytes of each memory in which maps live, by its name."""
+        return {DEVICE: self.arena, HOST: self.host}
 
     @property
     def total(self) -> int:
@@ -109,10 +108,10 @@ class Plan:
     ahead: int = 1
     tight: bool = False
 
-    @property
+    @cached_property
     def away(self) -> Collection[Value]:
-        """The stored maps that live in the host's memory and not on the device."""
-        return self.slots.keys() if self.bytes.host else ()
+        """The stored maps that live in another memory than the device's."""
+        return {v for v, slot in self.slots.items() if slot.tier != DEVICE}
 
     @property
     def projected_bytes(self) -> int:

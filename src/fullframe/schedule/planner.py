@@ -16,10 +16,11 @@ from fullframe.partition.tile_axes import Labels, label_axes, tiled
 from fullframe.schedule.memory import lifetimes, place, rounded
 from fullframe.schedule.order import alternate, orders
 from fullframe.schedule.plan import KEPT as TASKS
-from fullframe.schedule.plan import LARGE, NBYTES, Bytes, Plan, Slot, Step
+from fullframe.schedule.plan import LARGE, NBYTES, Bytes, Plan, Step
 from fullframe.schedule.rematerialize import Draft, drop_until
 from fullframe.schedule.request import Request
 from fullframe.schedule.tiling import choose_grid, window_bytes
+from fullframe.storage.protocol import DEVICE, HOST, Slot
 
 FIXED = 100_000_000  # what importing torch's recording machinery, touching its libraries and the threads take
 PER_OP = 20 << 10  # and the objects of a recorded and planned op
@@ -175,7 +176,8 @@ def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, S
     outputs = sum(v.nbytes for v in draft.kept if v not in given)
     whole = tuple(f"{op.target} ({op.path or 'in the step'})" for s in steps for op in s.section.ops
                   if op.rule.kind == "whole" and tiled(op.output, labels))  # fmt: skip
-    slots = {v: Slot(offsets[v], maps[v]) for v in offsets}
+    tier = HOST if request.host else DEVICE
+    slots = {v: Slot(offsets[v], maps[v], v.shape, v.dtype, v.itemsize, tier) for v in offsets}
     here, away = (0, arena) if request.host else (arena, 0)
     if request.fixed is None:  # tasks lie in the same memory
         fixed += NBYTES * min(TASKS, sum(len(s.grid) for s in steps))

@@ -1,77 +1,76 @@
-"""Where stored maps live: one arena per run in flight, reused from step to step.
-
-Knows bytes and places only. These are the only long-lived allocations of the engine.
-"""
+"""The store in a device's own memory: one block of bytes of which maps are views, used again from step to step."""
 
 from __future__ import annotations
 
 import mmap
-import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from math import prod
 from typing import Any
 
 import torch
 
+from fullframe.ir import region as box
 from fullframe.ir.graph import Graph, Value
+from fullframe.ir.region import Region
+from fullframe.storage.protocol import Slot
 
 
 class Arena:
-    """A block of bytes from which maps are views: on the device, or ``away`` from it in the host's memory.
+    """A `Store` whose maps are tensors, which ops read and kernels write in place; ``block`` is all of its bytes."""
 
-    On the CPU it is private anonymous memory with huge pages asked for: the first touch of a map in
-    4 KB pages costs as much as a convolution over it (Python's default shared mapping would not
-    take the advice). For a CUDA device it is locked besides, so that copies need not be waited for.
+    def __init__(self, nbytes: int, device: torch.device):
+        self.nbytes, self.device = nbytes, device
+        on_host = device.type == "cpu"
+        self.block = host_block(nbytes) if on_host else torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def view(self, slot: Slot) -> torch.Tensor:
+        """A map as a tensor, channels innermost for images and volumes."""
+        return view(self.block, slot)
+
+    def open(self, slot: Slot) -> None:
+        """As `Store.open`."""
+
+    def expect(self, slot: Slot, region: Region) -> None:
+        """As `Store.expect`."""
+
+    def fetch(self, slot: Slot, region: Region) -> torch.Tensor:
+        """As `Store.fetch`: a view."""
+        return self.view(slot)[box.slices(region)]
+
+    def put(self, slot: Slot, region: Region, window: torch.Tensor) -> None:
+        """As `Store.put`."""
+        self.view(slot)[box.slices(region)].copy_(window)
+
+    def close(self, slot: Slot) -> None:
+        """As `Store.close`."""
+
+
+def host_block(nbytes: int) -> torch.Tensor:
+    """Bytes of the host's memory: private and anonymous, with huge pages asked for.
+
+    The first touch of a map in pages of 4 KB costs as much as a convolution over it, and Python's default shared
+    mapping would not take the advice. Raises `MemoryError` where the system has not so many.
     """
-
-    def __init__(self, nbytes: int, device: torch.device, away: bool = False):
-        self.nbytes = nbytes
-        self.device = device
-        self.away = away
-        self.done: Any = None  # on a device: when the run before is done with it
-        if (away or device.type == "cpu") and nbytes > 0 and hasattr(mmap, "MAP_PRIVATE"):
-            try:
-                block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            except OSError as error:
-                raise MemoryError(
-                    f"no memory for the stored maps of a tiled step: {nbytes:,} bytes ({error.strerror}); free some, "
-                    "raise the limit (ulimit -v), or give a smaller budget"
-                ) from error
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                with suppress(OSError):  # a kernel without huge pages: same numbers, slower first touch
-                    block.madvise(mmap.MADV_HUGEPAGE)
-            self.block = torch.frombuffer(block, dtype=torch.uint8)
-        else:
-            self.block = torch.empty(nbytes, dtype=torch.uint8, device="cpu" if away else device)
-        if away and device.type == "cuda" and nbytes > 0:
-            _lock(self, self.block)
-
-    def view(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A map at an offset, channels innermost for images and volumes."""
-        count = 1
-        for n in shape:
-            count *= n
-        flat = self.block[offset : offset + count * dtype.itemsize].view(dtype)
-        return shaped(flat, shape)
-
-
-def _lock(arena: Arena, block: torch.Tensor) -> None:
-    """Lock a block's pages as long as its arena lives."""
-    runtime: Any = torch.cuda.cudart()
-    error = int(runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0))
-    if error:
-        raise MemoryError(
-            f"CUDA error {error} when locking {block.nbytes:,} bytes of the host's memory for the stored maps; free "
-            "some of it, allow the process to lock more (ulimit -l), or raise the budget"
-        )
-    weakref.finalize(arena, _unlock, runtime, block, arena.device)
-
-
-def _unlock(runtime: Any, block: torch.Tensor, device: torch.device) -> None:
+    if not nbytes or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.empty(nbytes, dtype=torch.uint8)
     try:
-        torch.cuda.synchronize(device)  # no copy may be on its way
-    finally:
-        runtime.cudaHostUnregister(block.data_ptr())
+        block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(
+            f"no memory for the stored maps of a tiled step: {nbytes:,} bytes ({error.strerror}); free some, "
+            "raise the limit (ulimit -v), or give a smaller budget"
+        ) from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages: same numbers, slower first touch
+            block.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(block, dtype=torch.uint8)
+
+
+def view(block: torch.Tensor, slot: Slot) -> torch.Tensor:
+    """The map of a slot in a block of bytes."""
+    stop = slot.offset + prod(slot.shape) * slot.itemsize
+    return shaped(block[slot.offset : stop].view(slot.dtype), slot.shape)
 
 
 def dense(tensor: torch.Tensor) -> bool:
@@ -127,38 +126,3 @@ def empty_output(graph: Graph, value: Value, device: torch.device) -> torch.Tens
     if strides is None:
         return torch.empty(value.shape, dtype=value.dtype, device=device)
     return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=device)
-
-
-class Arenas:
-    """The arenas of a tiled module: one per run in flight (a forward whose backward is to come)."""
-
-    def __init__(self) -> None:
-        self._idle: list[Arena] = []
-
-    def take(self, nbytes: int, device: torch.device, away: bool = False) -> Arena:
-        """An idle arena that is large enough, or a new one in place of a smaller idle one."""
-        while self._idle:
-            arena = self._idle.pop()
-            if arena.device == device and arena.away == away and arena.nbytes >= nbytes:
-                if arena.done is not None:
-                    torch.cuda.current_stream(device).wait_event(arena.done)
-                return arena
-            del arena  # before the new one is made
-        return Arena(nbytes, device, away)
-
-    def give(self, arena: Arena) -> None:
-        """Take back the arena of a run that is done, or will be when the current stream has come so far."""
-        if not self._idle:
-            if arena.device.type == "cuda":
-                arena.done = torch.cuda.current_stream(arena.device).record_event()
-            self._idle.append(arena)
-
-    def clear(self) -> None:
-        """Let go of those that no run has."""
-        self._idle.clear()
-
-    def __deepcopy__(self, _: object) -> Arenas:
-        return Arenas()
-
-    def __reduce__(self) -> tuple[type[Arenas], tuple[()]]:
-        return Arenas, ()

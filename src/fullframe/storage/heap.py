@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 MAPPED = 1 << 20  # bytes from which a window is mapped alone within a tight budget
 LARGEST = 32 << 20  # what glibc raises its own threshold to as large windows are freed; it trims at twice as much

@@ -1,4 +1,4 @@
-"""Between two memories: a device's own, and the host's, where the stored maps live that do not fit there.
+"""The store in the host's memory, for maps that do not fit a device's own.
 
 A tile's parts of maps are fetched when it begins and put back as they are made. On a CUDA device tiles take turns on
 a few streams, so that one is copied while another is computed.
@@ -6,29 +6,74 @@ a few streams, so that one is copied while another is computed.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from fullframe.storage.arena import dense, empty_map
+from fullframe.ir import region as box
+from fullframe.ir.region import Region
+from fullframe.storage.arena import dense, empty_map, host_block, view
+from fullframe.storage.protocol import Slot
 
 Partials = list[tuple[Any, torch.Tensor]]  # with the place of each
 
 
-def fetch(stored: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A part of a stored map, on the device."""
-    made = empty_map(stored.shape, stored.dtype, device)
-    _copy(made, stored)
-    return made
+class Host:
+    """A `Store` of bytes of the host's memory for runs on a ``device``.
+
+    For a CUDA device its pages are locked, so that copies need not be waited for; the streams on which they are made
+    keep their order. A window never looks into it, also where the device is the processor itself.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device):
+        self.nbytes, self.device = nbytes, device
+        self.block = host_block(nbytes)
+        if device.type == "cuda" and nbytes:
+            _lock(self, self.block)
+
+    def open(self, slot: Slot) -> None:
+        """As `Store.open`."""
+
+    def expect(self, slot: Slot, region: Region) -> None:
+        """As `Store.expect`."""
+
+    def fetch(self, slot: Slot, region: Region) -> torch.Tensor:
+        """As `Store.fetch`: a copy, channels innermost for images and volumes."""
+        stored = view(self.block, slot)[box.slices(region)]
+        made = empty_map(stored.shape, stored.dtype, self.device)
+        _copy(made, stored)
+        return made
+
+    def put(self, slot: Slot, region: Region, window: torch.Tensor) -> None:
+        """As `Store.put`."""
+        stored = view(self.block, slot)[box.slices(region)]
+        if window.device != stored.device and not dense(window):
+            window = empty_map(window.shape, window.dtype, window.device).copy_(window)
+        _copy(stored, window)
+
+    def close(self, slot: Slot) -> None:
+        """As `Store.close`."""
 
 
-def put(made: torch.Tensor, stored: torch.Tensor) -> None:
-    """A window to its part of a stored map."""
-    if made.device == stored.device:
-        stored.copy_(made)
-        return
-    _copy(stored, made if dense(made) else empty_map(made.shape, made.dtype, made.device).copy_(made))
+def _lock(owner: Host, block: torch.Tensor) -> None:
+    """Lock a block's pages as long as its owner lives."""
+    runtime: Any = torch.cuda.cudart()
+    error = int(runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0))
+    if error:
+        raise MemoryError(
+            f"CUDA error {error} when locking {block.nbytes:,} bytes of the host's memory for the stored maps; free "
+            "some of it, allow the process to lock more (ulimit -l), or raise the budget"
+        )
+    weakref.finalize(owner, _unlock, runtime, block, owner.device)
+
+
+def _unlock(runtime: Any, block: torch.Tensor, device: torch.device) -> None:
+    try:
+        torch.cuda.synchronize(device)  # no copy may be on its way
+    finally:
+        runtime.cudaHostUnregister(block.data_ptr())
 
 
 def _copy(to: torch.Tensor, source: torch.Tensor) -> None:

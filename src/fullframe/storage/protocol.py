@@ -1,0 +1,81 @@
+"""What a store of maps is: slots of bytes with lifetimes; regions of maps are put there and fetched.
+
+A stored map lives in one of several memories: the device's own, the host's, a disk, other processes. A plan gives
+each map a slot in one of them, and the executor knows no more of a memory than this protocol. A new one is a class
+with these methods, a name in `storage.pool.MAKERS`, and a class of tests that inherits the contract.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fullframe.ir.region import Region
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICE, HOST = "device", "host"
+"""The names of the memories that there are: the device's own, and that of the processor beside it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """Where a map lives: in which store (``tier``), and there from which byte on (``offset``).
+
+    Its ``nbytes`` may be more than its elements take, since places begin at whole pages. ``dtype`` is opaque here, so
+    that plans do not need torch. Elements lie in the order of `fullframe.storage.arena.shaped`: axis by axis, but
+    with channels innermost where there are two or three spatial axes.
+    """
+
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: Any
+    itemsize: int
+    tier: str = DEVICE
+
+    def __post_init__(self) -> None:
+        assert self.offset >= 0 and self.nbytes >= prod(self.shape) * self.itemsize, self
+
+
+class Store(Protocol):
+    """A memory in which maps live while a plan runs.
+
+    Any thread may fetch and put. The caller sees to it that no region is fetched while one that overlaps it is being
+    put, that nothing is fetched that has not been put since its slot was opened, and that slots which are open at the
+    same time share no byte.
+
+    What goes wrong with the memory itself is an `OSError` or a `MemoryError` that names it. It is raised by the call
+    that meets it, or, where a store works behind the caller's back, by any later one: at the latest by a fetch of
+    what is lost. After that the store is only good for being let go, and the run has changed nothing of its caller's.
+
+    A store holds its memory as long as it lives, and leaves nothing behind when it goes.
+    """
+
+    nbytes: int
+    device: torch.device
+
+    def open(self, slot: Slot) -> None:
+        """Begin the life of a map: its bytes are nobody else's from now on, and their content is undefined."""
+        ...
+
+    def expect(self, slot: Slot, region: Region) -> None:
+        """A hint that this region will be fetched soon. What has been put of it by now may be read ahead."""
+        ...
+
+    def fetch(self, slot: Slot, region: Region) -> torch.Tensor:
+        """A tensor of the region's shape on the device of the run, with the numbers that were put there last.
+
+        It may look into the store, so it is read only, and lasts until its slot is closed.
+        """
+        ...
+
+    def put(self, slot: Slot, region: Region, window: torch.Tensor) -> None:
+        """Keep a tensor of the region's shape and the slot's dtype, of any layout. The caller may then reuse it."""
+        ...
+
+    def close(self, slot: Slot) -> None:
+        """End the life of a map: nothing of it is read any more, and its bytes may become another's."""
+        ...

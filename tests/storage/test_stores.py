@@ -1,0 +1,132 @@
+"""Each store keeps the contract, and one that nobody has thought of is one class."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from contract import PAGE, StoreContract
+from test_plan import Residual, gradients
+
+import fullframe
+from fullframe.compiler import pipeline
+from fullframe.ir import region as box
+from fullframe.schedule import tiling
+from fullframe.storage import pool
+from fullframe.storage.arena import Arena, shaped
+from fullframe.storage.offload import Host
+from fullframe.storage.pool import Pool
+from fullframe.storage.protocol import DEVICE, HOST
+
+CPU = torch.device("cpu")
+
+
+class Memory:
+    """A store in lists of Python's numbers: all that it takes to add one."""
+
+    def __init__(self, nbytes, device):
+        self.nbytes, self.device, self.maps = nbytes, device, {}
+
+    def open(self, slot):
+        self.maps[slot] = bytearray(slot.nbytes)
+
+    def expect(self, slot, region):
+        pass
+
+    def _view(self, slot):
+        count = torch.Size(slot.shape).numel()
+        flat = (
+            torch.frombuffer(self.maps[slot], dtype=torch.uint8) if slot.nbytes else torch.empty(0, dtype=torch.uint8)
+        )
+        return shaped(flat[: count * slot.itemsize].view(slot.dtype), slot.shape)
+
+    def fetch(self, slot, region):
+        return self._view(slot)[box.slices(region)].to(self.device, copy=True)
+
+    def put(self, slot, region, window):
+        self._view(slot)[box.slices(region)].copy_(window)
+
+    def close(self, slot):
+        del self.maps[slot]
+
+
+class TestArena(StoreContract):
+    def make(self, nbytes):
+        return Arena(nbytes, self.device)
+
+
+class TestHost(StoreContract):
+    def make(self, nbytes):
+        return Host(nbytes, self.device)
+
+
+class TestMemory(StoreContract):
+    def make(self, nbytes):
+        return Memory(nbytes, self.device)
+
+
+if torch.cuda.is_available():
+
+    class TestArenaOfADevice(TestArena):
+        device = torch.device("cuda:0")
+
+    class TestHostOfADevice(TestHost):
+        device = torch.device("cuda:0")
+
+
+def test_a_pool_hands_out_what_is_large_enough_and_of_the_kind():
+    kept = Pool()
+    first = kept.take({DEVICE: PAGE, HOST: 2 * PAGE}, CPU)
+    assert isinstance(first.arena, Arena) and first.by_name[DEVICE] is first.arena
+    second = kept.take({DEVICE: PAGE, HOST: 0}, CPU)  # a run in flight has its own
+    assert second.arena is not first.arena and HOST not in second.by_name
+    kept.give(first)
+    again = kept.take({DEVICE: 1, HOST: 2 * PAGE}, CPU)
+    assert again.arena is first.arena and again.by_name[HOST] is first.by_name[HOST]
+    kept.give(again)
+    larger = kept.take({DEVICE: 2 * PAGE, HOST: 0}, CPU)
+    assert larger.arena is not first.arena and larger.arena.nbytes == 2 * PAGE
+    kept.give(larger)
+    kept.clear()
+    assert kept.take({DEVICE: 1, HOST: 1}, CPU).arena is not larger.arena
+    assert not copy.deepcopy(kept)._idle and not pickle.loads(pickle.dumps(kept))._idle
+
+
+def test_a_run_without_stored_maps_has_an_arena_without_bytes():
+    assert Pool().take({DEVICE: 0, HOST: 0}, CPU).arena.nbytes == 0
+
+
+def test_a_step_runs_with_a_store_of_ones_own(monkeypatch):
+    """Maps away from the device live in whatever store has their tier's name."""
+    torch.manual_seed(0)
+    net, image, label = (
+        Residual().double(),
+        torch.randn(1, 1, 60, 44, dtype=torch.float64),
+        torch.zeros(1, 60, 44).long(),
+    )
+    made = []
+
+    def maker(nbytes, device):
+        made.append(Memory(nbytes, device))
+        return made[-1]
+
+    requested = pipeline.request_for
+    monkeypatch.setattr(pipeline, "request_for", lambda *args: replace(requested(*args), host=10**9))
+    monkeypatch.setattr(tiling, "WINDOW", 50_000)
+    with pytest.raises(fullframe.BudgetError) as refused:
+        fullframe.tile(net, loss=F.cross_entropy, tile=16, budget=1).plan(image, label)
+    budget = refused.value.smallest
+    results = []
+    for kind in (Host, maker):
+        monkeypatch.setitem(pool.MAKERS, HOST, kind)
+        one = copy.deepcopy(net)
+        step = fullframe.tile(one, loss=F.cross_entropy, tile=16, budget=budget)
+        assert step.plan(image, label).away
+        results.append(gradients(one, step, image, label))
+    assert made and not made[0].maps  # each life had its end
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(map(torch.equal, results[0][1], results[1][1]))
