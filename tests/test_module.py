@@ -43,14 +43,14 @@ def test_module_equals_plain_and_differentiates_its_input():
 
 
 class Magnitude(nn.Module):
-    """Of complex numbers, which have no axis more than others."""
+    """Of complex numbers, whose parts are no axis."""
 
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(3, 1, dtype=torch.complex128))
 
     def forward(self, x):
-        return (x * self.scale).abs()
+        return x * self.scale, (x * self.scale).abs()
 
 
 def test_tiles_of_complex_images():

@@ -231,6 +231,7 @@ def _weighted(outputs: Iterable[torch.Tensor]) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for t in outputs:
         if t.requires_grad:
+            t = torch.view_as_real(t) if t.is_complex() else t
             weight = torch.randn(t.shape, generator=generator, dtype=torch.float64)
             total = total + (t * weight.to(t)).sum() / max(1, t.numel()) ** 0.5
     return total
@@ -261,7 +262,7 @@ def _difference(kind: str, name: str, a: torch.Tensor, b: torch.Tensor, scale: f
         return Difference(
             kind, f"{name} ({a.dtype}{list(a.shape)} against {b.dtype}{list(b.shape)})", float("inf"), 1.0
         )
-    if not a.is_floating_point():
+    if not (a.is_floating_point() or a.is_complex()):
         return Difference(kind, name, float((a != b).sum()), 1.0)
     agree = (a == b) | (a.isnan() & b.isnan())
     largest = _largest(torch.where(agree, 0.0, a - b))
