@@ -63,9 +63,8 @@ def watched() -> list[Event]:
 
 def tapes(plan: Plan) -> Iterator[tuple[int, Any]]:
     """Section and instructions of each tape of a plan that is played."""
-    for reel in executor._RUNTIMES[plan].reels.values():
-        assert not isinstance(reel, int), "no reel: is there a compiler?"
-        for number, stage in zip(reel.steps, reel.stages.list, strict=True):
+    for schedule in executor._RUNTIMES[plan].schedules.values():
+        for number, stage in zip(schedule.steps, schedule.stages.list, strict=True):
             found = [track.tape for track in stage.tracks] + ([stage.after.tape] if stage.after else [])
             yield from ((number, tape.words) for tape in found)
 

@@ -57,8 +57,8 @@ def _steps(rank: int, dtype: torch.dtype, half: bool) -> tuple[fullframe.tiled.T
 def test_same_bits_as_in_python(monkeypatch, rank, dtype, half):
     step, found = _steps(rank, dtype, half)
     (program,) = step._fullframe["programs"].values()
-    tasks = [t for kept in runtime_of(program.plan, torch.device("cpu")).tasks.kept for t in kept or () if t]
-    assert sum(bool(t.taped) for t in tasks) > len(tasks) / 4
+    tiles = [t for kept in runtime_of(program.plan, torch.device("cpu")).tiles.kept for t in kept or () if t]
+    assert sum(bool(t.recorded) for t in tiles) > len(tiles) / 4
     monkeypatch.setattr(executor, "taping", lambda: False)
     _, truth = _steps(rank, dtype, half)
     for made, wanted in zip(found, truth, strict=True):

@@ -1,4 +1,4 @@
-"""The executor: threads of the caller, tasks kept and made anew, partial sums joined."""
+"""The executor: threads of the caller, tiles kept and made anew."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import fullframe
-from fullframe.ir.graph import Op, Value
-from fullframe.ops.primitives.reductions import RULES
+from fullframe.ir.graph import Value
 from fullframe.runtime import executor
 from fullframe.runtime import tasks as task
 from fullframe.runtime.fused import ready
+from fullframe.runtime.tile import Tiles
 
 
 def _net() -> nn.Module:
@@ -60,29 +60,9 @@ def test_what_a_plan_leaves_of_its_budget_is_for_tasks():
         tiles = sum(len(step.grid) for step in plan.steps)
         assert plan.projected_bytes == least and tiles > task.KEPT
         assert task.room_of(plan) == task.KEPT + spare // task.NBYTES
-        kept = [k is not None for k in task.Tasks(plan.steps, task.room_of(plan)).kept]
+        kept = [k is not None for k in Tiles(plan.steps, task.room_of(plan)).kept]
         assert any(kept) and not all(kept)
-        assert all(k is not None for k in task.Tasks(plan.steps, tiles).kept)
-
-
-@pytest.mark.parametrize("name", ["tile.sum", "tile.amax", "tile.amin", "tile.moments", "tile.prod"])
-def test_joined_partials_are_those_added_one_by_one(name):
-    torch.manual_seed(0)
-    rule = RULES[name]
-    x = Value("x", (5, 6, 7), torch.float64, 8)
-    shape = (3, 1, 6, 1) if name == "tile.moments" else (6,)
-    args = (None, (0, 2)) if name == "tile.moments" else (None, (0, 2), False)
-    op = Op(name, (x,), args, {}, Value("y", shape, torch.float64, 8), rule, lambda: None)
-    partials = []
-    for rows in ((0, 1), (1, 2), (2, 5)):
-        window = torch.randn(rows[1] - rows[0], 6, 7, dtype=torch.float64) + 1e6
-        partials.append(rule.run(op, (rows, (0, 6), (0, 7)), [window]))
-    one_by_one, at_once = (rule.start(op, shape, torch.device("cpu")) for _ in range(2))
-    for partial in partials:
-        rule.combine(op, one_by_one, partial)
-    rule.combine(op, at_once, rule.join(op, torch.stack(partials)))
-    # The mean is rounded at 1e6: the squares about it can agree no better.
-    torch.testing.assert_close(at_once, one_by_one, rtol=1e-9 if name == "tile.moments" else 1e-12, atol=0)
+        assert all(k is not None for k in Tiles(plan.steps, tiles).kept)
 
 
 def test_a_stored_part_that_is_a_window_too_is_looked_up_every_time():
@@ -92,5 +72,5 @@ def test_a_stored_part_that_is_a_window_too_is_looked_up_every_time():
     for keep in (False, True):
         target = task.Target(value, (slice(0, 2), slice(0, 6)), None, keep)
         job: Any = SimpleNamespace(reads=(), targets=(target,))
-        made = ready(job, SimpleNamespace(), {value: stored}, {}, [], {value: stored[:2]})  # type: ignore[arg-type]
+        made = ready(job, SimpleNamespace(reusable=True), {value: stored}, {}, [], {value: stored[:2]})  # type: ignore[arg-type]
         assert (made is None) is keep

@@ -18,8 +18,9 @@ from torch import nn
 import fullframe
 from fullframe.bytecode.libtorch import taping
 from fullframe.runtime import executor
+from fullframe.runtime import workers as threads
 from fullframe.runtime.executor import Run, runtime_of
-from fullframe.runtime.replay_cpu import Reel
+from fullframe.runtime.replay_cpu import Schedule
 
 pytestmark = pytest.mark.skipif(
     not taping(), reason="no compiler, or a PyTorch without the functions that tapes call"
@@ -59,9 +60,9 @@ def _step(net: nn.Module, step: Any, image: torch.Tensor, target: torch.Tensor, 
             *(b.clone() for b in net.buffers())]  # fmt: skip
 
 
-def _reels(step: Any) -> list[Reel]:
+def _reels(step: Any) -> list[Schedule]:
     (program,) = step._fullframe["programs"].values()
-    return [r for r in runtime_of(program.plan, torch.device("cpu")).reels.values() if isinstance(r, Reel)]
+    return [s for s in runtime_of(program.plan, torch.device("cpu")).schedules.values() if s.native]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -122,7 +123,7 @@ def test_sums_whose_tape_fails_are_an_error():
     _same(case, buffers, made)
 
 
-@pytest.mark.parametrize("name", ["begin", "tile", "end", "free"])
+@pytest.mark.parametrize("name", ["begin", "make", "end", "free"])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_errors_in_python_reach_the_caller(monkeypatch, name, workers):
     case, buffers, made = _played(workers)
@@ -214,7 +215,7 @@ def test_nothing_of_a_step_is_kept(monkeypatch):
 
 def test_threads_that_cannot_be_had(monkeypatch):
     case, buffers, made = _played(3)
-    pool = executor.pool(2)
+    pool = threads.pool(2)
     submit, left = pool.submit, [1]
 
     def short(call: Any) -> Any:

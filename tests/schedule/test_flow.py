@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import threading
 import time
@@ -15,10 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import fullframe
+from fullframe.bytecode.libtorch import taping
+from fullframe.bytecode.scheduler import NativeFlow, Stage, Stages
 from fullframe.ir.graph import Value
 from fullframe.runtime import executor
-from fullframe.runtime.executor import Flow, Work
-from fullframe.schedule.dependencies import Waits, waits_of
+from fullframe.schedule.dependencies import waits_of
 from fullframe.schedule.memory import Lifetimes, lifetimes
 from fullframe.schedule.order import alternate
 from fullframe.schedule.plan import Plan
@@ -30,81 +32,87 @@ def _one_thread():
     torch.manual_seed(0)
 
 
-# The flow alone ------------------------------------------------------------------------------------
+# The scheduler alone -------------------------------------------------------------------------------
 
 
 class _Log:
-    """Work whose every event is written down; tiles take a random while."""
+    """Stages made by calls back, of which every event is written down; tiles take a random while."""
 
-    def __init__(self, counts: list[int], seed: int):
-        self.counts, self.draws = counts, random.Random(seed)
+    def __init__(self, stages: list[Stage], seed: int):
+        self.stages, self.draws = stages, random.Random(seed)
         self.events: list[tuple[str, int, int]] = []
         self.threads: dict[int, set[int]] = {}
-        self.states: dict[int, list[int]] = {}
+        self.added: dict[int, list[int]] = {}
         self.most = 0  # tiles that one was begun after the first whose result was not there
+        self.look: Any = lambda: None
 
-    def work(self) -> Work:
-        return Work(self.begin, self.tile, lambda state, made: state.append(made), self.end, self.free)
-
-    def begin(self, number: int) -> list[int]:
+    def begin(self, number: int) -> None:
         self.events.append(("begin", number, 0))
-        self.states[number] = []
-        return self.states[number]
+        self.added[number] = []
 
-    def tile(self, number: int, k: int) -> int:
+    def tile(self, number: int, k: int, _: Any) -> None:
         self.threads.setdefault(number, set()).add(threading.get_ident())
         self.events.append(("tile", number, k))
-        self.most = max(self.most, k - len(self.states[number]) + 1)
+        self.most = max(self.most, k - len(self.added[number]) + 1)
         time.sleep(self.draws.random() * 1e-3)
-        return k
 
-    def end(self, number: int, state: list[int]) -> None:
-        assert state == list(range(self.counts[number])), "added up in another order"
+    def add(self, number: int, k: int) -> None:
+        self.added[number].append(k)
+
+    def end(self, number: int) -> None:
         self.events.append(("end", number, 0))
 
     def free(self, number: int) -> None:
         self.events.append(("free", number, 0))
 
+    def run(self, steps: range, ahead: int, most: int, others: int) -> None:
+        calls = (self.begin, self.tile, self.add, self.end, self.free, lambda _: None, lambda: self.look())
+        stages = Stages([self.stages[k] for k in steps])
+        flow = NativeFlow(stages, steps, ahead, most, (ctypes.c_void_p * 1)(), calls)
+        threads = [threading.Thread(target=flow.run, args=(False,)) for _ in range(others)]
+        for t in threads:
+            t.start()
+        flow.run(own=True)
+        for t in threads:
+            t.join(30)
+            assert not t.is_alive()
+        flow.close()
+        flow.check()
 
-def _go(flow: Flow, others: int, wide: Any = lambda make: make()) -> None:
-    threads = [threading.Thread(target=flow.run) for _ in range(others)]
-    for t in threads:
-        t.start()
-    flow.run(wide)
-    for t in threads:
-        t.join(30)
-        assert not t.is_alive()
+
+needs_compiler = pytest.mark.skipif(not taping(), reason="no compiler: no scheduler, but the loop that it is held to")
 
 
+@needs_compiler
 @pytest.mark.parametrize("seed", range(8))
 def test_every_tile_once_and_none_before_what_it_waits_for(seed):
     draws = random.Random(seed)
     steps, ahead, others = 60, draws.choice([1, 2, 5, 8]), draws.choice([0, 1, 3])
-    counts = [draws.choice([1, 1, 3, 9]) for _ in range(steps)]
-    before = []
+    stages = []
     for k in range(steps):
-        recent = range(max(0, k - ahead + 1), k)
-        before.append(tuple(j for j in recent if draws.random() < 0.4))
-    wide = [n == 1 and draws.random() < 0.2 for n in counts]
-    log, start = _Log(counts, seed), 5
-    flow = Flow(range(start, steps), Waits(tuple(before), tuple(counts), tuple(wide)), ahead, 4, log.work())
-    _go(flow, others)
+        recent, tiles = range(max(0, k - ahead + 1), k), draws.choice([1, 1, 3, 9])
+        before = [j for j in recent if draws.random() < 0.4]
+        stages.append(Stage(before, tiles, room=False, frees=True, wide=tiles == 1 and draws.random() < 0.2))
+    log, start = _Log(stages, seed), 5
+    log.run(range(start, steps), ahead, 4, others)
     assert log.most <= 4
     when: dict[tuple[str, int, int], int] = {event: n for n, event in enumerate(log.events)}
-    assert len(when) == len(log.events) == sum(counts[start:]) + 3 * (steps - start)
+    assert len(when) == len(log.events) == sum(s.tiles for s in stages[start:]) + 3 * (steps - start)
     for k in range(start, steps):
-        begun = when["begin", k, 0]
-        assert all(when["end", j, 0] < begun for j in before[k] if j >= start)
+        begun, stage = when["begin", k, 0], stages[k]
+        assert log.added[k] == list(range(stage.tiles)), "added up in another order"
+        assert all(when["end", j, 0] < begun for j in stage.before if j >= start)
         assert all(when["end", j, 0] < begun for j in range(start, k - ahead + 1))
         assert all(when["end", j, 0] < when["free", k, 0] for j in range(start, k + 1))
-        assert not wide[k] or log.threads[k] == {threading.get_ident()}
+        assert not stage.wide or log.threads[k] == {threading.get_ident()}
 
 
+@needs_compiler
 @pytest.mark.parametrize("mine", [True, False], ids=["caller", "other"])
 def test_an_error_in_any_thread_stops_the_rest_and_is_raised(mine):
     done, met, caller = [], threading.Barrier(2), threading.get_ident()
 
-    def tile(_: int, k: int) -> None:
+    def tile(_: int, k: int, _block: Any) -> None:
         if k < 2:  # one in each thread
             met.wait(30)
         if (threading.get_ident() == caller) is mine:
@@ -112,24 +120,12 @@ def test_an_error_in_any_thread_stops_the_rest_and_is_raised(mine):
         time.sleep(0.05)
         done.append(k)
 
-    work = Work(lambda _: None, tile, lambda *_: None, lambda *_: None, lambda _: None)
-    flow = Flow(range(3), Waits(((), (0,), (1,)), (1000, 1, 1), (False,) * 3), 2, 10, work)
-    raised = []
-
-    def other() -> None:
-        try:
-            flow.run()
-        except ValueError as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    try:
-        flow.run(lambda make: make())
-    except ValueError as error:
-        raised.append(error)
-    thread.join(30)
-    assert len(raised) == 1 and len(done) < 10
+    stages = [Stage(before, tiles, False, False, False) for before, tiles in (((), 1000), ((0,), 1), ((1,), 1))]
+    log = _Log(stages, 0)
+    log.tile = tile  # type: ignore[method-assign]
+    with pytest.raises(ValueError):
+        log.run(range(3), 2, 10, 1)
+    assert len(done) < 10
 
 
 # In a step -----------------------------------------------------------------------------------------
@@ -164,18 +160,21 @@ def _step(workers: int) -> tuple[Plan, list[torch.Tensor]]:
     return step.plan(image, target), [*found, *(p.grad for p in net.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("workers", [2, 4])
-def test_same_bits_as_one_step_at_a_time(monkeypatch, workers):
-    _, truth = _step(1)
-    draws, tile = random.Random(0), executor.Run.tile
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_same_bits_as_the_reference_loop(monkeypatch, workers):
+    """Four steps: made by calls back, recorded, and played."""
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "taping", lambda: False)
+        _, truth = _step(1)
+    draws, make = random.Random(0), executor.Run.make
 
-    def slow(self: Any, task: Any) -> Any:
+    def slow(self: Any, number: int, k: int) -> Any:
         time.sleep(draws.random() * 1e-3)
-        return tile(self, task)
+        return make(self, number, k)
 
-    monkeypatch.setattr(executor.Run, "tile", slow)
+    monkeypatch.setattr(executor.Run, "make", slow)
     plan, found = _step(workers)
-    assert plan.ahead > 1
+    assert workers == 1 or plan.ahead > 1
     assert all(map(torch.equal, found, truth))
 
 

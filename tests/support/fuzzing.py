@@ -34,7 +34,7 @@ from fullframe.oracle import drawn
 from fullframe.partition.tile_axes import own_region, tiled
 from fullframe.runtime import executor
 from fullframe.runtime import fused as lowering
-from fullframe.runtime.replay_cpu import Reel
+from fullframe.runtime.replay_cpu import Schedule
 from fullframe.schedule import planner, tiling
 from fullframe.schedule.memory import lifetimes
 from fullframe.tiled import Tiled
@@ -381,19 +381,19 @@ def _again_and_again(case: Case, state: State, record: Record) -> None:
             worst, where = worst_of(first, run_steps(case, state, tiled_run(case, step)))
             if worst > _order(case):
                 record.outcome, record.detail = "wrong", f"a later step gives other bits: {worst:.2g} at {where}"
-    record.taped = sum(1 for plan in plans for t in _tasks(plan) if t.taped)
-    record.played = sum(len(reel.native) for plan in plans for reel in _reels(plan))
+    record.taped = sum(1 for plan in plans for t in _tiles(plan) if t.recorded)
+    record.played = sum(len(s.native) for plan in plans for s in _schedules(plan))
 
 
-def _tasks(plan: fullframe.Plan) -> Iterator[Any]:
-    """The tasks that a plan's runs have kept."""
-    kept = executor.runtime_of(plan, torch.device("cpu")).tasks.kept
+def _tiles(plan: fullframe.Plan) -> Iterator[Any]:
+    """The tiles that a plan's runs have kept."""
+    kept = executor.runtime_of(plan, torch.device("cpu")).tiles.kept
     return (t for tasks in kept for t in tasks or () if t)
 
 
-def _reels(plan: fullframe.Plan) -> list[Reel]:
-    """The reels of a plan."""
-    return [r for r in executor.runtime_of(plan, torch.device("cpu")).reels.values() if isinstance(r, Reel)]
+def _schedules(plan: fullframe.Plan) -> list[Schedule]:
+    """What was scheduled of a plan."""
+    return list(executor.runtime_of(plan, torch.device("cpu")).schedules.values())
 
 
 def _order(case: Case) -> float:

@@ -18,7 +18,7 @@ from threading import local
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 from fullframe.bytecode.libtorch import FORMATS, codes
 from fullframe.bytecode.program import Result, Taped
@@ -48,7 +48,8 @@ class Tape(TorchDispatchMode):
     Each begins so many bytes (``starts``) behind where it is when the tape runs. The last ``owned`` are blocks that
     the tape gives back when nothing reads them any more.
 
-    One at a time in a process: torch keeps in one place that there is a mode, and what there was before.
+    Threads may record at the same time: a tape is put on its thread's stack of modes, and not announced to the whole
+    process, as a mode that is entered in torch's own way is; nobody who would ask for it runs inside.
     """
 
     supports_higher_order_operators = True  # which have no instruction
@@ -80,11 +81,12 @@ class Tape(TorchDispatchMode):
 
     def __enter__(self) -> Any:
         _CURRENT.tape = self
-        return super().__enter__()
+        _push_mode(self)
+        return self
 
     def __exit__(self, *error: Any) -> None:
         _CURRENT.tape = None
-        super().__exit__(*error)
+        _pop_mode()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -106,7 +108,7 @@ class Tape(TorchDispatchMode):
                fresh: Sequence[torch.Tensor], sums: Sequence[torch.Tensor]) -> None:  # fmt: skip
         """Note a kernel that has run on tensors at these places, the ``fresh`` ones new, and added up ``sums``."""
         if not isinstance(call, HostCall):
-            self.refused = "a kernel for a device"
+            self.refused = "a kernel that is no machine code of this processor"
             return
         with self._unless_refused():
             for tensor in fresh:

@@ -112,6 +112,7 @@ class Call:
     """A kernel on tensors of known layout: only their places in memory are still to come."""
 
     __slots__ = ()
+    reusable = True  # with other places
 
     def __call__(self, places: Sequence[int]) -> list[torch.Tensor]:
         """Run it on the operands and outputs at these addresses; returns what `Kernel.run` does."""

@@ -55,6 +55,24 @@ class Plain:
                 output.copy_(result.expand(extents))
         return partials
 
+    def call(self, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor] = ()) -> PlainCall:
+        """As `Kernel.call`, but for these tensors alone."""
+        return PlainCall(self, operands, outputs)
+
+
+class PlainCall(Call):
+    """A group run by ATen, on these tensors."""
+
+    __slots__ = ("_kernel", "_operands", "_outputs")
+    reusable = False
+
+    def __init__(self, kernel: Plain, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+        self._kernel, self._operands, self._outputs = kernel, operands, outputs
+
+    def __call__(self, places: Sequence[int]) -> list[torch.Tensor]:
+        """As `Call`; the places are those of the tensors."""
+        return self._kernel.run(self._operands, self._outputs)
+
 
 def _resolved(argument: Any, values: list[torch.Tensor]) -> Any:
     return values[argument.index] if isinstance(argument, Ref) else argument

@@ -74,10 +74,6 @@ class Rule(Protocol):
     ``compares``    True where it compares the elements of two inputs.
     ``opposes``     True where it compares or subtracts them.
     ``calls``       True where the library runs it, whose calls take a while to begin, however small the window.
-
-    A reduction has ``driver``: the input whose own regions, a disjoint cover, are summed. Its
-    ``grow`` and ``footprint`` take a region of the driver, ``run`` returns a partial result, and
-    ``combine`` adds a partial into an accumulator made by ``start``; ``finish`` gives the value.
     """
 
     kind: Kind
@@ -109,6 +105,37 @@ class Rule(Protocol):
     def opposes(self, op: Op) -> bool: ...
 
     def calls(self, op: Op) -> bool: ...
+
+
+class Reduction(Rule, Protocol):
+    """What the engine knows of a sum over tiles, or of another op whose partial results can be combined.
+
+    Its ``grow`` and ``footprint`` take a region of the driver, and ``run`` returns a partial result, in memory of its
+    own or in that of what it read.
+
+    ``driver``       the input whose own regions, a disjoint cover, are summed.
+    ``keeps``        pairs (axis of the driver, axis of the output) that are not summed.
+    ``out_region``   the part of the output that a region of the driver adds to.
+    ``accumulator``  the type in which partial results are combined; they may come in a narrower one.
+    ``start``        what adds nothing, of a shape.
+    ``combine``      puts two partial results together, in the memory of the first, the one that comes first in the
+                     image. More axes may follow theirs, along which there are others.
+    ``finish``       the value of the op from the result of all.
+    """
+
+    driver: int
+
+    def keeps(self, op: Op) -> Sequence[tuple[int, int]]: ...
+
+    def out_region(self, op: Op, driver: Region) -> Region: ...
+
+    def accumulator(self, op: Op) -> Any: ...
+
+    def start(self, op: Op, shape: Sequence[int], device: Any) -> Any: ...
+
+    def combine(self, op: Op, total: Any, partial: Any) -> None: ...
+
+    def finish(self, op: Op, total: Any) -> Any: ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ _LOCK = Lock()
 _LOADED: dict[str, Callable[..., int] | None] = {}
 SOURCES = {
     "convolution": ("vectors.h", "blocks.h", "convolution.cpp", "couples.h", "winograd.cpp"),
+    "moments": ("moments.cpp",),
     "gradient": ("vectors.h", "gradient.cpp", "couples.h", "winograd_gradient.cpp"),
 }
 """The files that are compiled together."""
@@ -48,6 +49,6 @@ def run(function: Callable[..., int], words: Any, tensors: Sequence[torch.Tensor
     """Call a function with numbers, an array of ctypes, and the addresses of tensors."""
     places = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
     if function(words, places):
-        raise MemoryError("no memory for a copy of a convolution's weight")
+        raise MemoryError("no memory for what a kernel lays out anew")
     if (tape := current()) is not None:
         tape.own(function, words, tensors)

@@ -23,6 +23,7 @@ from fullframe.runtime.tasks import Job
 from fullframe.schedule.plan import Plan
 
 Tensors = Mapping[Value, torch.Tensor]
+Kernels = dict[Unit, Kernel | DeviceKernel | Plain]
 
 
 class Place(NamedTuple):
@@ -81,7 +82,10 @@ class Ready(NamedTuple):
 
 def ready(job: Job, call: Call, values: Tensors, windows: Tensors, parts: Sequence[torch.Tensor],
           made: Tensors) -> Ready | None:  # fmt: skip
-    """The job as it ran on these parts of maps and windows; None where one of them was a tensor of its own."""
+    """The job as it ran on these parts of maps and windows; None where one of them was a tensor of its own, or the
+    call is good for these alone."""
+    if not call.reusable:
+        return None
     reads = []
     for read, part in zip(job.reads, parts, strict=True):
         if read.empty is not None:
@@ -131,7 +135,7 @@ def _broadcast(value: Value, loop: Value) -> tuple[bool, ...]:
     return ones + tuple(n == 1 for n in value.shape)
 
 
-def build(plan: Plan, device: torch.device, *, compile: bool = True) -> dict[Unit, Kernel | DeviceKernel | Plain]:
+def build(plan: Plan, device: torch.device, *, compile: bool = True) -> Kernels:
     """A kernel for every fused unit of a plan; units of one form share their code."""
     units = [u for step in plan.steps for u in step.units if u.fused]
     made = build_many([group_of(u) for u in units], compile=compile, device=device)

@@ -1,7 +1,7 @@
-"""Reels: a range of steps whose tiles are on tape, played by one call outside of Python.
+"""A range of stages given to the scheduler in C++, which plays what is in bytecode outside of Python.
 
-What follows from the plan is then fixed: which tapes, in which order they may run, and how their partial results are
-added up, which is written down once, too. A step that has a tile without a tape is made in Python when its turn
+What follows from the plan is fixed: which bytecode, in which order it may run, and how its partial results are added
+up, which is recorded, too. A stage that has a tile without bytecode is made in Python, by calls back, when its turn
 comes, in the same order of things.
 """
 
@@ -16,12 +16,12 @@ import torch
 
 from fullframe.bytecode.recorder import Tape
 from fullframe.bytecode.scheduler import NativeFlow, Stage, Stages, Track
-from fullframe.ir.graph import Op, Value
-from fullframe.runtime.accumulate import Summation, add
-from fullframe.runtime.tasks import Partials, Task, Tasks
-from fullframe.runtime.tile import TapedTask
+from fullframe.ir.graph import Value
+from fullframe.runtime.accumulate import Sums
+from fullframe.runtime.tasks import Partials, place_of
+from fullframe.runtime.tile import Memory, Recorded, Tile, Tiles
 from fullframe.schedule.dependencies import Waits
-from fullframe.schedule.plan import Plan
+from fullframe.schedule.plan import Plan, Step
 from fullframe.storage.arena import Arena, empty_output, shaped
 
 CPU = torch.device("cpu")
@@ -29,17 +29,19 @@ SMALL = 1 << 16  # bytes of an untiled value that has its place from the beginni
 
 
 class Playable(Protocol):
-    """A run of a plan, as a reel needs it."""
+    """A run of a plan, as a schedule needs it."""
 
     values: dict[Value, torch.Tensor]
     arena: Arena
 
+    @property
+    def memory(self) -> Memory: ...
+
     def threads(self, count: int) -> None: ...
-    def begin(self, number: int) -> dict[Op, Summation]: ...
-    def task(self, number: int, k: int) -> Task: ...
-    def tile(self, task: Task) -> Partials: ...
-    def jobs(self, task: Task) -> Partials: ...
-    def end(self, number: int, sums: dict[Op, Summation]) -> None: ...
+    def begin(self, number: int) -> Sums: ...
+    def make(self, number: int, k: int) -> Partials: ...
+    def tile(self, number: int, k: int) -> Tile: ...
+    def end(self, number: int, sums: Sums) -> None: ...
     def free(self, number: int) -> None: ...
     def look(self) -> None: ...
     def allocate(self, value: Value) -> torch.Tensor: ...
@@ -52,17 +54,14 @@ class Home(NamedTuple):
     offset: int | None
 
 
-def taped(tasks: Tasks, steps: range) -> int:
-    """How many of their tiles are on tape."""
-    kept = (tasks.kept[number] for number in steps)
-    return sum(task is not None and bool(task.taped) for found in kept for task in found or ())
+class Schedule:
+    """The ``steps``, with the bytecode of ``tiles`` if there are any.
 
+    ``maps`` are the values cut into tiles, ``kept`` those of them that live in the arena.
+    """
 
-class Reel:
-    """The ``steps``; ``maps`` are the values cut into tiles, ``kept`` those of them that live in the arena."""
-
-    def __init__(self, plan: Plan, tasks: Tasks, waits: Waits, maps: Collection[Value], kept: Collection[Value],
-                 steps: range):  # fmt: skip
+    def __init__(self, plan: Plan, tiles: Tiles | None, waits: Waits, maps: Collection[Value],
+                 kept: Collection[Value], steps: range):  # fmt: skip
         self.plan, self.waits, self.maps, self.kept, self.steps = plan.steps, waits, maps, kept, steps
         self.slots, self.workers, self.ahead = plan.slots, plan.workers, plan.ahead
         self.graph, self.given_out = plan.graph, {v for v in plan.graph.outputs if v is not None}
@@ -70,8 +69,8 @@ class Reel:
         self.strides: dict[Value, tuple[int, ...]] = {}  # as the tapes know them
         self.homes: dict[Value, Home] = {}
         self.nbytes = 0
-        self.native: dict[int, list[TapedTask]] = {}
-        self.stages = Stages([self._stage(number, tasks.kept[number]) for number in steps])
+        self.native: dict[int, list[Recorded]] = {}
+        self.stages = Stages([self._stage(number, tiles.kept[number] if tiles else None) for number in steps])
         made = {v for number in steps for v in plan.steps[number].section.outputs}
         self.read = [v for v in self.index if v not in made]
         lasting = made.difference(*(plan.steps[number].frees for number in steps))
@@ -80,10 +79,10 @@ class Reel:
 
     # Made once ------------------------------------------------------------------------------------
 
-    def _stage(self, number: int, tasks: Sequence[Task | None] | None) -> Stage:
+    def _stage(self, number: int, tiles: Sequence[Tile | None] | None) -> Stage:
         before, count = self.waits.before[number], self.waits.counts[number]
         wide, frees = self.waits.wide[number], self.plan[number].frees
-        tapes = [task.taped for task in tasks or () if task is not None and task.taped]
+        tapes = [tile.recorded for tile in tiles or () if tile is not None and tile.recorded]
         after = self._after(number, tapes) if len(tapes) == count and self._agree(tapes) else None
         if after is None:
             return Stage(before, count, room=False, frees=bool(frees), wide=wide)
@@ -93,7 +92,7 @@ class Reel:
         held = any(v not in self.kept and not self._small(v) for v in frees)
         return Stage(before, count, room, held, wide, tracks, after)
 
-    def _agree(self, tapes: Sequence[TapedTask]) -> bool:
+    def _agree(self, tapes: Sequence[Recorded]) -> bool:
         """Whether tapes know values by the same layout as others, and as they are made."""
         found = [(v, stride) for t in tapes for v, stride in zip(t.values, t.strides, strict=True)]
         if any(self.strides.setdefault(v, stride) != stride for v, stride in found):
@@ -111,16 +110,16 @@ class Reel:
         """Whether memory is to be had for a value when its step begins."""
         return value not in self.kept and not self._small(value)
 
-    def _after(self, number: int, tapes: Sequence[TapedTask]) -> Track | None:
+    def _after(self, number: int, tapes: Sequence[Recorded]) -> Track | None:
         """What adds up and keeps the results of a step's tiles, on tape; None where it has no word for that."""
         blocks = [torch.zeros(max(t.tape.nbytes // 8, 1), dtype=torch.float64) for t in tapes]
-        section = self.plan[number].section
-        trial = _fold(section.sums, tapes, blocks, None)
+        step = self.plan[number]
+        trial = _fold(step, tapes, blocks, None)
         targets = {v: self._target(v, made) for v, made in trial.items()}
         starts = [self.slots[v].offset if v in self.kept else 0 for v in targets]
         tape = Tape([*targets.values(), *blocks], [*starts, *[0] * len(blocks)], owned=len(blocks))
         with tape:
-            for value, made in _fold(section.sums, tapes, blocks, tape).items():
+            for value, made in _fold(step, tapes, blocks, tape).items():
                 targets[value].copy_(made)
         done = tape.finish([])
         if done is None or any(not v.numel() for v in targets.values()):
@@ -147,11 +146,12 @@ class Reel:
 
     # Each time ------------------------------------------------------------------------------------
 
-    def play(self, run: Playable, threads: int, pool: Callable[[int], ThreadPoolExecutor]) -> bool:
-        """Run the steps with so many threads inside wide ones; False, and nothing done, where a value that they read
-        lies otherwise in memory than when the tapes were written."""
-        if any(v in self.strides and run.values[v].stride() != self.strides[v] for v in self.read):
-            return False
+    def fits(self, values: dict[Value, torch.Tensor]) -> bool:
+        """Whether the values that the stages read lie in memory as when they were recorded."""
+        return all(values[v].stride() == self.strides[v] for v in self.read if v in self.strides)
+
+    def play(self, run: Playable, threads: int, pool: Callable[[int], ThreadPoolExecutor]) -> None:
+        """Run the stages with so many threads inside wide ones."""
         flow = _Playing(self, run, threads)
         others: list[Future[None]] = []
         run.threads(1)
@@ -169,54 +169,53 @@ class Reel:
         flow.native.check()
         for number in self.steps:
             run.free(number)
-        return True
 
 
-def _fold(sums: Sequence[Op], tapes: Sequence[TapedTask], blocks: Sequence[torch.Tensor],
+def _fold(step: Step, tapes: Sequence[Recorded], blocks: Sequence[torch.Tensor],
           tape: Tape | None) -> dict[Value, torch.Tensor]:  # fmt: skip
-    """What a step makes of the results of its tiles, which lie in these blocks."""
+    """What a stage makes of the results of its tiles, which lie in these blocks."""
     found: dict[Value, torch.Tensor] = {}
-    totals = {op: Summation(op, CPU, alone=len(tapes) == 1) for op in sums}
+    sums = Sums(step.section.sums, len(tapes), CPU)
     for k, (tile, block) in enumerate(zip(tapes, blocks, strict=True)):
         if tape is not None and k:
             tape.mark()
-        add(totals, tile.hand_out(tile.tape.views(block), found))
-    return found | {op.output: total.finish() for op, total in totals.items()}
+        sums.add(place_of(step, k), tile.hand_out(tile.tape.views(block), found))
+    return found | {op.output: total for op, total in sums.finish().items()}
 
 
 class _Playing:
-    """One time that a reel is played."""
+    """One time that a schedule is played."""
 
-    def __init__(self, reel: Reel, run: Playable, threads: int):
-        self.reel, self.work, self.count = reel, run, threads
-        self.sums: dict[int, dict[Op, Summation]] = {}
+    def __init__(self, schedule: Schedule, run: Playable, threads: int):
+        self.schedule, self.work, self.count, self.memory = schedule, run, threads, run.memory
+        self.sums: dict[int, Sums] = {}
         self.waiting: dict[tuple[int, int], Partials] = {}
-        self.block = torch.empty(reel.nbytes, dtype=torch.uint8)
-        self.table = (ctypes.c_void_p * (len(reel.index) + 1))(run.arena.block.data_ptr())
-        for value in reel.read:
+        self.block = torch.empty(schedule.nbytes, dtype=torch.uint8)
+        self.table = (ctypes.c_void_p * (len(schedule.index) + 1))(run.arena.block.data_ptr())
+        for value in schedule.read:
             self._at(value)
         start = self.block.data_ptr()
-        for value, home in reel.homes.items():
+        for value, home in schedule.homes.items():
             if home.offset is not None:
-                self.table[reel.index[value]] = start + home.offset
-        self._show(reel.shown)
+                self.table[schedule.index[value]] = start + home.offset
+        self._show(schedule.shown)
         calls = (self._begin, self._tile, self._add, self._end, self._free, self._wide, self._look)
-        self.native = NativeFlow(reel.stages, reel.steps, reel.ahead, 2 * reel.workers, self.table,
+        self.native = NativeFlow(schedule.stages, schedule.steps, schedule.ahead, 2 * schedule.workers, self.table,
                                  calls)  # fmt: skip
 
     def _at(self, value: Value) -> None:
-        self.table[self.reel.index[value]] = self.work.values[value].data_ptr()
+        self.table[self.schedule.index[value]] = self.work.values[value].data_ptr()
 
     def _show(self, values: Iterable[Value]) -> None:
         """Let Python see values that live in the arena or in the block."""
         for value in values:
-            home = self.reel.homes.get(value)
+            home = self.schedule.homes.get(value)
             if value in self.work.values:
                 continue
             if home is not None and home.offset is not None:
                 flat = self.block[home.offset : home.offset + value.nbytes].view(value.dtype)
                 self.work.values[value] = flat.as_strided(value.shape, home.stride)
-            elif value in self.reel.kept:
+            elif value in self.schedule.kept:
                 self.work.values[value] = self.work.allocate(value)
 
     def run(self, own: bool = False) -> None:
@@ -224,30 +223,29 @@ class _Playing:
         self.native.run(own)
 
     def _begin(self, number: int) -> None:
-        if number not in self.reel.native:
+        if number not in self.schedule.native:
             self.sums[number] = self.work.begin(number)
             return
-        for value in self.reel.plan[number].section.outputs:
-            if not self.reel.roomy(value):
+        for value in self.schedule.plan[number].section.outputs:
+            if not self.schedule.roomy(value):
                 continue
-            if value in self.reel.maps or value not in self.reel.homes:  # which no tile makes: it is empty
+            if value in self.schedule.maps or value not in self.schedule.homes:  # which no tile makes: it is empty
                 self.work.values[value] = self.work.allocate(value)
             else:
-                stride = self.reel.homes[value].stride
+                stride = self.schedule.homes[value].stride
                 self.work.values[value] = torch.empty_strided(value.shape, stride, dtype=value.dtype)
-            if value in self.reel.index:
+            if value in self.schedule.index:
                 self._at(value)
 
     def _tile(self, number: int, k: int, block: int | None) -> None:
-        task = self.work.task(number, k)
-        if number not in self.reel.native:
-            self.waiting[number, k] = self.work.tile(task)
+        if number not in self.schedule.native:
+            self.waiting[number, k] = self.work.make(number, k)
             return
-        section = self.reel.plan[number].section
+        section = self.schedule.plan[number].section
         self._show((*section.loads, *section.outputs))
-        tile = self.reel.native[number][k]
+        tile = self.schedule.native[number][k]
         homes = {place: self.work.values[place] for place in tile.places if isinstance(place, Value)}
-        made = [t for _, t in self.work.jobs(task)]
+        made = [t for _, t in self.work.tile(number, k).run_in_python(self.memory)]
         made += [self.work.values[value] for value in homes]
         self.work.values.update(homes)
         if block:
@@ -256,16 +254,16 @@ class _Playing:
                 to.copy_(t)
 
     def _add(self, number: int, k: int) -> None:
-        add(self.sums[number], self.waiting.pop((number, k)))
+        self.sums[number].add(place_of(self.schedule.plan[number], k), self.waiting.pop((number, k)))
 
     def _end(self, number: int) -> None:
         self.work.end(number, self.sums.pop(number))
         values = self.work.values
-        for value in self.reel.plan[number].section.outputs:
-            stride = self.reel.strides.get(value, values[value].stride())
+        for value in self.schedule.plan[number].section.outputs:
+            stride = self.schedule.strides.get(value, values[value].stride())
             if values[value].stride() != stride:
                 values[value] = torch.empty_strided(value.shape, stride, dtype=value.dtype).copy_(values[value])
-            if value in self.reel.index:
+            if value in self.schedule.index:
                 self._at(value)
 
     def _free(self, number: int) -> None:

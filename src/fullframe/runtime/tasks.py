@@ -1,12 +1,12 @@
 """Tasks: what is to be done on one tile, with every region turned into slices.
 
-A task follows from the plan and never changes, so it is made when its tile first runs and then kept:
-the arithmetic of footprints is not repeated at every step. Of very many tiles only some are kept.
+A task follows from the plan and never changes, so it can be kept: the arithmetic of footprints is not repeated at
+every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -55,17 +55,19 @@ class Store:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Sum:
-    """A partial result: its place in the output and its shape. Not counted on tiles that another one stands for."""
+    """A partial result: its region of the output, None for all of it, and its shape. Not counted on tiles that
+    another one stands for."""
 
     op: Op
-    part: Part
+    region: Region | None
     shape: tuple[int, ...]
     counted: bool
 
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One unit on a tile; ``drops`` are the windows that nothing reads afterwards, ``ready`` is the executor's."""
+    """One unit on a tile; ``drops`` are the windows that nothing reads afterwards, ``ready`` is kept here
+    by who runs it."""
 
     unit: Unit
     region: Region
@@ -85,42 +87,12 @@ class Fetch:
     region: Region
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Task:
-    """The jobs of a tile, in runnable order, and what is to be fetched first; ``taped`` is the executor's."""
+    """The jobs of a tile, in runnable order, and what is to be fetched first."""
 
     fetches: tuple[Fetch, ...]
     jobs: tuple[Job, ...]
-    taped: Any = None
-
-
-class Tasks:
-    """The tasks of a plan, made when they are first asked for. Threads may ask at the same time.
-
-    They do not hold the plan, which is the key under which they are found.
-    """
-
-    def __init__(self, steps: Sequence[Step], room: int):
-        """Of so many tiles tasks are kept; those of the other steps are made anew each time."""
-        self.kept: list[list[Task | None] | None] = []
-        for step in steps:
-            fits = len(step.grid) <= room
-            room -= len(step.grid) if fits else 0
-            empty: list[Task | None] = [None] * len(step.grid)
-            self.kept.append(empty if fits else None)
-
-    def task(self, plan: Plan, number: int, k: int) -> Task:
-        """Of tile ``k`` of step ``number``."""
-        kept = self.kept[number]
-        found = kept[k] if kept is not None else None
-        if found is None:
-            step = plan.steps[number]
-            found = task_of(plan, step, tile_at(step, k))
-            if kept is None:
-                found.taped = False  # what is made anew each time is not worth a tape
-            else:
-                kept[k] = found
-        return found
 
 
 def room_of(plan: Plan) -> int:
@@ -128,9 +100,14 @@ def room_of(plan: Plan) -> int:
     return KEPT + max(0, plan.budget - plan.projected_bytes) // NBYTES
 
 
+def place_of(step: Step, k: int) -> int:
+    """Which tile of the image is the ``k``-th that a stage makes, the last axis fastest."""
+    return len(step.grid) - 1 - k if step.turned else k
+
+
 def tile_at(step: Step, k: int) -> Tile:
-    """The tile of a number, the last axis fastest."""
-    k = len(step.grid) - 1 - k if step.turned else k
+    """The tile that a stage makes at a turn."""
+    k = place_of(step, k)
     position: list[int] = []
     for n in reversed(step.grid.counts()):
         k, at = divmod(k, n)
@@ -193,7 +170,8 @@ def _sum(plan: Plan, op: Op, region: Region, tile: Tile) -> Sum:
     labels = plan.labels[op.inputs[rule.driver]]
     counted = all(span.low == 0 or label in labels for label, span in tile.items())
     out = rule.out_region(op, region)
-    return Sum(op, _part(out, op.output.shape), box.shape_of(out), counted)
+    whole = out == box.full(op.output.shape)
+    return Sum(op, None if whole else out, box.shape_of(out), counted)
 
 
 Form = tuple[tuple[Target, ...], tuple[Store, ...], tuple[Sum, ...]]

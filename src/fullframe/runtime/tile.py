@@ -1,48 +1,44 @@
-"""One tile: what it reads and writes of the caller's memory, and the bytecode that was recorded of it."""
+"""One tile of a stage: made in Python the first time, while it is recorded, and from its bytecode from then on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 
 from fullframe.bytecode.program import Taped
-from fullframe.capture.threads import Turns
-from fullframe.codegen.kernel import Kernel, Plain
-from fullframe.codegen.toolchain.cuda_kernel import DeviceKernel
+from fullframe.bytecode.recorder import Tape
+from fullframe.codegen.group import Call
 from fullframe.ir.graph import Value
-from fullframe.partition.fusion import Unit
-from fullframe.runtime.tasks import Part, Partials, Sum, Task
-from fullframe.schedule.plan import LARGE
-from fullframe.storage.arena import Arena
+from fullframe.runtime.fused import Kernels, ready
+from fullframe.runtime.tasks import Job, Part, Partials, Read, Store, Sum, Target, Task, task_of, tile_at
+from fullframe.schedule.plan import LARGE, Plan, Step
+from fullframe.storage.arena import Arena, empty_map, gapless
+from fullframe.storage.pool import Stored
 
-MOVED = "a tensor whose layout has changed"
-Kernels = dict[Unit, Kernel | DeviceKernel | Plain]
-
-
-RECORDING = Turns()  # one tile at a time is put on tape
+TRIES = 2  # What a library does once only, when it is first called, may keep the first recording from being used.
 
 
-def part_of(tensor: torch.Tensor, part: Part) -> torch.Tensor:
-    return tensor if part is None else tensor[part]
+class Memory(NamedTuple):
+    """What the tiles of a run work with: its values, its arena, the maps that live elsewhere, the device and the
+    kernels of fused jobs.
+
+    Tiles are recorded where ``records`` is true.
+    """
+
+    values: dict[Value, torch.Tensor]
+    arena: Arena
+    away: Mapping[Value, Stored]
+    device: torch.device
+    kernels: Kernels
+    records: bool
 
 
-def as_plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The numbers of a tensor of any kind, as they lie in memory: kernels know of no conjugate or negative bit."""
-    tensor = tensor.detach()
-    tensor = tensor if type(tensor) is torch.Tensor else tensor.as_subclass(torch.Tensor)
-    return tensor.resolve_conj().resolve_neg()
-
-
-def aligned(tensor: torch.Tensor, rank: int) -> torch.Tensor:
-    """A broadcast operand with leading axes of extent 1, but for a zero-dimensional one."""
-    missing = rank - tensor.dim()
-    return tensor[(None,) * missing] if missing and tensor.dim() else tensor
-
-
-class TapedTask:
-    """A task's tape, the values that it reads and writes outside of the arena, with their strides, and what its
-    results are: partial results of sums, and untiled values."""
+class Recorded:
+    """The bytecode of a task, the values that it reads and writes outside of the arena, with their strides, and what
+    its results are: partial results of sums, and untiled values."""
 
     __slots__ = ("places", "strides", "tape", "values")
 
@@ -53,7 +49,7 @@ class TapedTask:
 
     def run(self, values: MutableMapping[Value, torch.Tensor], arena: Arena) -> Partials | None:
         """The partial results, with the untiled values put among ``values``; None where a tensor lies otherwise in
-        memory than when the tape was written."""
+        memory than when it was recorded."""
         bases = [arena.block.data_ptr()]
         for value, stride in zip(self.values, self.strides, strict=True):
             tensor = values[value]
@@ -79,7 +75,93 @@ class TapedTask:
         return partials
 
 
-def apart(task: Task, values: Mapping[Value, torch.Tensor], arena: Arena) -> list[Value]:
+class Tile:
+    """A tile's task, and its bytecode once it has been recorded."""
+
+    __slots__ = ("recorded", "task", "tries")
+
+    def __init__(self, task: Task, kept: bool):
+        self.task = task
+        self.recorded: Recorded | None = None
+        # What is made anew at each step is not worth a recording.
+        self.tries = TRIES if kept and _recordable(task) else 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is known in which way the tile will be made from now on."""
+        return self.recorded is not None or not self.tries
+
+    def run(self, memory: Memory) -> Partials:
+        """Make the tile; returns its partial result of each sum."""
+        if self.recorded is not None:
+            partials = self.recorded.run(memory.values, memory.arena)
+            if partials is not None:
+                return partials
+        elif self.tries and memory.records:
+            return self._record(memory)
+        return _run(self.task, memory)
+
+    def run_in_python(self, memory: Memory) -> Partials:
+        """Make the tile without its bytecode, which has failed."""
+        return _run(self.task, memory)
+
+    def _record(self, memory: Memory) -> Partials:
+        task, values = self.task, memory.values
+        others = _apart(task, values, memory.arena)
+        tape = Tape([memory.arena.block, *(values[v] for v in others)])
+        partials = _run(task, memory, tape)
+        untiled = _untiled(task)
+        done = tape.finish([*(made for _, made in partials), *(values[v] for v in untiled)])
+        if done is not None:
+            strides = [values[v].stride() for v in others]
+            self.recorded = Recorded(done, others, strides, [*(place for place, _ in partials), *untiled])
+        else:
+            self.tries -= 1
+        return partials
+
+
+class Tiles:
+    """The tiles of a plan, made when they are first asked for. Threads may ask at the same time.
+
+    They do not hold the plan, which is the key under which they are found.
+    """
+
+    def __init__(self, steps: Sequence[Step], room: int):
+        """So many tiles are kept; those of the other steps are made anew each time."""
+        self.kept: list[list[Tile | None] | None] = []
+        for step in steps:
+            fits = len(step.grid) <= room
+            room -= len(step.grid) if fits else 0
+            empty: list[Tile | None] = [None] * len(step.grid)
+            self.kept.append(empty if fits else None)
+
+    def tile(self, plan: Plan, number: int, k: int) -> Tile:
+        """Tile ``k`` of step ``number``."""
+        kept = self.kept[number]
+        found = kept[k] if kept is not None else None
+        if found is None:
+            step = plan.steps[number]
+            found = Tile(task_of(plan, step, tile_at(step, k)), kept is not None)
+            if kept is not None:
+                kept[k] = found
+        return found
+
+    def settled(self, steps: range) -> bool:
+        """Whether it is known of all tiles of these steps in which way they will be made."""
+        kept = (self.kept[number] for number in steps)
+        return all(tile is not None and tile.settled for found in kept for tile in found or ())
+
+
+def part_of(tensor: torch.Tensor, part: Part) -> torch.Tensor:
+    return tensor if part is None else tensor[part]
+
+
+def _recordable(task: Task) -> bool:
+    """Whether nothing is fetched from elsewhere, and what it makes besides maps is small."""
+    return not task.fetches and all(v.nbytes <= LARGE for v in _untiled(task))
+
+
+def _apart(task: Task, values: Mapping[Value, torch.Tensor], arena: Arena) -> list[Value]:
     """What a task reads, and the maps it writes, that are neither windows nor in the arena."""
     found = dict.fromkeys(
         value
@@ -94,12 +176,119 @@ def apart(task: Task, values: Mapping[Value, torch.Tensor], arena: Arena) -> lis
     return [v for v in found if values[v].untyped_storage().data_ptr() != block]
 
 
-def kept(task: Task) -> list[Value]:
+def _untiled(task: Task) -> list[Value]:
     """The untiled values that a task makes."""
     return [s.value for job in task.jobs for s in job.stores if s.region is None]
 
 
-def fit(task: Task) -> bool:
-    """Whether a task may go on tape: its kernels' calls are known, and what it makes besides maps is small."""
-    known = all(job.ready is not None or not job.unit.fused for job in task.jobs)
-    return not task.fetches and known and all(v.nbytes <= LARGE for v in kept(task))
+# In Python -----------------------------------------------------------------------------------------
+
+Windows = dict[Value, torch.Tensor]
+
+
+def _run(task: Task, memory: Memory, tape: Tape | None = None) -> Partials:
+    """Do a task's jobs one after the other, and note them on a tape that is given."""
+    windows = {f.value: memory.away[f.value].fetch(f.region) for f in task.fetches}
+    partials: Partials = []
+    for job in task.jobs:
+        if job.unit.fused:
+            _fused(job, memory, windows, partials, tape)
+        else:
+            with tape or nullcontext():
+                _single(job, memory, windows, partials)
+        for value in job.drops:
+            del windows[value]
+    return partials
+
+
+def _single(job: Job, memory: Memory, windows: Windows, partials: Partials) -> None:
+    """Run one op by its rule."""
+    unit = job.unit
+    (op,) = unit.ops or unit.sums
+    rule: Any = op.rule
+    parts = [_read(read, memory, windows) for read in job.reads]
+    made = rule.run(op, job.region, parts)
+    if job.sums:
+        (place,) = job.sums
+        if place.counted:  # it will be added to, and must not be memory that was read
+            shared = any(made.untyped_storage().data_ptr() == part.untyped_storage().data_ptr() for part in parts)
+            partials.append((place, made.clone() if shared else made))
+        return
+    if rule.kind == "reduce":  # no tile cuts it: finished at once
+        made = rule.finish(op, made)
+    for store in job.stores:
+        _store(store, made, memory, parts)
+    windows[op.output] = made
+
+
+def _fused(job: Job, memory: Memory, windows: Windows, partials: Partials, tape: Tape | None) -> None:
+    """Run the kernel of several ops."""
+    made: Windows = {}
+    known = job.ready
+    places = known.places(memory.values, windows, made, memory.device) if known else None
+    if places is None:
+        call, tensors, fresh = _prepare(job, memory, windows, made)
+        places = [t.data_ptr() for t in tensors]
+    else:
+        call, fresh = known.call, [*made.values()]
+        tensors = known.tensors(memory.values, windows, made) if tape else ()
+    sums = call(places)
+    if tape:
+        tape.kernel(call, tensors, places, fresh, sums)
+    with tape or nullcontext():
+        for store in job.stores:
+            _store(store, made[store.value], memory)
+    for place, partial in zip(job.sums, sums, strict=True):
+        if place.counted:
+            partials.append((place, partial.view(place.shape)))
+
+
+def _prepare(job: Job, memory: Memory, windows: Windows,
+             made: Windows) -> tuple[Call, list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
+    """The call of a job's kernel on tensors whose layout is not known yet, the tensors, and which of them are new."""
+    parts = [_read(read, memory, windows) for read in job.reads]
+    for target in job.targets:
+        made[target.value] = _target(target, memory)
+    operands, outputs = [aligned(t, len(job.region)) for t in parts], list(made.values())
+    call = memory.kernels[job.unit].call(operands, outputs)
+    job.ready = ready(job, call, memory.values, windows, parts, made)
+    windows.update((t.value, made[t.value]) for t in job.targets if t.keep)
+    return call, [*operands, *outputs], [made[t.value] for t in job.targets if t.shape is not None]
+
+
+def aligned(tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    """A broadcast operand with leading axes of extent 1, but for a zero-dimensional one."""
+    missing = rank - tensor.dim()
+    return tensor[(None,) * missing] if missing and tensor.dim() else tensor
+
+
+def _read(read: Read, memory: Memory, windows: Windows) -> torch.Tensor:
+    if read.empty is not None:
+        return torch.empty(read.empty, dtype=read.value.dtype, device=memory.device)
+    return part_of(windows[read.value] if read.window else memory.values[read.value], read.part)
+
+
+def _target(target: Target, memory: Memory) -> torch.Tensor:
+    if target.shape is not None:
+        return empty_map(target.shape, target.value.dtype, memory.device)
+    return part_of(memory.values[target.value], target.part)
+
+
+def _store(store: Store, made: torch.Tensor, memory: Memory, parts: Sequence[torch.Tensor] = ()) -> None:
+    """Keep what was made of these parts."""
+    if store.region is None:
+        memory.values[store.value] = own(store.value, made, memory.arena, parts)
+    elif store.value in memory.away:
+        memory.away[store.value].put(store.region, part_of(made, store.made))
+    else:
+        part_of(memory.values[store.value], store.to).copy_(part_of(made, store.made))
+
+
+def own(value: Value, made: torch.Tensor, arena: Arena, parts: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+    """An untiled value as a tensor that shares no memory with others, if it is small: bytecode knows arrays by it."""
+    if value.nbytes > LARGE:
+        # It must not look into the arena, whose places are used again.
+        inside = made.untyped_storage().data_ptr() == arena.block.untyped_storage().data_ptr()
+        return made.clone() if inside else made
+    shared = made.untyped_storage().nbytes() != made.nbytes or any(made is part for part in parts)
+    return made.clone() if shared or made._base is not None or not gapless(made) else made

@@ -211,7 +211,9 @@ def _step(section: Section, labels: Labels, request: Request, away: frozenset[Va
     device = request.fixed is not None
     window = max(window_bytes(section, units, labels, tile, away, device) for tile in grid.samples())
     running = min(request.workers, len(grid))
-    sums = sum(prod(op.output.shape) * (8 * (1 + running) if len(grid) > 1 else _alone(op)) for op in section.sums)
+    waiting = (len(grid) - 1).bit_length()  # nodes of a sum's tree, one a level
+    held = 8 * (waiting + running)
+    sums = sum(prod(op.output.shape) * (held if len(grid) > 1 else _alone(op)) for op in section.sums)
     return Step(section, units, grid, (), window, sums, len(grid) > 1)
 
 

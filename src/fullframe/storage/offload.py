@@ -92,8 +92,9 @@ class Lanes:
         self.device = device
         self.streams = [torch.cuda.Stream(device) for _ in range(count)]
 
-    def run(self, tiles: int, tile: Callable[[int], Partials], take: Callable[[Partials], None]) -> None:
-        """Run ``tile`` for 0..n-1, each on the next stream, and ``take`` what it returns on the caller's stream."""
+    def run(self, tiles: int, tile: Callable[[int], Partials], take: Callable[[int, Partials], None]) -> None:
+        """Run ``tile`` for 0..n-1, each on the next stream, and ``take`` its number and what it returns on
+        the caller's stream."""
         main = torch.cuda.current_stream(self.device)
         for stream in self.streams:
             stream.wait_stream(main)
@@ -105,7 +106,7 @@ class Lanes:
                 main.wait_stream(stream)
                 for _, partial in partials:
                     partial.record_stream(main)
-                take(partials)
+                take(k, partials)
         finally:  # whatever happened: what they read may be let go of now
             for stream in self.streams:
                 main.wait_stream(stream)

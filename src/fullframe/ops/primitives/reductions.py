@@ -11,6 +11,7 @@ import torch
 from fullframe.ir import region as box
 from fullframe.ir.graph import Link, Op
 from fullframe.ir.region import Region
+from fullframe.native.moments import combine_moments
 from fullframe.ops.primitives.rule import Reduction
 
 
@@ -69,9 +70,6 @@ class Extreme(Reduction):
     def combine(self, op: Op, total: torch.Tensor, partial: torch.Tensor) -> None:
         total.copy_(torch.maximum(total, partial) if self.largest else torch.minimum(total, partial))
 
-    def join(self, op: Op, partials: torch.Tensor) -> torch.Tensor:
-        return torch.amax(partials, 0) if self.largest else torch.amin(partials, 0)
-
     def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
         reduce = torch.amax if self.largest else torch.amin
         return reduce(windows[0], op.args[1], op.args[2])
@@ -80,8 +78,8 @@ class Extreme(Reduction):
 class Moments(Reduction):
     """``tile.moments(x, axes)``: count, mean and sum of squared deviations, stacked on a new axis 0.
 
-    The reduced axes keep extent 1. Partials combine by the pairwise update of Chan, Golub and
-    LeVeque (1979), which has no cancellation however large the mean is.
+    The reduced axes keep extent 1. Partials combine in pairs as by Chan, Golub and LeVeque (1979), which has no
+    cancellation however large the mean is (`fullframe.native.moments`).
     """
 
     def keeps(self, op: Op) -> Sequence[tuple[int, int]]:
@@ -102,23 +100,7 @@ class Moments(Reduction):
         return torch.stack([torch.full_like(mean, count), mean, square])
 
     def combine(self, op: Op, total: torch.Tensor, partial: torch.Tensor) -> None:
-        na, nb = total[0].clone(), partial[0]
-        n = na + nb
-        delta = partial[1] - total[1]
-        total[1].add_(delta * (nb / n))
-        total[2].add_(partial[2] + delta * delta * (na * nb / n))
-        total[0].copy_(n)
-
-    def join(self, op: Op, partials: torch.Tensor) -> torch.Tensor:
-        """Of all at once: the mean of the means, then the squares about it."""
-        count, mean, square = partials.unbind(1)
-        n = count.sum(0)
-        weight = count / n.clamp(min=n.new_ones(()))
-        largest = mean.gather(0, count.argmax(0, keepdim=True))
-        middle = about(mean, largest, lambda d: (weight * d).sum(0, keepdim=True))[0]
-        away = mean - middle
-        square = square.sum(0) + (count * (away * away)).sum(0)
-        return torch.stack([n, middle, square])
+        combine_moments(total, partial)
 
 
 def about(x: torch.Tensor, centre: torch.Tensor, average: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -142,9 +124,6 @@ class Product(Reduction):
 
     def combine(self, op: Op, total: torch.Tensor, partial: torch.Tensor) -> None:
         total.mul_(partial)
-
-    def join(self, op: Op, partials: torch.Tensor) -> torch.Tensor:
-        return torch.prod(partials, 0)
 
     def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
         made = windows[0]

@@ -105,10 +105,6 @@ class Reduction(BaseRule):
     def combine(self, op: Op, total: torch.Tensor, partial: torch.Tensor) -> None:
         total.add_(partial)
 
-    def join(self, op: Op, partials: torch.Tensor) -> torch.Tensor:
-        """Several partial results, stacked on a new axis 0, as one."""
-        return torch.sum(partials, 0, dtype=self.accumulator(op))
-
     def finish(self, op: Op, total: torch.Tensor) -> torch.Tensor:
         return total.to(op.output.dtype)
 
