@@ -12,7 +12,7 @@ import torch
 from record import RESULTS, setting
 
 from fullframe.ops.builder.builder import RULES
-from fullframe.ops.builder.registry import LOWERINGS
+from fullframe.ops.builder.registry import DECOMPOSITIONS
 
 ROOT = Path(__file__).parent.parent
 sys.path += [str(ROOT / "tests" / room) for room in ("support", "ops")]
@@ -27,7 +27,7 @@ for pointwise ops each element read stands beside one that is made (`test_footpr
 what may read more, and why). *adds up*: partial results over uneven disjoint covers of the driver give the whole
 (the same file). *bitwise*: small whole numbers, no bit of difference (`test_lattice.py`). *network*: a small
 network with the op, tiled, against float64 plain PyTorch, loss, every gradient and buffer (`test_rules.py`).
-A rule, a class of rules or a lowering without its case fails the suite (`test_every_rule_has_a_case`,
+A rule, a class of rules or a decomposition without its case fails the suite (`test_every_rule_has_a_case`,
 `test_every_lowering_has_a_case`).
 """
 
@@ -100,8 +100,8 @@ def main() -> None:
     rest = ", ".join(f"{name} ({classes[name]})" for name in ("Pointwise", "Table", "Along", "Stacked"))
     parts.append(
         f"{networks} small networks. Besides the ops above there are functions of our own and whatever ATen tags "
-        f"as pointwise, under the rules {rest}: in brackets, networks that have one. {len(LOWERINGS)} recorded calls "
-        "have a lowering into these ops; any other runs whole, and the plan says so, or is refused where it does "
+        f"as pointwise, under the rules {rest}: in brackets, networks that have one. {len(DECOMPOSITIONS)} recorded calls "
+        "have a decomposition into these ops; any other runs whole, and the plan says so, or is refused where it does "
         "not fit."
     )
     file = RESULTS / "zoo.json"

@@ -2,9 +2,10 @@
 
     python bench/profile_step.py [--halvings N] [--budget "4 GB"] [--workers N] [--bfloat16] [--sections N]
 
-UResNet at 3 x 1280 x 2048 halved N times, batch 1, loss light. The step is one that is played (all tiles on tape),
-with a clock around each instruction of the tapes and each wait of a thread. *Outside kernels* is what the workers'
-time (step x workers) has beyond instructions that compute or copy: Python, the choice of tiles, memory, and waiting.
+UResNet at 3 x 1280 x 2048 halved N times, batch 1, loss light. The step is one that is replayed (all tiles in
+bytecode), with a clock around each instruction of the bytecode and each wait of a thread. *Outside kernels* is what
+the workers' time (step x workers) has beyond instructions that compute or copy: Python, the choice of tiles, memory,
+and waiting.
 """
 
 from __future__ import annotations
@@ -61,12 +62,12 @@ def watched() -> list[Event]:
     return [Event(*found[k : k + 3]) for k in range(0, 3 * count.value, 3)]
 
 
-def tapes(plan: Plan) -> Iterator[tuple[int, Any]]:
-    """Section and instructions of each tape of a plan that is played."""
+def recordings(plan: Plan) -> Iterator[tuple[int, Any]]:
+    """Section and instructions of each bytecode of a plan that is replayed."""
     for schedule in executor._RUNTIMES[plan].schedules.values():
         for number, stage in zip(schedule.steps, schedule.stages.list, strict=True):
-            found = [track.tape for track in stage.tracks] + ([stage.after.tape] if stage.after else [])
-            yield from ((number, tape.words) for tape in found)
+            found = [bound.bytecode for bound in stage.bound] + ([stage.after.bytecode] if stage.after else [])
+            yield from ((number, bytecode.words) for bytecode in found)
 
 
 def kind(at: int) -> str:
@@ -83,7 +84,7 @@ def kind(at: int) -> str:
 
 def summed(plan: Plan, events: list[Event]) -> Spent:
     """Events by section and kind."""
-    starts = sorted((ctypes.addressof(words), ctypes.sizeof(words), number) for number, words in tapes(plan))
+    starts = sorted((ctypes.addressof(words), ctypes.sizeof(words), number) for number, words in recordings(plan))
     firsts, kinds = [start for start, _, _ in starts], {0: WAITING}
     spent = Spent(defaultdict(float), Counter())
     for e in events:
@@ -122,7 +123,7 @@ def by_section(spent: Spent, plan: Plan, most: int) -> str:
             sections[number][name] = s
     lines = ["| section | saves | tiles | s | most of it |", "|---|---|---|---|---|"]
     for k in sorted(sections, key=lambda k: -sum(sections[k].values()))[:most]:
-        s, total = plan.steps[k], sum(sections[k].values())
+        s, total = plan.stages[k], sum(sections[k].values())
         kinds = sorted(sections[k].items(), key=lambda pair: -pair[1])[:3]
         made = ", ".join("x".join(map(str, v.shape)) for v in s.section.saves[:3]) or f"{len(s.section.sums)} sums"
         shares = ", ".join(f"{name} {t / total:.0%}" for name, t in kinds)
@@ -163,8 +164,8 @@ def main() -> None:
     precision = "bfloat16" if given.bfloat16 else "float32"
     rows, columns = image.shape[2:]
     head = (
-        f"UResNet, 3 x {rows} x {columns}, batch 1, {precision}, {plan.workers} workers, {len(plan.steps)} sections, "
-        f"{sum(len(s.grid) for s in plan.steps)} tiles. The middle one of five steps, {wall:.2f} s "
+        f"UResNet, 3 x {rows} x {columns}, batch 1, {precision}, {plan.workers} workers, {len(plan.stages)} sections, "
+        f"{sum(len(s.grid) for s in plan.stages)} tiles. The middle one of five steps, {wall:.2f} s "
         f"(others {', '.join(f'{w:.2f}' for w, _ in runs)})."
     )
     text = "\n\n".join([head, by_kind(spent, whole), by_section(spent, plan, given.sections)])

@@ -2,16 +2,16 @@
 
     python bench/speed.py [--network uresnet] [--rounds N] [--variants tiled,eager,...] [--bfloat16]
 
-UResNet and a21 at 3 x 640 x 1024 (--halvings 1), a ResNet-50 classifier and MONAI's U-Net at 1024 x 1024
-(--size), batch 1. Every variant has a process of its own, which steps only when it is its turn. Plain PyTorch
-runs in channels_last: as it comes, with huge pages for malloc, with every residual block checkpointed, and, on
-request (`compile` among the variants; minutes), compiled; `tiled-one-core` is our step on one core. `limit` is the
-time of the convolutions alone (see limit.py). Memory is the growth of the resident set at its highest in the first
-step, recording and planning included; times are medians of later steps: ours are timed when tiles have been put on
-tape, which takes some steps (--warm), shown but not counted. In each turn a step goes before the one that counts, as
-what ran meanwhile has taken caches, and pages of memory. One network a run writes one table, so
-a run can be repeated for each. On a processor without bfloat16 arithmetic its convolutions are emulated, and slow
-in every variant.
+UResNet and a21 at 3 x 640 x 1024 (--halvings 1), a ResNet-50 classifier and MONAI's U-Net at 1024 x 1024 (--size),
+batch 1. Every variant has a process of its own, which steps only when it is its turn. Plain PyTorch runs in
+channels_last: as it comes, with huge pages for malloc, with every residual block checkpointed, and, on request
+(`compile` among the variants; minutes), compiled; `tiled-one-core` is our step on one core. `limit` is the time of
+the convolutions alone (see limit.py). Memory is the growth of the resident set at its highest in the first step,
+recording and planning included; times are medians of later steps: ours are timed when tiles have been put in
+bytecode, which takes some steps (--warm), shown but not counted. In each turn a step goes before the one that counts,
+as what ran meanwhile has taken caches, and pages of memory. One network a run writes one table, so a run can be
+repeated for each. On a processor without bfloat16 arithmetic its convolutions are emulated, and slow in every
+variant.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// Of each instruction of a tape, and each wait of a thread, when it began and ended, for bench/profile_step.py.
+// Of each instruction of bytecode, and each wait of a thread, when it began and ended, for bench/profile_step.py.
 
 #include <stdint.h>
 #include <atomic>

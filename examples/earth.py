@@ -153,7 +153,7 @@ def main() -> None:
     criterion = nn.CrossEntropyLoss(ignore_index=HELD_OUT)
     step = fullframe.tile(net, loss=criterion, budget=given.budget, workers=given.workers)
     plan = step.plan(image, target)
-    print(f"{rows} x {columns} pixels, {len(plan.steps)} sections, {plan.projected_bytes / 1e9:.2f} GB planned")
+    print(f"{rows} x {columns} pixels, {len(plan.stages)} sections, {plan.projected_bytes / 1e9:.2f} GB planned")
     with (given.out / "log.csv").open("w") as log:
         log.write("step,loss,seconds\n")
         for k in range(given.steps):

@@ -105,10 +105,10 @@ def called(m):
     m.helper = m.__call__
 
 
-WAYS = [assigned, twice, as_method, hooked, hooked_and_back, unwrapped, deleted, called]
+MAX_PATHS = [assigned, twice, as_method, hooked, hooked_and_back, unwrapped, deleted, called]
 
 
-@pytest.mark.parametrize("way, copied", [*((way, False) for way in WAYS), (assigned, True), (as_method, True)])
+@pytest.mark.parametrize("way, copied", [*((way, False) for way in MAX_PATHS), (assigned, True), (as_method, True)])
 def test_a_method_in_the_place_of_the_tiled_modules(way, copied):
     """It is called, it may call what it replaces, and the network itself is as it was."""
     net = network()
@@ -126,7 +126,7 @@ def test_a_method_in_the_place_of_the_tiled_modules(way, copied):
     close(net(x), before(x))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", MAX_PATHS)
 @pytest.mark.parametrize("when", ["before", "recorded"])
 def test_a_method_in_the_place_of_the_networks(way, when):
     net = network()

@@ -245,7 +245,7 @@ def test_after_a_fork(workers, calls):
 def test_a_fork_while_another_thread_records():
     net, reached, go = network(), threading.Event(), threading.Event()
 
-    class Waits(nn.Module):
+    class Dependencies(nn.Module):
         def __init__(self):
             super().__init__()
             self.conv = nn.Conv2d(1, 1, 3)
@@ -255,7 +255,7 @@ def test_a_fork_while_another_thread_records():
             go.wait()
             return self.conv(x)
 
-    slow = fullframe.tile(Waits(), tile=7)
+    slow = fullframe.tile(Dependencies(), tile=7)
     thread = threading.Thread(target=lambda: slow(torch.randn(1, 1, 12, 10)))
     thread.start()
     reached.wait()

@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch._C._functorch import is_legacy_batchedtensor
 
-from fullframe.capture.ambient import Flight, landing
-from fullframe.capture.threads import Turns
+from fullframe.capture.ambient import PendingBackward, find_pending
+from fullframe.capture.threads import ForkSafeLock
 from fullframe.compiler.program import Program
 from fullframe.errors import CaptureError
 from fullframe.frontend.aliasing import refuse_shared
 from fullframe.frontend.inputs import Call, Tensors
 from fullframe.ir.graph import Value, followers
+from fullframe.runtime.execution_paths import assuming
 from fullframe.runtime.executor import Run
-from fullframe.runtime.replay_cuda import Feed, Replays
-from fullframe.runtime.ways import assuming
+from fullframe.runtime.replay_cuda import CudaReplays, Feed
 from fullframe.storage.arena import laid_out
 from fullframe.storage.pool import Pool, Stores
 
@@ -28,8 +28,8 @@ class Kept(NamedTuple):
     """What a tiled module keeps between calls besides its programs."""
 
     pool: Pool
-    replays: Replays
-    turns: Turns
+    replays: CudaReplays
+    lock: ForkSafeLock
 
 
 Guard = list[tuple[str, torch.Tensor, int, torch.Tensor | None]]
@@ -53,23 +53,25 @@ class Load(NamedTuple):
     grads: Grads
 
 
-Again = list["torch.Tensor | None"]  # what it takes to make gradients once more; None: it is gone
+RerunInputs = list["torch.Tensor | None"]  # what it takes to make gradients once more; None: it is gone
 
 
-def run_forward(kept: Kept, program: Program, call: Call, wanted: Sequence[int] = ()) -> tuple[Tensors, Again, Made]:
+def run_forward(
+    kept: Kept, program: Program, call: Call, wanted: Sequence[int] = ()
+) -> tuple[Tensors, RerunInputs, Made]:
     graph, plan, device = program.graph, program.plan, call.device
     refuse_shared(program.changed, call.tensors, call.names, program.unused)
     tensors, pool = call.tensors, kept.pool
     seed = None if graph.seed is None else torch.randint(2**62, (), dtype=torch.int64)
     feeds = _feeds(program, call, seed)
     stores: Stores | None = None
-    run = kept.replays.play(program, pool, device, feeds)
+    run = kept.replays.replay(program, pool, device, feeds)
     if run is None:
         stores = pool.take(plan.bytes.stores, device)
         run = Run(plan, stores, device)
         run.feed([f.value for f in feeds], [f.tensor for f in feeds])
         with assuming(program, run):
-            run.advance(plan.early if graph.late else len(plan.steps))
+            run.advance(plan.early if graph.late else len(plan.stages))
     try:
         program.settle(run.values)
     except Exception:
@@ -80,13 +82,13 @@ def run_forward(kept: Kept, program: Program, call: Call, wanted: Sequence[int] 
     guard = _guard(program, call, run, outputs) if graph.late else []
     _take_apart(program, run, [tensors[k] for k in program.changed])
     _refuse_resized(program, call, run)
-    again = [_as_it_was(tensors[k], k in program.changed, k < len(call.parameters)) for k in wanted]
+    rerun_inputs = [_as_it_was(tensors[k], k in program.changed, k < len(call.parameters)) for k in wanted]
     for k, value in program.changed.items():
         with torch.inference_mode(tensors[k].is_inference()), torch.no_grad():
             tensors[k].copy_(run.values[value])
     if stores is not None and not graph.late:
         pool.give(stores)
-    return outputs, again, Made(run, stores, guard, seed)
+    return outputs, rerun_inputs, Made(run, stores, guard, seed)
 
 
 def _as_it_was(tensor: torch.Tensor, changed: bool, parameter: bool) -> torch.Tensor | None:
@@ -167,7 +169,7 @@ def _guard(program: Program, call: Call, run: Run, outputs: Tensors) -> Guard:
     made = {_memory(t): k for k, t in enumerate(outputs)}
     guard: Guard = []
 
-    def watch(name: str, tensor: torch.Tensor, owner: torch.Tensor | None = None) -> None:
+    def guarded(name: str, tensor: torch.Tensor, owner: torch.Tensor | None = None) -> None:
         if not tensor.is_inference():
             guard.append((name, tensor.detach(), tensor._version, owner))  # an alias with the same version: no cycle
 
@@ -179,9 +181,9 @@ def _guard(program: Program, call: Call, run: Run, outputs: Tensors) -> Guard:
         if owners and (small or any(k in program.changed for k in owners)):
             run.values[value] = tensor.clone()
         elif place in made:
-            watch(f"output {made[place]}", outputs[made[place]])
+            guarded(f"output {made[place]}", outputs[made[place]])
         for k in owners if run.values[value] is tensor else ():
-            watch(call.names[k], call.tensors[k], call.tensors[k])
+            guarded(call.names[k], call.tensors[k], call.tensors[k])
     return guard
 
 
@@ -200,26 +202,26 @@ class TiledFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kept: Kept, whole: Program, call: Call, *wanted: torch.Tensor) -> Any:
         program = whole.expected()
-        outputs, again, made = run_forward(kept, program, call, whole.again)
+        outputs, rerun_inputs, made = run_forward(kept, program, call, whole.rerun_inputs)
         ctx.set_materialize_grads(False)
         ctx.kept, ctx.whole, ctx.program, ctx.device = kept, whole, program, call.device
-        ctx.seed, ctx.names = made.seed, [call.names[k] for k in whole.again]
+        ctx.seed, ctx.names = made.seed, [call.names[k] for k in whole.rerun_inputs]
         ctx.late, ctx.spent, ctx.begun = None, False, False
         grads = [] if program.graph.late else _gradients(program, made.run)
-        if whole.asks is None:
+        if whole.variants is None:
             ctx.save_for_backward(*grads)
         else:
-            flight = Flight(Load(program, made if program.graph.late else None, grads))
+            pending = PendingBackward(Load(program, made if program.graph.late else None, grads))
             # Gradients that are made already are let go with the number that is saved.
-            ctx.late = flight.own() if program.graph.late else None
-            ctx.save_for_backward(flight.token(), *again)
+            ctx.late = pending.own() if program.graph.late else None
+            ctx.save_for_backward(pending.token(), *rerun_inputs)
         quiet = [t for t, yes in zip(outputs, program.differentiable, strict=True) if not yes]
         ctx.mark_non_differentiable(*quiet)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        with ctx.kept.turns:
+        with ctx.kept.lock:
             return _backward(ctx, *upstream)
 
 
@@ -238,33 +240,33 @@ def _backward(ctx: Any, *upstream: Any) -> Any:
         )
     whole: Program = ctx.whole
     used = {k: g for k, g in enumerate(upstream) if g is not None}
-    if whole.asks is None:
+    if whole.variants is None:
         grads = _scaled(whole, ctx.saved_tensors, used)
     else:
-        grads = _asked(ctx, used)
-        if not ctx.begun and not used.keys() <= set(ctx.program.asked):
-            whole.asks.guess = whole.asks.guess.union(used)  # as the next forward will be planned
+        grads = _requested(ctx, used)
+        if not ctx.begun and not used.keys() <= set(ctx.program.requested):
+            whole.variants.guess = whole.variants.guess.union(used)  # as the next forward will be planned
         ctx.begun = True
     assert grads is not None
     return None, None, None, *(g for g, v in zip(grads, whole.gradients, strict=True) if v is not None)
 
 
-def _asked(ctx: Any, used: dict[int, torch.Tensor]) -> Grads:
+def _requested(ctx: Any, used: dict[int, torch.Tensor]) -> Grads:
     """The gradients of these outputs: what the forward has prepared, or a run of its own."""
-    own: Flight | None = None if ctx.spent else ctx.late
+    own: PendingBackward | None = None if ctx.spent else ctx.late
     if own is not None and own.load is not None:
         _unchanged(own.load.made.guard)  # before autograd says less of it
     saved = ctx.saved_tensors
-    flight = None if ctx.spent else landing(saved[0], own)
-    load: Load | None = None if flight is None else flight.load
+    pending = None if ctx.spent else find_pending(saved[0], own)
+    load: Load | None = None if pending is None else pending.load
     grads: Grads | None = None
-    if flight is not None and load is not None and used.keys() <= set(load.program.asked):
+    if pending is not None and load is not None and used.keys() <= set(load.program.requested):
         if load.made is None:
             grads = _scaled(load.program, load.grads, used)
         else:
-            ctx.spent, flight.load, ctx.late = ctx.late is not None, None, None
+            ctx.spent, pending.load, ctx.late = ctx.late is not None, None, None
             grads = _finished(load.program, load.made, ctx.kept.pool, used)
-    return _again(ctx, used, saved[1:]) if grads is None else grads
+    return _rerun(ctx, used, saved[1:]) if grads is None else grads
 
 
 def _scaled(program: Program, grads: Sequence[torch.Tensor | None], used: dict[int, torch.Tensor]) -> Grads | None:
@@ -273,7 +275,7 @@ def _scaled(program: Program, grads: Sequence[torch.Tensor | None], used: dict[i
     # On a device the product costs less than to wait for the scale.
     if (scale.is_cuda and not program.narrow) or not bool(scale == 1):
         if program.narrow:
-            if program.asks is not None:
+            if program.variants is not None:
                 return None
             raise RuntimeError(
                 "a loss scale must reach float16 gradients before they are made, and those of a tiled step "
@@ -289,7 +291,7 @@ def _finished(program: Program, made: Made, pool: Pool, used: dict[int, torch.Te
     grads = _advanced(program, made.run, used)
     if made.stores is not None:
         pool.give(made.stores)
-    unused = [v for v, k in zip(_late(program), program.asked, strict=True) if k not in used]
+    unused = [v for v, k in zip(_late(program), program.requested, strict=True) if k not in used]
     if not unused:
         return grads
     grads = _without(program, grads, set(_late(program)) - set(unused), unused)
@@ -297,11 +299,11 @@ def _finished(program: Program, made: Made, pool: Pool, used: dict[int, torch.Te
     return grads if all(g is None or bool(g.isfinite().all()) for g in grads) else None
 
 
-def _again(ctx: Any, used: dict[int, torch.Tensor], saved: Sequence[torch.Tensor | None]) -> Grads:
+def _rerun(ctx: Any, used: dict[int, torch.Tensor], saved: Sequence[torch.Tensor | None]) -> Grads:
     """Gradients of these outputs by a run of its own: the forward's part is made once more."""
     whole: Program = ctx.whole
-    assert whole.asks is not None
-    program = whole.once_more(frozenset(used))
+    assert whole.variants is not None
+    program = whole.rerun(frozenset(used))
     for name, tensor in zip(ctx.names, saved, strict=True):
         if tensor is None:
             raise RuntimeError(
@@ -311,7 +313,7 @@ def _again(ctx: Any, used: dict[int, torch.Tensor], saved: Sequence[torch.Tensor
     plan, pool = program.plan, ctx.kept.pool
     stores = pool.take(plan.bytes.stores, ctx.device)
     run = Run(plan, stores, ctx.device)
-    fed = {whole.asks.graph.inputs[k]: t for k, t in zip(whole.again, saved, strict=True) if t is not None}
+    fed = {whole.variants.graph.inputs[k]: t for k, t in zip(whole.rerun_inputs, saved, strict=True) if t is not None}
     if program.graph.seed is not None:
         fed[program.graph.seed] = ctx.seed
     read = [v for v in fed if v in program.read]
@@ -328,9 +330,9 @@ def _late(program: Program) -> list[Value]:
 def _advanced(program: Program, run: Run, used: dict[int, torch.Tensor]) -> Grads:
     """The gradients, once those of the outputs are there."""
     late = _late(program)
-    given = (used.get(k) for k in program.asked)
+    given = (used.get(k) for k in program.requested)
     run.feed(late, [_or_zeros(g, v, run.device) for g, v in zip(given, late, strict=True)])
-    run.advance(len(program.plan.steps))
+    run.advance(len(program.plan.stages))
     return _gradients(program, run)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fullframe.frontend.guards import Survey
+from fullframe.frontend.guards import GuardSnapshot
 from fullframe.oracle import drawn
 from fullframe.schedule.plan import Plan
 from fullframe.tiled import Tiled, tile
@@ -166,7 +166,7 @@ def corner(input: Any, target: Any) -> tuple[Any, Any, str]:
 
 def twin(thing: Any) -> Any:
     """A deep copy, also of modules that hold tensors made of others, which PyTorch does not copy."""
-    made = [t for t in Survey([thing]).tensors if not t.is_leaf]
+    made = [t for t in GuardSnapshot([thing]).tensors if not t.is_leaf]
     return copy.deepcopy(thing, {id(t): t.detach().clone() for t in made})
 
 

@@ -32,7 +32,7 @@ QUIET = ("native_dropout", "dropout", "rrelu_with_noise", "rrelu_with_noise_")  
 
 
 class _Draws(TorchDispatchMode):
-    """Runs each random op through its lowering, on whole tensors."""
+    """Runs each random op through its decomposition, on whole tensors."""
 
     def __init__(self, seed: int):
         super().__init__()

@@ -15,17 +15,17 @@ from torch.autograd import forward_ad
 from fullframe.autograd import Kept, LostGraph, TiledFunction, fresh_leaf, revive, run_forward
 from fullframe.budget import parse_bytes
 from fullframe.capture.ambient import refuse_modes, uncompiled
-from fullframe.capture.questions import Diverged
-from fullframe.capture.subclasses import dressed
-from fullframe.capture.threads import RECORDING, Turns
+from fullframe.capture.conditions import Diverged
+from fullframe.capture.subclasses import with_class
+from fullframe.capture.threads import RECORDING, ForkSafeLock
 from fullframe.capture.trace import nested, recording
 from fullframe.compiler.pipeline import compile_call
 from fullframe.compiler.program import Options, Program
 from fullframe.errors import CaptureError
-from fullframe.frontend.changes import Changes
 from fullframe.frontend.inputs import Call, Pair, Tensors
-from fullframe.runtime.replay_cuda import Replays
-from fullframe.runtime.ways import Idle, Key, Programs, keep, keys, matching, tell
+from fullframe.frontend.recapture_reasons import Changes
+from fullframe.runtime.execution_paths import Idle, Key, Programs, keep, keys, matching, warn_of_paths
+from fullframe.runtime.replay_cuda import CudaReplays
 from fullframe.schedule.plan import Plan
 from fullframe.storage.pool import Pool
 
@@ -102,7 +102,7 @@ class Tiled(nn.Module):
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for these inputs, before anything runs; printable."""
-        with self._fullframe["turns"], RECORDING:
+        with self._fullframe["lock"], RECORDING:
             return self._program(Call(self._fullframe["pair"], args, kwargs)).plan
 
     @uncompiled
@@ -111,16 +111,16 @@ class Tiled(nn.Module):
         if recording():
             with nested(pair):
                 return pair(args, kwargs)  # part of a larger module that is being recorded
-        with self._fullframe["turns"]:
+        with self._fullframe["lock"]:
             return self._tiled(pair, args, kwargs)
 
     def _tiled(self, pair: Pair, args: Any, kwargs: Any) -> Any:
-        with RECORDING:  # another thread's recording must not be met by the survey either
+        with RECORDING:  # another thread's recording must not be met by the guard snapshot either
             call = Call(pair, args, kwargs)
             _refuse_transforms(call)
             refuse_modes()
             program = self._program(call)
-        kept = Kept(self._fullframe["pool"], self._fullframe["replays"], self._fullframe["turns"])
+        kept = Kept(self._fullframe["pool"], self._fullframe["replays"], self._fullframe["lock"])
         program, made, shadows = self._run(kept, program, call)
         if not program.reached:  # in plain PyTorch they have a graph all the same
             yes = program.differentiable
@@ -128,7 +128,7 @@ class Tiled(nn.Module):
         made = [
             LostGraph.apply(t, program.lost[k], fresh_leaf()) if k in program.lost else t for k, t in enumerate(made)
         ]
-        made = [dressed(*pair) for pair in zip(made, shadows, strict=True)] if shadows else made
+        made = [with_class(*pair) for pair in zip(made, shadows, strict=True)] if shadows else made
         program.leave(call, made)
         revive(program, call, made)
         return program.assemble(call, made)
@@ -136,10 +136,10 @@ class Tiled(nn.Module):
     def _run(self, kept: Kept, program: Program, call: Call) -> tuple[Program, Tensors, Any]:
         """The program of the way that a call takes, the tensors that it hands out, and whose class those have."""
         drawn = torch.get_rng_state() if program.conditions else None
-        turn = 0
+        attempt = 0
         while True:
             _refuse_retained(program, call)
-            shadows = program.dressing.shadows(call.tensors)  # before anything is changed: it may be refused
+            shadows = program.output_classes.shadows(call.tensors)  # before anything is changed: it may be refused
             wanted = [call.tensors[k] for k in program.reached]
             try:
                 with torch.inference_mode(False):
@@ -149,11 +149,11 @@ class Tiled(nn.Module):
             except Diverged as diverged:
                 assert drawn is not None
                 torch.set_rng_state(drawn)
-                turn += 1
+                attempt += 1
                 with RECORDING:
-                    program = self._program(call, diverged, turn)
+                    program = self._program(call, diverged, attempt)
 
-    def _program(self, call: Call, diverged: Diverged | None = None, turn: int = 0) -> Program:
+    def _program(self, call: Call, diverged: Diverged | None = None, attempt: int = 0) -> Program:
         """The program of a call, or of the way it takes where conditions are not as they were assumed."""
         programs: Programs = self._fullframe["programs"]
         known = () if diverged is None else diverged.answers
@@ -165,14 +165,14 @@ class Tiled(nn.Module):
             key, found = match[:2], programs[match]
         else:
             if call.device.type == "cuda":  # what is kept for other sizes is free for this one
-                self._fullframe["replays"].drop(self._fullframe["pool"])
+                self._fullframe["replays"].release(self._fullframe["pool"])
                 self._fullframe["pool"].clear()
             values: Values = self._fullframe["values"]
             tried = values.unread(call)
-            ways = 0 if diverged is None else len(list(matching(call, programs)))
+            paths = 0 if diverged is None else len(list(matching(call, programs)))
             found = compile_call(call, self._fullframe["options"], tried, known)
             if diverged is not None:
-                tell(max(ways, turn), diverged.where)
+                warn_of_paths(max(paths, attempt), diverged.where)
             key = found.reads, call.key(found.reads)
             values.note(call, found, tried)
             if not found.reads.passed and not (diverged is not None and found.moved):
@@ -200,11 +200,11 @@ class Values:
             self.read.setdefault(str(call.spec), set()).update(tried - set(program.reads.passed))
         if program.lasting and (values := call.values):
             reads = replace(program.reads, passed=values)
-            call.look(reads)
+            call.take_snapshot(reads)
             self.calls[reads, call.key(reads)] = None
             while len(self.calls) > KEPT:
                 del self.calls[next(iter(self.calls))]
-            call.look(program.reads)
+            call.take_snapshot(program.reads)
 
 
 def _refuse_transforms(call: Call) -> None:
@@ -230,8 +230,8 @@ def _empty() -> dict[str, Any]:
         "values": Values(),
         "changes": Changes(),
         "pool": Pool(),
-        "replays": Replays(),
-        "turns": Turns(),
+        "replays": CudaReplays(),
+        "lock": ForkSafeLock(),
     }
 
 

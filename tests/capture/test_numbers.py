@@ -1,4 +1,6 @@
-"""Numbers of small buffers and attributes that a step reads in Python: read when recorded, and again when they change."""
+"""Numbers of small buffers and attributes that a step reads in Python: read when recorded, and again when they
+change.
+"""
 
 from __future__ import annotations
 

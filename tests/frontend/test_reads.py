@@ -219,7 +219,7 @@ class Behind:
 
 
 class Watched:
-    """Reads its attributes in a way that a survey cannot follow."""
+    """Reads its attributes in a way that a guard snapshot cannot follow."""
 
     def __init__(self) -> None:
         object.__setattr__(self, "gain", 1.0)
@@ -240,7 +240,7 @@ def dropped(c: Config, k: float) -> None:
 
 
 NAME = "".join(("ga", "in"))
-WAYS = {
+MAX_PATHS = {
     "attribute": config(lambda c: c.gain),
     "getattr": config(lambda c: getattr(c, NAME)),
     "hasattr": (Config, lambda c: 2.0 if hasattr(c, "extra" + NAME) else 1.0,
@@ -280,10 +280,10 @@ def _matched(thing: Any) -> Any:
             return gain
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", MAX_PATHS)
 @pytest.mark.parametrize("bound", [False, True])
 def test_what_was_read_counts_however_it_was_read(way, bound):
-    make, read, change = WAYS[way]
+    make, read, change = MAX_PATHS[way]
     thing = make()
     net = Net(functools.partial(_scaled, thing=thing, read=read) if bound else lambda net, y: y * read(thing))
     net.thing = thing
@@ -324,10 +324,16 @@ FACTOR = 1.0
 @pytest.mark.parametrize(
     "read",
     [
-        lambda o: o.gain, lambda o: type(o).gain, lambda o: Level.gain, lambda o: o.of_class(), lambda o: o.by_super(),
-        lambda o: o.any_name(), lambda o: Lower().by_super(), lambda o: operator.attrgetter("gain")(o),
+        lambda o: o.gain,
+        lambda o: type(o).gain,
+        lambda o: Level.gain,
+        lambda o: o.of_class(),
+        lambda o: o.by_super(),
+        lambda o: o.any_name(),
+        lambda o: Lower().by_super(),
+        lambda o: operator.attrgetter("gain")(o),
     ],
-)  # fmt: skip
+)
 def test_attributes_of_classes_count(read, monkeypatch):
     thing = Lower()
     net = Net(lambda net, y: y * read(thing))

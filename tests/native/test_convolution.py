@@ -112,12 +112,12 @@ def test_a_weight_in_order_is_the_same_weight(shape, flipped, dtype, monkeypatch
     torch.manual_seed(0)
     weight = torch.randn(shape).to(dtype)
     weight = weight.flip(2).transpose(2, 3) if flipped else weight
-    turned = weight.transpose(0, 1).flip(tuple(range(2, len(shape))))
+    flipped = weight.transpose(0, 1).flip(tuple(range(2, len(shape))))
     for _ in ("compiled", "plain"):
         assert torch.equal(for_convolution(weight), weight)
-        assert torch.equal(for_convolution(weight, turned=True), turned)
+        assert torch.equal(for_convolution(weight, flipped=True), flipped)
         assert for_convolution(weight).stride()[:2] == (1, shape[0])
-        assert for_convolution(weight, turned=True).stride()[:2] == (1, shape[1])
+        assert for_convolution(weight, flipped=True).stride()[:2] == (1, shape[1])
         monkeypatch.setattr(loading, "_LOADED", {"pack": None, "pack_halves": None})
 
 

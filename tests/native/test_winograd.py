@@ -90,19 +90,19 @@ def test_outputs_that_read_only_padding_are_the_bias(pixels):
 
 
 @pytest.mark.parametrize("shape", [(16, 24, 3, 3), (20, 33, 5, 3), (17, 16, 2, 3, 3)])
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("layout", ["plain", "transposed"])
-def test_the_sums_of_a_weight(shape, turned, layout, monkeypatch):
+def test_the_sums_of_a_weight(shape, flipped, layout, monkeypatch):
     torch.manual_seed(0)
     weight = torch.randn(shape)
     weight = weight.transpose(0, 1).contiguous().transpose(0, 1) if layout == "transposed" else weight
-    found = for_winograd(weight, turned)
-    taps = weight.transpose(0, 1).flip(tuple(range(2, len(shape)))) if turned else weight
+    found = for_winograd(weight, flipped)
+    taps = weight.transpose(0, 1).flip(tuple(range(2, len(shape)))) if flipped else weight
     a, b, c = taps.unbind(-1)
     assert torch.equal(found, torch.stack([a, (a + b + c) / 2, (a - b + c) / 2, c], -1))
     assert found.stride()[:2] == (1, taps.shape[0])
     monkeypatch.setattr(loading, "_LOADED", {"pack_winograd": None})
-    plain = for_winograd(weight, turned)
+    plain = for_winograd(weight, flipped)
     assert torch.equal(plain, found) and plain.stride() == found.stride()
 
 

@@ -134,7 +134,7 @@ def test_random_numbers_that_would_hang_on_the_tiling_are_refused(draw):
         fullframe.tile(Noisy(), tile=5)(torch.randn(1, 2, 9, 11))
 
 
-def test_gumbel_noise_is_one_draw_whatever_is_made_again():
+def test_gumbel_noise_is_one_draw_whatever_is_recomputed():
     class Sample(nn.Module):
         def __init__(self):
             super().__init__()
@@ -180,7 +180,7 @@ def test_an_image_of_whole_numbers_is_tiled():
 
     found = fullframe.check(Labels(), torch.randint(0, 5, (2, 1, 19, 17)), tile=6)
     assert found.passed and found.plan is not None and not found.plan.whole, found
-    assert any(len(step.grid) > 1 for step in found.plan.steps)
+    assert any(len(stage.grid) > 1 for stage in found.plan.stages)
 
 
 def test_modules_made_by_the_compilers_of_torch():
@@ -251,7 +251,7 @@ def test_pictures_of_whole_numbers_are_tiled(net, image):
     target = torch.randint(0, 4, (2, 29, 35))
     found = fullframe.check(net, image, target, F.cross_entropy, tile=11)
     assert found.passed, str(found)
-    assert max(len(s.grid) for s in found.plan.steps) == 2 * 3 * 4
+    assert max(len(s.grid) for s in found.plan.stages) == 2 * 3 * 4
 
 
 class Depth(nn.Module):
@@ -511,7 +511,7 @@ def test_a_group_norm_of_channels_last_whose_bias_is_frozen():
     assert ours.bias.grad is None
 
 
-def test_what_reads_the_layout_of_a_norm_of_turned_images():
+def test_what_reads_the_layout_of_a_norm_of_transposed_images():
     """Of such images fake tensors have other strides than real ones, and local response norm asks for a view."""
 
     class Turned(nn.Module):
@@ -626,7 +626,8 @@ def test_a_long_axis(mode, aligned, sizes):
 ])  # fmt: skip
 @pytest.mark.parametrize("worst", [float("inf"), float("nan")])
 def test_a_pixel_that_is_not_finite_spoils_what_reads_it_only(resample, worst):
-    # What filled up short lists of pixels was multiplied by 0; and plain PyTorch's own zeros in gradients were left out.
+    # What filled up short lists of pixels was multiplied by 0; and plain PyTorch's own zeros in gradients were left
+    # out.
     class Net(nn.Module):
         def forward(self, x):
             return resample(x)

@@ -12,7 +12,7 @@ from networks import agree
 from torch import nn
 
 import fullframe
-from fullframe.partition.saved_values import made_once
+from fullframe.partition.saved_values import pinned_values
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def _one_thread():
 @pytest.mark.parametrize("act", [torch.tanh, F.gelu])
 @pytest.mark.parametrize("budget", [None, 1])
 def test_a_map_equals_its_maximum_wherever_it_is_read(act, budget):
-    # Made again in another pass the map differed in its last bit, nothing equalled the maximum any
+    # Recomputed in another pass the map differed in its last bit, nothing equalled the maximum any
     # more, and the maximum's gradient was lost or divided by nothing.
     class Gate(nn.Module):
         def __init__(self):
@@ -53,7 +53,7 @@ def top(y):
     lambda y: F.interpolate(F.max_pool2d(y, 2), scale_factor=2) == y, lambda y: (y / top(y)).floor(),
 ])  # fmt: skip
 def test_peaks_are_the_same_pixels_in_every_tile(chosen):
-    # Only equality of a map and its maximum was known; compared in other ways, peaks made again were lost.
+    # Only equality of a map and its maximum was known; compared in other ways, peaks recomputed were lost.
     class Peaks(nn.Module):
         def __init__(self):
             super().__init__()
@@ -114,7 +114,7 @@ def test_a_norm_makes_exact_zeros_of_a_constant_map(compiled):
 @pytest.mark.parametrize("depth", [3, 4, 5, 23, 24, 25])
 @pytest.mark.parametrize("peak", [lambda h: h.clamp(min=0.5), lambda h: torch.maximum(h, h.roll((1, 1), (2, 3)))])
 def test_a_map_compared_with_what_hands_its_numbers_on(peak, depth):
-    # One was stored because it was deep, the other made again beside it, with other last bits.
+    # One was stored because it was deep, the other recomputed beside it, with other last bits.
     class Compared(nn.Module):
         def __init__(self):
             super().__init__()
@@ -142,7 +142,7 @@ def test_of_several_nan_adaptive_pooling_takes_the_last():
     lambda h: F.fold(F.unfold(h, 2, stride=2), h.shape[2:], 2, stride=2),
 ])  # fmt: skip
 def test_a_map_compared_with_what_copies_it(copy):
-    # A convolution was taken for new numbers; the map beside its stored copy was made again.
+    # A convolution was taken for new numbers; the map beside its stored copy was recomputed.
     class Copied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -181,16 +181,16 @@ class Siamese(nn.Module):
     lambda a, b: F.interpolate(a - b, scale_factor=2, mode="bilinear")[..., ::2, ::2],
 ])  # fmt: skip
 def test_equal_parts_of_two_images_stay_equal(parts, apart):
-    # Made again for one image in other tiles, its numbers differed in the last bit: the difference had a sign.
+    # Recomputed for one image in other tiles, its numbers differed in the last bit: the difference had a sign.
     net = Siamese(parts, apart).double()
     for p in net.parameters():
         nn.init.normal_(p)
     first, second = torch.randn(2, 3, 1, 24, 19).double()
     second[..., :12] = first[..., :12]
     plan = fullframe.tile(net, tile=7).plan((first, second))
-    once = made_once(plan.graph, plan.labels)
+    pinned = pinned_values(plan.graph, plan.tile_axes)
     compared = [op.inputs for op in plan.graph.ops if op.target == "aten.gt.Tensor"]
-    assert compared and all(v in once for pair in compared for v in pair)
+    assert compared and all(v in pinned for pair in compared for v in pair)
     with pytest.raises(fullframe.BudgetError) as refused:
         fullframe.tile(net, budget=1, tile=7).plan((first, second))
     agree(net, (first, second), tile=7, budget=refused.value.smallest)

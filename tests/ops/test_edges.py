@@ -1,4 +1,6 @@
-"""Operators at the edges of what they take: odd arguments, single numbers, no axes, empty tensors; and what is refused."""
+"""Operators at the edges of what they take: odd arguments, single numbers, no axes, empty tensors; and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -49,29 +51,66 @@ def statistics() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 RIGHT: dict[str, Callable[[torch.Tensor], Any]] = {
-    "negative divisors": lambda x: (F.avg_pool2d(x, 2, divisor_override=-3), F.avg_pool2d(x, 3, 1, divisor_override=-1)),
+    "negative divisors": lambda x: (
+        F.avg_pool2d(x, 2, divisor_override=-3),
+        F.avg_pool2d(x, 3, 1, divisor_override=-1),
+    ),
     "negative divisors 3d": lambda x: F.avg_pool3d(x[None], 2, 1, 1, divisor_override=-5),
-    "pooling without a batch": lambda x: (F.avg_pool2d(x[0], 2), F.max_pool2d(x[0], 3, 2, 1), F.avg_pool3d(x, 2), F.max_pool3d(x, 2)),
-    "all, any": lambda x: [(f(x > -1, dim=d), f(x > -1, dim=d, keepdim=True)) for f in (torch.all, torch.any) for d in (0, -1, (0, 2), ())],
+    "pooling without a batch": lambda x: (
+        F.avg_pool2d(x[0], 2),
+        F.max_pool2d(x[0], 3, 2, 1),
+        F.avg_pool3d(x, 2),
+        F.max_pool3d(x, 2),
+    ),
+    "all, any": lambda x: [
+        (f(x > -1, dim=d), f(x > -1, dim=d, keepdim=True))
+        for f in (torch.all, torch.any)
+        for d in (0, -1, (0, 2), ())
+    ],
     "all, any of bytes": lambda x: (torch.all((x * 2).byte(), 1), torch.any((x * 2).byte()), torch.any(x, 2), x),
     "batch norm in evaluation": lambda x: torch.native_batch_norm(x, None, None, *statistics(), False, 0.1, 1e-5),
     "batch norm in training": lambda x: torch.native_batch_norm(x, None, None, *statistics(), True, 0.1, 1e-5),
-    "norms": lambda x: [f(x, p, **a) for p in (0, 1, 3, -1, float("-inf")) for f in (L.vector_norm, torch.norm) for a in ({}, {"dim": 1})],
+    "norms": lambda x: [
+        f(x, p, **a)
+        for p in (0, 1, 3, -1, float("-inf"))
+        for f in (L.vector_norm, torch.norm)
+        for a in ({}, {"dim": 1})
+    ],
     "norm 0": lambda x: L.vector_norm(x, 0),
     "sgn": lambda x: (torch.sgn(Twice.apply(x)) * x, torch.sgn(0.5 + 0.4 * torch.tanh(x))),
     "sgn alone": lambda x: torch.sgn(0.5 + 0.4 * torch.tanh(Twice.apply(x))),
-    "nansum of a vector": lambda x: (torch.nansum(x.flatten()), torch.nanmean(x.flatten()), torch.nansum(x.mean((0, 2, 3)))),
+    "nansum of a vector": lambda x: (
+        torch.nansum(x.flatten()),
+        torch.nanmean(x.flatten()),
+        torch.nansum(x.mean((0, 2, 3))),
+    ),
     "tensor_split": lambda x: (*torch.tensor_split(x, torch.tensor([1, 4]), 2), *x.tensor_split(torch.tensor(3), 3)),
     "matrix_power": lambda x: L.matrix_power(x, 0) + L.matrix_power(x, 2) + torch.matrix_power(x[0, 0], 0),
     "polygamma": lambda x: (x.abs() + 1).polygamma_(2) + torch.polygamma(1, x.abs() + 1),
-    "softmax of a number": lambda x: (F.softmax(x.mean(), 0), F.log_softmax(x.mean(), -1), F.softmax(x.mean((0, 2, 3)), 0), x),
+    "softmax of a number": lambda x: (
+        F.softmax(x.mean(), 0),
+        F.log_softmax(x.mean(), -1),
+        F.softmax(x.mean((0, 2, 3)), 0),
+        x,
+    ),
     "repeat none": lambda x: (x.repeat(1, 0, 1, 1), x.repeat(2, 1, 1, 2)),
     "roll of nothing": lambda x: (x[:, :0].roll(1, 1), x.roll(1, 1)),
     "products over nothing": lambda x: (x[:, :, :, :0] @ x[:, :, :0], x),
-    "sums over nothing": lambda x: (x[:, :0].sum(1), x[:, :0].prod(1), (x[:, :0] > 0).any(1), (x[:, :0] > 0).all(1), x),
+    "sums over nothing": lambda x: (
+        x[:, :0].sum(1),
+        x[:, :0].prod(1),
+        (x[:, :0] > 0).any(1),
+        (x[:, :0] > 0).all(1),
+        x,
+    ),
     "cat of nothing": lambda x: (torch.cat([x[:, :0], x[:, :0]], 1), torch.cat([x[:, :0], x], 1)),
-    "numbers": lambda x: (x.mean().unfold(0, 1, 1), torch.gather(x.mean(), 0, torch.tensor([0])), torch.bucketize(x.mean(), torch.arange(3.0)), x),
-}  # fmt: skip
+    "numbers": lambda x: (
+        x.mean().unfold(0, 1, 1),
+        torch.gather(x.mean(), 0, torch.tensor([0])),
+        torch.bucketize(x.mean(), torch.arange(3.0)),
+        x,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -81,13 +120,19 @@ def test_the_edges_are_as_in_plain_pytorch(name):
 
 
 REFUSED: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
-    "segments": (lambda x: torch.segment_reduce(x.flatten(), "sum", lengths=torch.tensor([3, 381])), "segment_reduce reads .* use index_add"),
+    "segments": (
+        lambda x: torch.segment_reduce(x.flatten(), "sum", lengths=torch.tensor([3, 381])),
+        "segment_reduce reads .* use index_add",
+    ),
     "cross-map": (lambda x: nn.CrossMapLRN2d(3)(x), "CrossMapLRN2d works on .*LocalResponseNorm"),
     "sparse": (lambda x: x.to_sparse(), "makes a sparse tensor"),
-    "split": (lambda x: torch.tensor_split(x, (x[0, 0, 0, :1] > 0).long(), 2), "tensor_split at test_edges.py.* whole numbers"),
+    "split": (
+        lambda x: torch.tensor_split(x, (x[0, 0, 0, :1] > 0).long(), 2),
+        "tensor_split at test_edges.py.* whole numbers",
+    ),
     "no axes": (lambda x: torch.nansum(x, dim=()), "nansum.* makes a tensor of shape"),
     "least squares": (lambda x: L.lstsq(x, x).solution, r"test_edges.py:\d+ .*linalg_lstsq"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -18,7 +18,7 @@ from usage_cases import CASES
 from fullframe.ir import region as box
 from fullframe.ir.graph import Graph, Op, Ref, Value
 from fullframe.ops.builder.builder import RULES
-from fullframe.ops.builder.registry import LOWERINGS
+from fullframe.ops.builder.registry import DECOMPOSITIONS
 from fullframe.ops.numerics import interpolate as taps
 from fullframe.ops.primitives.elementwise import Along, Pointwise
 from fullframe.ops.primitives.rule import BaseRule
@@ -217,7 +217,7 @@ def test_every_rule_has_a_case() -> None:
     assert not (left := classes - ABSTRACT - {type(op.rule).__name__ for op in ops}), left
 
 
-ELSEWHERE = {  # lowerings of calls that only an accelerator records, or that functionalisation rewrites here
+ELSEWHERE = {  # decompositions of calls that only an accelerator records, or that functionalisation rewrites here
     "aten.native_batch_norm.default",
     "aten.cudnn_batch_norm.default",
     "aten._fused_rms_norm.default",
@@ -225,18 +225,18 @@ ELSEWHERE = {  # lowerings of calls that only an accelerator records, or that fu
 }
 
 
-def test_every_lowering_has_a_case() -> None:
-    """By construction: each recorded call with a lowering is met in a network compared with plain PyTorch."""
+def test_every_decomposition_has_a_case() -> None:
+    """By construction: each recorded call with a decomposition is met in a network compared with plain PyTorch."""
     for name in CASES:
         graph_of(name)
-    assert not (left := set(LOWERINGS) - USED - ELSEWHERE), sorted(left)
+    assert not (left := set(DECOMPOSITIONS) - USED - ELSEWHERE), sorted(left)
 
 
 def test_a_rule_without_a_case_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two tests above do fail: for a new entry, a new class, a new lowering."""
+    """The two tests above do fail: for a new entry, a new class, a new decomposition."""
     few = {n: CASES[n] for n in list(CASES)[:3]}
     monkeypatch.setitem(globals(), "CASES", few)
-    for check in (test_every_rule_has_a_case, test_every_lowering_has_a_case):
+    for check in (test_every_rule_has_a_case, test_every_decomposition_has_a_case):
         monkeypatch.setitem(globals(), "USED", set())
         with pytest.raises(AssertionError):
             check()

@@ -24,7 +24,7 @@ from fullframe.ops.numerics import interpolate as taps
 from fullframe.ops.numerics.interpolate import Spec
 from fullframe.ops.primitives import resize as resample
 from fullframe.ops.primitives.elementwise import Pointwise
-from fullframe.runtime import fused as lowering
+from fullframe.runtime import fused as fused
 from fullframe.testing import combines, regions, sufficient
 
 INEXACT = {
@@ -43,8 +43,8 @@ CLASSES = {"Pointwise", "Table", "Along"}  # and classes of rules of functions o
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    build = lowering.build_many
-    monkeypatch.setattr(lowering, "build_many", lambda groups, **_: build(groups, compile=False))
+    build = fused.build_many
+    monkeypatch.setattr(fused, "build_many", lambda groups, **_: build(groups, compile=False))
 
 
 def integers(tensor: torch.Tensor, random: Random) -> torch.Tensor:
@@ -82,8 +82,18 @@ def _kinds(op: Any, seen: Counter[str]) -> list[str]:
     return kinds if op.target in EXACT or op.target in MOVES else []
 
 
-MOVES = {"aten.add.Tensor", "aten.mul.Tensor", "aten.relu.default", "aten.maximum.default", "tile.gathered", "tile.picked",
-         "tile.put", "tile.sort_0", "tile.summed", "tile.looked_up"}  # fmt: skip
+MOVES = {
+    "aten.add.Tensor",
+    "aten.mul.Tensor",
+    "aten.relu.default",
+    "aten.maximum.default",
+    "tile.gathered",
+    "tile.picked",
+    "tile.put",
+    "tile.sort_0",
+    "tile.summed",
+    "tile.looked_up",
+}
 
 
 def _whole(spec: Spec) -> bool:

@@ -55,7 +55,7 @@ def test_steps_give_the_numbers_of_plain_pytorch(tile):
             optimizer.step()
 
 
-def test_a_step_is_recorded_once_and_then_played():
+def test_a_step_is_recorded_once_and_then_replayed():
     net = Residual().cuda()
     step = fullframe.tile(net, loss=F.cross_entropy)
     image, label = case()
@@ -161,7 +161,7 @@ def test_maps_on_the_host(tile, monkeypatch):
     plain = copy.deepcopy(ours)
     step = fullframe.tile(ours, loss=F.cross_entropy, tile=tile)
     monkeypatch.setattr(pipeline, "plan", away)
-    assert step.plan(*case()).away
+    assert step.plan(*case()).offloaded
     for seed in range(3):
         both(ours, plain, step, *case(seed))
 

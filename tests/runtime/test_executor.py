@@ -13,7 +13,7 @@ import fullframe
 from fullframe.ir.graph import Value
 from fullframe.runtime import executor
 from fullframe.runtime import tasks as task
-from fullframe.runtime.fused import ready
+from fullframe.runtime.fused import bind
 from fullframe.runtime.tile import Tiles
 
 
@@ -52,17 +52,17 @@ def test_same_bits_whether_tasks_are_kept(monkeypatch, kept):
 
 
 def test_what_a_plan_leaves_of_its_budget_is_for_tasks():
-    """All tiles of a large image run from tape where there is memory for it; where there is not, some do."""
+    """All tiles of a large image run from bytecode where there is memory for it; where there is not, some do."""
     net, image = _net(), torch.randn(1, 3, 400, 400)
     least = fullframe.tile(net, tile=4, budget="1 GB").plan(image).projected_bytes
     for spare in (0, 100 * task.NBYTES):
         plan = fullframe.tile(net, tile=4, budget=least + spare).plan(image)
-        tiles = sum(len(step.grid) for step in plan.steps)
+        tiles = sum(len(stage.grid) for stage in plan.stages)
         assert plan.projected_bytes == least and tiles > task.KEPT
         assert task.room_of(plan) == task.KEPT + spare // task.NBYTES
-        kept = [k is not None for k in Tiles(plan.steps, task.room_of(plan)).kept]
+        kept = [k is not None for k in Tiles(plan.stages, task.room_of(plan)).kept]
         assert any(kept) and not all(kept)
-        assert all(k is not None for k in Tiles(plan.steps, tiles).kept)
+        assert all(k is not None for k in Tiles(plan.stages, tiles).kept)
 
 
 def test_a_stored_part_that_is_a_window_too_is_looked_up_every_time():
@@ -72,5 +72,5 @@ def test_a_stored_part_that_is_a_window_too_is_looked_up_every_time():
     for keep in (False, True):
         target = task.Target(value, (slice(0, 2), slice(0, 6)), None, keep)
         job: Any = SimpleNamespace(reads=(), targets=(target,))
-        made = ready(job, SimpleNamespace(reusable=True), {value: stored}, {}, [], {value: stored[:2]})  # type: ignore[arg-type]
+        made = bind(job, SimpleNamespace(reusable=True), {value: stored}, {}, [], {value: stored[:2]})  # type: ignore[arg-type]
         assert (made is None) is keep

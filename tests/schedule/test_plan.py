@@ -83,13 +83,13 @@ def test_a_byte_less_than_the_smallest_is_refused(case):
 def test_maps_alive_together_do_not_overlap(case):
     net, image, label = case
     plan = fullframe.tile(net, loss=F.cross_entropy, budget=smallest(net, image, label)).plan(image, label)
-    lives = lifetimes([s.section for s in plan.steps], [v for v in plan.graph.outputs if v is not None])
+    lives = lifetimes([s.section for s in plan.stages], [v for v in plan.graph.outputs if v is not None])
     placed = sorted(plan.slots.items(), key=lambda item: item[1].offset)
     for k, (a, first) in enumerate(placed):
         assert first.offset + first.nbytes <= plan.bytes.arena
         for b, second in placed[k + 1 :]:
-            apart = lives.last[a] < lives.first[b] or lives.last[b] < lives.first[a]
-            assert apart or first.offset + first.nbytes <= second.offset
+            disjoint = lives.last[a] < lives.first[b] or lives.last[b] < lives.first[a]
+            assert disjoint or first.offset + first.nbytes <= second.offset
 
 
 def test_places_leave_no_gap_that_another_order_fills():
@@ -105,13 +105,13 @@ def test_places_leave_no_gap_that_another_order_fills():
 def test_saved_tiles_are_a_disjoint_cover(case, tile):
     net, image, label = case
     plan = fullframe.tile(net, loss=F.cross_entropy, tile=tile).plan(image, label)
-    for step in plan.steps:
+    for step in plan.stages:
         for value in step.section.saves:
-            if not tiled(value, plan.labels):
+            if not tiled(value, plan.tile_axes):
                 continue
             seen = torch.zeros(value.shape, dtype=torch.int32)
             for part in step.grid.tiles():
-                seen[tuple(slice(*i) for i in own_region(value, plan.labels, part))] += 1
+                seen[tuple(slice(*i) for i in own_region(value, plan.tile_axes, part))] += 1
             assert bool((seen == 1).all())
 
 
@@ -154,7 +154,7 @@ def test_a_branch_ends_before_the_next_begins():
 def test_a_plan_prints_its_sections(case):
     net, image, label = case
     text = str(fullframe.tile(net, loss=F.cross_entropy, budget="1 GB").plan(image, label))
-    for word in ("sections", "cuts", "sums", "projected", "budget of 1.00 GB", "tiles", "halo", "save", "free"):
+    for word in ("sections", "saved", "sums", "projected", "budget of 1.00 GB", "tiles", "halo", "save", "free"):
         assert word in text
 
 
@@ -163,25 +163,25 @@ def test_a_small_map_on_which_much_is_spent_is_cut_and_its_weight_gradient_made_
     net = nn.Sequential(nn.Conv2d(3, 256, 3, padding=1), nn.Conv2d(256, 256, 5, padding=2), nn.Conv2d(256, 3, 1))
     step = fullframe.tile(net, loss=F.cross_entropy, workers=2)
     plan = step.plan(torch.zeros(1, 3, 10, 16), torch.zeros(1, 10, 16, dtype=torch.long))
-    heavy = {s: [op.target for op in s.section.ops if op.rule.heavy] for s in plan.steps}
+    heavy = {s: [op.target for op in s.section.ops if op.rule.heavy] for s in plan.stages}
     assert any(len(s.grid) == 2 and "tile.conv" in found for s, found in heavy.items())
-    (alone,) = (s for s in plan.steps if any(v.nbytes > 6_000_000 for v in (op.output for op in s.section.sums)))
+    (alone,) = (s for s in plan.stages if any(v.nbytes > 6_000_000 for v in (op.output for op in s.section.sums)))
     assert len(alone.grid) == 1 and heavy[alone] == ["tile.conv_weight_grad"]
 
 
 def test_a_section_begins_where_the_one_before_it_ended(case):
     net, image, label = case
     plan = fullframe.tile(net, loss=F.cross_entropy, tile=16).plan(image, label)
-    maker = {v: s for s in plan.steps for v in s.section.outputs}
-    turned = 0
-    for step in plan.steps:
+    maker = {v: s for s in plan.stages for v in s.section.outputs}
+    reversals = 0
+    for step in plan.stages:
         read = [v for v in step.section.loads if v in plan.slots and v in maker]
         if len(read) == 1:
-            assert step.turned != maker[read[0]].turned
-            turned += step.turned
+            assert step.reversed != maker[read[0]].reversed
+            reversals += step.reversed
         elif not read:
-            assert not step.turned
-    assert turned > 1
+            assert not step.reversed
+    assert reversals > 1
 
 
 def test_weights_are_laid_out_when_they_are_needed():

@@ -125,7 +125,7 @@ def test_a_step_runs_with_a_store_of_ones_own(monkeypatch):
         monkeypatch.setitem(pool.MAKERS, HOST, kind)
         one = copy.deepcopy(net)
         step = fullframe.tile(one, loss=F.cross_entropy, tile=16, budget=budget)
-        assert step.plan(image, label).away
+        assert step.plan(image, label).offloaded
         results.append(gradients(one, step, image, label))
     assert made and not made[0].maps  # each life had its end
     assert torch.equal(results[0][0], results[1][0])

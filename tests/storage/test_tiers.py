@@ -36,13 +36,13 @@ def test_maps_in_the_second_tier_give_the_same_numbers(second_tier, tile):
         here, fullframe.tile(here, loss=F.cross_entropy, tile=tile, budget="1 GB", workers=2), image, label
     )
     plenty = fullframe.tile(here, loss=F.cross_entropy, tile=tile, budget="1 GB", workers=2).plan(image, label)
-    assert not plenty.away
+    assert not plenty.offloaded
     with pytest.raises(fullframe.BudgetError) as refused:  # below what dropping and making again can reach
         fullframe.tile(here, loss=F.cross_entropy, tile=tile, budget=1, workers=2).plan(image, label)
     budget = refused.value.smallest
     step = fullframe.tile(away, loss=F.cross_entropy, tile=tile, budget=budget, workers=2)
     plan = step.plan(image, label)
-    assert plan.away and plan.bytes.host and plan.projected_bytes <= budget
+    assert plan.offloaded and plan.bytes.host and plan.projected_bytes <= budget
     assert "in the host's memory" in str(plan)
     found = gradients(away, step, image, label)
     # The last bits may differ: a part that was copied lies otherwise in memory than one cut out of a map.

@@ -126,7 +126,7 @@ def take(asked: Asked) -> Grown:
             total.backward()
         del made, total
     measured = status("VmHWM") - before
-    tiles = sum(len(s.grid) for s in plan.steps)
+    tiles = sum(len(s.grid) for s in plan.stages)
     return Grown(
         asked.smallest, plan.projected_bytes, plan.bytes.fixed, measured, recorded, len(plan.graph.ops), tiles
     )

@@ -3,8 +3,8 @@
 `op_db` and `module_db` of `torch.testing._internal` hold samples of every public operator and module. Each sample is
 made part of a small network: an operator runs on its own numbers, scaled by what a convolution says of an image
 ("given"), on a convolved image in place of its first tensor ("image") or in place ("in place"); a module has
-convolutions around it. Outputs, every gradient and every buffer are compared, of two calls. The trials of one entry run
-in a process of their own, so that one which ends its process is counted, too.
+convolutions around it. Outputs, every gradient and every buffer are compared, of two calls. The trials of one entry
+run in a process of their own, so that one which ends its process is counted, too.
 """
 
 from __future__ import annotations

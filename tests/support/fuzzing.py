@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fullframe
-from fullframe.compiler.pipeline import AHEAD, request_for
+from fullframe.compiler.pipeline import MAX_IN_FLIGHT, request_for
 from fullframe.compiler.program import Program
 from fullframe.frontend.inputs import Call
 from fullframe.ir import region as box
@@ -33,7 +33,7 @@ from fullframe.ir.graph import Graph
 from fullframe.oracle import drawn
 from fullframe.partition.tile_axes import own_region, tiled
 from fullframe.runtime import executor
-from fullframe.runtime import fused as lowering
+from fullframe.runtime import fused as fused
 from fullframe.runtime.replay_cpu import Schedule
 from fullframe.schedule import planner, tiling
 from fullframe.schedule.memory import lifetimes
@@ -64,8 +64,8 @@ class Record:
     parts: dict[str, int] = field(default_factory=dict)
     ops: list[str] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
-    taped: int = 0  # tiles that ran from what was noted of them
-    played: int = 0  # steps that ran outside of Python
+    recorded: int = 0  # tiles that ran from what was noted of them
+    replayed: int = 0  # steps that ran outside of Python
 
 
 # One step, either way ------------------------------------------------------------------------------
@@ -99,7 +99,9 @@ class State:
 
 
 def leaves_of(value: Any, step: int, dense: bool = False) -> Any:
-    """The argument of a step: leaves of their own with the strides of the drawn ones; other numbers in a second step."""
+    """The argument of a step: leaves of their own with the strides of the drawn ones; other numbers in a second
+    step.
+    """
 
     def made(t: Any) -> Any:
         if not isinstance(t, torch.Tensor) or not t.is_floating_point():
@@ -228,9 +230,9 @@ def _largest(t: torch.Tensor) -> float:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Run fused units by ATen: small networks would spend their time compiling."""
+    """Run fusion groups by ATen: small networks would spend their time compiling."""
     old = executor.build
-    executor.build = functools.partial(lowering.build, compile=False)
+    executor.build = functools.partial(fused.build, compile=False)
     try:
         yield
     finally:
@@ -239,10 +241,10 @@ def uncompiled() -> Iterator[None]:
 
 @contextmanager
 def settings(case: Case, compiled: bool) -> Iterator[None]:
-    """Cut maps from ``case.strips`` bytes on, as large images are; run fused units by ATen unless ``compiled``."""
+    """Cut maps from ``case.strips`` bytes on, as large images are; run fusion groups by ATen unless ``compiled``."""
     old = tiling.WINDOW, tiling.LEAST, tiling.ROWS, executor.build
     tiling.WINDOW, tiling.LEAST, tiling.ROWS = case.strips, case.strips // 4, 2
-    executor.build = functools.partial(lowering.build, compile=compiled)
+    executor.build = functools.partial(fused.build, compile=compiled)
     try:
         yield
     finally:
@@ -276,14 +278,14 @@ def planned(case: Case) -> tuple[Tiled, Any, Program, planner.Request]:
 def invariants(plan: fullframe.Plan) -> None:
     """Saved tiles are a disjoint cover; places alive together do not overlap; the budget is kept."""
     assert plan.projected_bytes <= plan.budget, "the plan is beyond its budget"
-    for step in plan.steps:
+    for step in plan.stages:
         for value in step.section.saves:
-            if tiled(value, plan.labels):
+            if tiled(value, plan.tile_axes):
                 seen = torch.zeros(value.shape, dtype=torch.uint8)
                 for tile in step.grid.tiles():
-                    seen[box.slices(own_region(value, plan.labels, tile))] += 1
+                    seen[box.slices(own_region(value, plan.tile_axes, tile))] += 1
                 assert bool((seen == 1).all()), f"{value} is no disjoint cover"
-    lives = lifetimes([s.section for s in plan.steps], [v for v in plan.graph.outputs if v is not None])
+    lives = lifetimes([s.section for s in plan.stages], [v for v in plan.graph.outputs if v is not None])
     placed = [(v, s) for v, s in plan.slots.items() if v in lives.first]
     for k, (a, s) in enumerate(placed):
         for b, t in placed[:k]:
@@ -357,7 +359,7 @@ def _tiled_sides(case: Case, state: State, expected: Results, record: Record) ->
 
 
 def _key(call: Call, program: Program) -> Any:
-    call.look(program.reads)
+    call.take_snapshot(program.reads)
     return program.reads, call.key(program.reads)
 
 
@@ -381,8 +383,8 @@ def _again_and_again(case: Case, state: State, record: Record) -> None:
             worst, where = worst_of(first, run_steps(case, state, tiled_run(case, step)))
             if worst > _order(case):
                 record.outcome, record.detail = "wrong", f"a later step gives other bits: {worst:.2g} at {where}"
-    record.taped = sum(1 for plan in plans for t in _tiles(plan) if t.recorded)
-    record.played = sum(len(s.native) for plan in plans for s in _schedules(plan))
+    record.recorded = sum(1 for plan in plans for t in _tiles(plan) if t.recorded)
+    record.replayed = sum(len(s.native) for plan in plans for s in _schedules(plan))
 
 
 def _tiles(plan: fullframe.Plan) -> Iterator[Any]:
@@ -404,12 +406,12 @@ def _order(case: Case) -> float:
 
 def abreast(graph: Graph, request: planner.Request) -> fullframe.Plan:
     """A plan of which several steps may be in work at the same time, if the budget has room for that."""
-    return planner.plan(graph, replace(request, ahead=AHEAD))
+    return planner.plan(graph, replace(request, max_in_flight=MAX_IN_FLIGHT))
 
 
 def away(graph: Graph, request: planner.Request) -> fullframe.Plan:
     """A plan whose stored maps live in the second tier, whether they would fit in the first or not."""
-    return planner._plan(graph, replace(request, budget=PLENTY, host=PLENTY, workers=planner.LANES))
+    return planner._plan(graph, replace(request, budget=PLENTY, host=PLENTY, workers=planner.STREAMS))
 
 
 # Many networks -------------------------------------------------------------------------------------
@@ -434,10 +436,10 @@ class Tally:
         counts = {k: len(self.of(k)) for k in OUTCOMES}
         lines = [f"seeds {stretches(seeds)}, {spent:.0f} s of CPU time: {self.networks} networks, "
                  + ", ".join(f"{n} {k}" for k, n in counts.items())]  # fmt: skip
-        taped = [r.taped for r in self.records if r.taped]
-        played = sum(r.played for r in self.records)
+        recorded = [r.recorded for r in self.records if r.recorded]
+        replayed = sum(r.replayed for r in self.records)
         lines += [
-            f"  of {len(taped)} networks {sum(taped)} tiles ran from tape, and {played} steps outside of Python"
+            f"  of {len(recorded)} networks {sum(recorded)} tiles ran from bytecode, and {replayed} steps outside of Python"
         ]
         lines += [f"  refused {n}: {why}" for why, n in Counter(r.detail for r in self.of("refused")).most_common()]
         lines += [f"  run whole {n}: {op}" for op, n in self.whole().most_common()]

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fullframe.check import twin
-from fullframe.ops import lower
-from fullframe.runtime import fused as lowering
+from fullframe.ops import decompose
+from fullframe.runtime import fused as fused
 from fullframe.testing import Difference, agree
 
 CASES: dict[str, Case] = {}
@@ -80,7 +80,7 @@ def layer(name: str, *parts: Callable[[], nn.Module], **rest: Any) -> None:
 
 
 class _Noted(dict):
-    """Lowerings, noting which calls were looked up."""
+    """Decompositions, noting which calls were looked up."""
 
     def get(self, name: str, default: Any = None) -> Any:
         USED.add(name)
@@ -88,19 +88,19 @@ class _Noted(dict):
 
 
 def _plain_kernels(groups: Any, **_: Any) -> Any:
-    """Fused units run by PyTorch: hundreds of networks would each wait for a compiler."""
+    """Fusion groups run by PyTorch: hundreds of networks would each wait for a compiler."""
     return _build_many(groups, compile=False)
 
 
-_build_many = lowering.build_many
+_build_many = fused.build_many
 
 
 @cache
 def difference(name: str, tile: Any) -> Difference:
     """The worst difference of a case, and its plan; the network, image and target follow from its name."""
     with (
-        mock.patch.object(lowering, "build_many", _plain_kernels),
-        mock.patch.object(lower, "LOWERINGS", _Noted(lower.LOWERINGS)),
+        mock.patch.object(fused, "build_many", _plain_kernels),
+        mock.patch.object(decompose, "DECOMPOSITIONS", _Noted(decompose.DECOMPOSITIONS)),
     ):
         return _difference(name, tile)
 
@@ -124,13 +124,32 @@ def _difference(name: str, tile: Any) -> Difference:
 
 # Convolutions ------------------------------------------------------------------------------------
 
-for _k, _s, _p, _d, _g in ((3, 1, 1, 1, 1), (3, 2, 1, 1, 1), (3, 1, 2, 2, 2), (5, 3, 0, 1, 1), (2, 2, 0, 1, 4),
-                           (3, 2, 0, 2, 1), (1, 3, 1, 1, 1), (4, 1, 1, 1, 1), (1, 1, 0, 1, 1), (2, 3, 1, 1, 1)):  # fmt: skip
+for _k, _s, _p, _d, _g in (
+    (3, 1, 1, 1, 1),
+    (3, 2, 1, 1, 1),
+    (3, 1, 2, 2, 2),
+    (5, 3, 0, 1, 1),
+    (2, 2, 0, 1, 4),
+    (3, 2, 0, 2, 1),
+    (1, 3, 1, 1, 1),
+    (4, 1, 1, 1, 1),
+    (1, 1, 0, 1, 1),
+    (2, 3, 1, 1, 1),
+):
     layer(
         f"conv2d k{_k} s{_s} p{_p} d{_d} g{_g}", lambda k=_k, s=_s, p=_p, d=_d, g=_g: nn.Conv2d(4, 8, k, s, p, d, g)
     )
-for _k, _s, _p, _o, _d, _g in ((2, 2, 0, 0, 1, 1), (3, 2, 1, 1, 1, 1), (3, 2, 1, 0, 1, 2), (3, 1, 1, 0, 1, 1), (4, 2, 1, 0, 1, 1),
-                               (3, 2, 0, 1, 2, 4), (2, 3, 0, 2, 1, 1), (3, 3, 2, 0, 1, 1), (1, 2, 0, 1, 1, 1)):  # fmt: skip
+for _k, _s, _p, _o, _d, _g in (
+    (2, 2, 0, 0, 1, 1),
+    (3, 2, 1, 1, 1, 1),
+    (3, 2, 1, 0, 1, 2),
+    (3, 1, 1, 0, 1, 1),
+    (4, 2, 1, 0, 1, 1),
+    (3, 2, 0, 1, 2, 4),
+    (2, 3, 0, 2, 1, 1),
+    (3, 3, 2, 0, 1, 1),
+    (1, 2, 0, 1, 1, 1),
+):
     layer(f"transposed2d k{_k} s{_s} p{_p} o{_o} d{_d} g{_g}",
           lambda k=_k, s=_s, p=_p, o=_o, d=_d, g=_g: nn.ConvTranspose2d(4, 8, k, s, p, o, g, dilation=d))  # fmt: skip
 layer("conv uneven", lambda: nn.Conv2d(4, 3, (3, 2), (1, 2), (2, 0), (2, 1)))
@@ -153,10 +172,13 @@ case("unbatched", lambda x, c: c(x[0])[None], lambda: nn.Conv2d(4, 3, 3, padding
 # Pooling -----------------------------------------------------------------------------------------
 
 for _text, _args in {
-    "2/2": {"kernel_size": 2}, "3/2 pad": {"kernel_size": 3, "stride": 2, "padding": 1},
-    "3/2 ceil": {"kernel_size": 3, "stride": 2, "ceil_mode": True}, "3/1": {"kernel_size": 3, "stride": 1, "padding": 1},
-    "2/3": {"kernel_size": 2, "stride": 3}, "5/3 pad ceil": {"kernel_size": 5, "stride": 3, "padding": 2, "ceil_mode": True},
-}.items():  # fmt: skip
+    "2/2": {"kernel_size": 2},
+    "3/2 pad": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "3/2 ceil": {"kernel_size": 3, "stride": 2, "ceil_mode": True},
+    "3/1": {"kernel_size": 3, "stride": 1, "padding": 1},
+    "2/3": {"kernel_size": 2, "stride": 3},
+    "5/3 pad ceil": {"kernel_size": 5, "stride": 3, "padding": 2, "ceil_mode": True},
+}.items():
     layer(f"max pool {_text}", lambda a=_args: nn.MaxPool2d(**a))
     layer(f"avg pool {_text}", lambda a=_args: nn.AvgPool2d(**a))
     layer(f"avg pool {_text} uncounted", lambda a=_args: nn.AvgPool2d(**a, count_include_pad=False))
@@ -214,7 +236,14 @@ case("unpool 3d", unpool_solid, shape=SOLID)
 # Interpolation -----------------------------------------------------------------------------------
 
 for _mode in ("nearest", "nearest-exact", "bilinear", "bicubic"):
-    for _how in ({"scale_factor": 2}, {"scale_factor": (1.5, 0.6)}, {"size": (13, 7)}, {"size": (4, 5)}, {"size": (27, 44)}, {"size": (1, 11)}):  # fmt: skip
+    for _how in (
+        {"scale_factor": 2},
+        {"scale_factor": (1.5, 0.6)},
+        {"size": (13, 7)},
+        {"size": (4, 5)},
+        {"size": (27, 44)},
+        {"size": (1, 11)},
+    ):
         for _align in (False, True) if _mode[:2] == "bi" else (None,):
             case(
                 f"{_mode} {_how} {_align}",
@@ -289,8 +318,15 @@ def channels_last(x: torch.Tensor, *parts: nn.Module) -> torch.Tensor:
 
 case("layer norm channels", channels_last, lambda: nn.LayerNorm(4))
 case("rms norm channels", channels_last, lambda: nn.RMSNorm(4))
-case("convnext block", lambda x, d, *ps: x + channels_last(d(x), *ps), lambda: nn.Conv2d(4, 4, 7, padding=3, groups=4),
-     lambda: nn.LayerNorm(4), lambda: nn.Linear(4, 16), nn.GELU, lambda: nn.Linear(16, 4))  # fmt: skip
+case(
+    "convnext block",
+    lambda x, d, *ps: x + channels_last(d(x), *ps),
+    lambda: nn.Conv2d(4, 4, 7, padding=3, groups=4),
+    lambda: nn.LayerNorm(4),
+    lambda: nn.Linear(4, 16),
+    nn.GELU,
+    lambda: nn.Linear(16, 4),
+)
 case("layer norm image", lambda x, n: n(x), lambda: nn.LayerNorm((4, 9, 11)))
 case(
     "layer norm by hand",
@@ -298,8 +334,13 @@ case(
 )
 case("grn", lambda x: x * (g := x.norm(p=2, dim=(2, 3), keepdim=True)) / (g.mean(1, keepdim=True) + 1e-6) + x)
 case("l2 normalise", lambda x: F.normalize(x, dim=1))
-case("weight standard", lambda x, c: F.conv2d(x, (c.weight - c.weight.mean((1, 2, 3), keepdim=True)) / c.weight.std((1, 2, 3), keepdim=True)),
-     lambda: nn.Conv2d(4, 3, 3))  # fmt: skip
+case(
+    "weight standard",
+    lambda x, c: F.conv2d(
+        x, (c.weight - c.weight.mean((1, 2, 3), keepdim=True)) / c.weight.std((1, 2, 3), keepdim=True)
+    ),
+    lambda: nn.Conv2d(4, 3, 3),
+)
 layer("weight norm", lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 3, 3)))
 layer("spectral norm", lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 3, 3)))
 layer("spectral norm eval", lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 3, 3)), train=False)
@@ -307,7 +348,30 @@ case("weight sharing", lambda x, c: c(c(x).relu()), lambda: nn.Conv2d(4, 4, 3, p
 
 # Activations -------------------------------------------------------------------------------------
 
-for _name in ["ELU", "Hardshrink", "Hardsigmoid", "Hardtanh", "Hardswish", "LeakyReLU", "LogSigmoid", "PReLU", "ReLU", "ReLU6", "SELU", "CELU", "GELU", "Sigmoid", "SiLU", "Mish", "Softplus", "Softshrink", "Softsign", "Tanh", "Tanhshrink", "Softmax2d"]:  # fmt: skip
+for _name in [
+    "ELU",
+    "Hardshrink",
+    "Hardsigmoid",
+    "Hardtanh",
+    "Hardswish",
+    "LeakyReLU",
+    "LogSigmoid",
+    "PReLU",
+    "ReLU",
+    "ReLU6",
+    "SELU",
+    "CELU",
+    "GELU",
+    "Sigmoid",
+    "SiLU",
+    "Mish",
+    "Softplus",
+    "Softshrink",
+    "Softsign",
+    "Tanh",
+    "Tanhshrink",
+    "Softmax2d",
+]:
     layer(f"activation {_name}", getattr(nn, _name))
 layer("activation Threshold", lambda: nn.Threshold(0.1, -2.0))
 layer("activation PReLU channels", lambda: nn.PReLU(4))
@@ -406,8 +470,14 @@ case(
     "channel attention",
     lambda x: (torch.softmax(x.flatten(2) @ x.flatten(2).transpose(1, 2), -1) @ x.flatten(2)).view_as(x),
 )
-case("linear attention", lambda x: (lambda q, k, v: (q.softmax(1).transpose(1, 2) @ (k.softmax(-1) @ v.transpose(1, 2))).transpose(1, 2).reshape(x.shape))(
-    x.flatten(2), x.flatten(2).sin(), x.flatten(2).cos()))  # fmt: skip
+case(
+    "linear attention",
+    lambda x: (
+        lambda q, k, v: (
+            (q.softmax(1).transpose(1, 2) @ (k.softmax(-1) @ v.transpose(1, 2))).transpose(1, 2).reshape(x.shape)
+        )
+    )(x.flatten(2), x.flatten(2).sin(), x.flatten(2).cos()),
+)
 case(
     "gc block",
     lambda x, c: x + (x.flatten(2) @ c(x).flatten(2).softmax(-1).transpose(1, 2))[..., None],
@@ -424,8 +494,12 @@ case(
     lambda: nn.Linear(4, 5),
 )
 case("linear columns", lambda x, l: l(x), lambda: nn.Linear(11, 6))
-case("tokens mixer", lambda x, n, l: (lambda t: l(n(t)).transpose(1, 2).reshape(2, 5, 9, 11))(x.permute(0, 2, 3, 1).reshape(2, -1, 4)),
-     lambda: nn.LayerNorm(4), lambda: nn.Linear(4, 5))  # fmt: skip
+case(
+    "tokens mixer",
+    lambda x, n, l: (lambda t: l(n(t)).transpose(1, 2).reshape(2, 5, 9, 11))(x.permute(0, 2, 3, 1).reshape(2, -1, 4)),
+    lambda: nn.LayerNorm(4),
+    lambda: nn.Linear(4, 5),
+)
 case("bilinear pairing", lambda x: torch.einsum("nchw,nchw->nhw", x, x.sin())[:, None])
 case("matmul 1x1", lambda x, l: torch.matmul(l.weight, x.flatten(2)).view(2, 3, 9, 11), lambda: nn.Linear(4, 3))
 

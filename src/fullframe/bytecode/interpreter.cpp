@@ -41,7 +41,7 @@ struct Slot {
     void *block;    // of our own
 };
 
-struct Tape {
+struct Frame {
     const int64_t *next;
     Slot *slots;
     const Library &library;
@@ -83,30 +83,30 @@ struct Tape {
 };
 
 // An argument as the library's dispatcher takes it, which it then owns.
-static bool argument(Tape &tape, uint64_t &value) {
-    const Library &library = tape.library;
-    const int64_t kind = tape.take();
+static bool argument(Frame &frame, uint64_t &value) {
+    const Library &library = frame.library;
+    const int64_t kind = frame.take();
     Handle made = nullptr;
     if (kind == PLAIN) {
-        value = (uint64_t)tape.take();
+        value = (uint64_t)frame.take();
         return true;
     }
     if (kind == OPTIONAL) {
         uint64_t *held = nullptr;
-        if (library.new_value(&held) || !argument(tape, *held)) return false;
+        if (library.new_value(&held) || !argument(frame, *held)) return false;
         value = (uint64_t)held;
         return true;
     }
-    if (kind == TENSOR) made = tape.view();
+    if (kind == TENSOR) made = frame.view();
     else if (kind == STRING) {
-        const char *text = (const char *)tape.take();
-        if (library.new_text(text, tape.take(), &made)) return false;
+        const char *text = (const char *)frame.take();
+        if (library.new_text(text, frame.take(), &made)) return false;
     } else {
-        const int64_t count = tape.take();
+        const int64_t count = frame.take();
         if (library.new_list(count, &made)) return false;
         for (int64_t k = 0; k < count; k++) {
             uint64_t part;
-            if (!argument(tape, part) || library.push(made, part)) return false;
+            if (!argument(frame, part) || library.push(made, part)) return false;
         }
     }
     value = (uint64_t)made;
@@ -114,44 +114,44 @@ static bool argument(Tape &tape, uint64_t &value) {
 }
 
 // An op by its name. What a call that fails has made so far is lost: it is not met, since the same call has gone well.
-static bool call(Tape &tape) {
-    const char *name = (const char *)tape.take(), *overload = (const char *)tape.take();
-    const int64_t count = tape.take();
+static bool call(Frame &frame) {
+    const char *name = (const char *)frame.take(), *overload = (const char *)frame.take();
+    const int64_t count = frame.take();
     uint64_t stack[16];
     for (int64_t k = 0; k < count; k++)
-        if (!argument(tape, stack[k])) return false;
-    if (tape.library.call(name, overload, stack)) return false;
+        if (!argument(frame, stack[k])) return false;
+    if (frame.library.call(name, overload, stack)) return false;
     bool good = true;
-    for (int64_t k = 0, results = tape.take(); k < results; k++) {
-        const int64_t slot = tape.take();
-        if (slot < 0) tape.library.remove((Handle)stack[k]);
-        else good &= tape.keep(slot, (Handle)stack[k]);
+    for (int64_t k = 0, results = frame.take(); k < results; k++) {
+        const int64_t slot = frame.take();
+        if (slot < 0) frame.library.remove((Handle)stack[k]);
+        else good &= frame.keep(slot, (Handle)stack[k]);
     }
     return good;
 }
 
 // A sum or difference, whose factor is a number of a kind that the dispatcher does not take.
-static bool plus(Tape &tape) {
-    const int64_t bits = tape.take();
+static bool plus(Frame &frame) {
+    const int64_t bits = frame.take();
     double factor;
     memcpy(&factor, &bits, 8);
-    Handle a = tape.view(), b = tape.view(), made = nullptr;
-    const bool good = a && b && !tape.library.add(a, b, factor, &made);
-    if (a) tape.library.remove(a);
-    if (b) tape.library.remove(b);
-    const int64_t slot = tape.take();
-    return good && tape.keep(slot, made);
+    Handle a = frame.view(), b = frame.view(), made = nullptr;
+    const bool good = a && b && !frame.library.add(a, b, factor, &made);
+    if (a) frame.library.remove(a);
+    if (b) frame.library.remove(b);
+    const int64_t slot = frame.take();
+    return good && frame.keep(slot, made);
 }
 
 // Calls a function for each run of elements: axes with the extent, and the strides in bytes of both arrays.
 template <typename F>
-static void walk(Tape &tape, F &&each) {
-    const int64_t rank = tape.take();
-    const int64_t *extent = tape.next, *to_step = extent + rank, *from_step = to_step + rank;
-    tape.next += 3 * rank;
-    char *to = tape.place();
-    const char *from = tape.place();
-    int64_t index[8] = {0};  // no tape has copies along more axes
+static void walk(Frame &frame, F &&each) {
+    const int64_t rank = frame.take();
+    const int64_t *extent = frame.next, *to_step = extent + rank, *from_step = to_step + rank;
+    frame.next += 3 * rank;
+    char *to = frame.place();
+    const char *from = frame.place();
+    int64_t index[8] = {0};  // no bytecode has copies along more axes
     for (int64_t axis = 0; axis >= 0;) {
         int64_t a = 0, b = 0;
         for (int64_t k = 0; k < rank - 1; k++) a += index[k] * to_step[k], b += index[k] * from_step[k];
@@ -161,9 +161,9 @@ static void walk(Tape &tape, F &&each) {
     }
 }
 
-static void copy(Tape &tape) {
-    const int64_t size = tape.take();
-    walk(tape, [size](char *to, const char *from, int64_t count, int64_t to_step, int64_t from_step) {
+static void copy(Frame &frame) {
+    const int64_t size = frame.take();
+    walk(frame, [size](char *to, const char *from, int64_t count, int64_t to_step, int64_t from_step) {
         if (to_step == size && from_step == size) memcpy(to, from, count * size);
         else for (int64_t k = 0; k < count; k++) memcpy(to + k * to_step, from + k * from_step, size);
     });
@@ -180,8 +180,8 @@ struct Half {  // bfloat16
 };
 
 template <typename T, typename U = T>
-static void add(Tape &tape) {
-    walk(tape, [](char *to, const char *from, int64_t count, int64_t to_step, int64_t from_step) {
+static void add(Frame &frame) {
+    walk(frame, [](char *to, const char *from, int64_t count, int64_t to_step, int64_t from_step) {
         if (to_step == sizeof(T) && from_step == sizeof(U))
             for (int64_t k = 0; k < count; k++) ((T *)to)[k] += (T)((const U *)from)[k];
         else
@@ -189,79 +189,79 @@ static void add(Tape &tape) {
     });
 }
 
-static bool kernel(Tape &tape) {
-    const Kernel run = (Kernel)tape.take();
-    const int64_t *geometry = (const int64_t *)tape.take();
-    const int64_t count = tape.take();
+static bool kernel(Frame &frame) {
+    const Kernel run = (Kernel)frame.take();
+    const int64_t *geometry = (const int64_t *)frame.take();
+    const int64_t count = frame.take();
     void *tensors[64];
-    for (int64_t k = 0; k < count; k++) tensors[k] = tape.place();
-    double *partials = tape.take() ? (double *)tape.place() : nullptr;
+    for (int64_t k = 0; k < count; k++) tensors[k] = frame.place();
+    double *partials = frame.take() ? (double *)frame.place() : nullptr;
     return !run(geometry, tensors, partials);
 }
 
-static bool own(Tape &tape) {
-    const Own run = (Own)tape.take();
-    const int64_t *words = (const int64_t *)tape.take();
-    const int64_t count = tape.take();
+static bool own(Frame &frame) {
+    const Own run = (Own)frame.take();
+    const int64_t *words = (const int64_t *)frame.take();
+    const int64_t count = frame.take();
     void *tensors[8] = {nullptr};
-    for (int64_t k = 0; k < count; k++) tensors[k] = tape.place();
+    for (int64_t k = 0; k < count; k++) tensors[k] = frame.place();
     return !run(words, tensors);
 }
 
-static bool step(Tape &tape, int64_t code) {
+static bool execute(Frame &frame, int64_t code) {
     switch (code) {
-    case KERNEL: return kernel(tape);
+    case KERNEL: return kernel(frame);
     case NEW: {
-        const int64_t slot = tape.take(), bytes = tape.take(), size = tape.take(), pattern = tape.take();
+        const int64_t slot = frame.take(), bytes = frame.take(), size = frame.take(), pattern = frame.take();
         void *block = nullptr;
         if (posix_memalign(&block, 64, bytes ? bytes : 1)) return false;
         if (size && !pattern) memset(block, 0, bytes);
         else if (size)
             for (int64_t k = 0; k < bytes; k += size) memcpy((char *)block + k, &pattern, size);
-        tape.slots[slot] = {(char *)block, nullptr, block};
+        frame.slots[slot] = {(char *)block, nullptr, block};
         return true;
     }
     case KEPT: {
-        const int64_t slot = tape.take();
-        tape.slots[slot] = {(char *)tape.take(), nullptr, nullptr};
+        const int64_t slot = frame.take();
+        frame.slots[slot] = {(char *)frame.take(), nullptr, nullptr};
         return true;
     }
-    case PLUS: return plus(tape);
-    case DROP: tape.drop(tape.slots[tape.take()]); return true;
-    case CALL: return call(tape);
-    case COPY: copy(tape); return true;
+    case PLUS: return plus(frame);
+    case DROP: frame.drop(frame.slots[frame.take()]); return true;
+    case CALL: return call(frame);
+    case COPY: copy(frame); return true;
     case ADD:
-        switch (tape.take()) {
-        case 0: add<float>(tape); return true;
-        case 1: add<double>(tape); return true;
-        case 2: add<int64_t>(tape); return true;
-        case 3: add<double, float>(tape); return true;
-        case 4: add<double, Half>(tape); return true;
+        switch (frame.take()) {
+        case 0: add<float>(frame); return true;
+        case 1: add<double>(frame); return true;
+        case 2: add<int64_t>(frame); return true;
+        case 3: add<double, float>(frame); return true;
+        case 4: add<double, Half>(frame); return true;
         }
         return false;
-    case OWN: return own(tape);
+    case OWN: return own(frame);
     }
     return false;
 }
 
 // Runs the instructions up to an end.
-static bool play(Tape &tape) {
-    for (int64_t code; (code = tape.take()) != END;) {
-        WATCH(tape.next - 1);
-        if (!step(tape, code)) return false;
+static bool interpret(Frame &frame) {
+    for (int64_t code; (code = frame.take()) != END;) {
+        WATCH(frame.next - 1);
+        if (!execute(frame, code)) return false;
     }
     return true;
 }
 
-// 0 where all was done; nothing of a tape that fails is kept.
-extern "C" int fullframe_tape(const int64_t *words, void *const *bases, int64_t count, int64_t slots,
+// 0 where all was done; nothing of bytecode that fails is kept.
+extern "C" int fullframe_interpret(const int64_t *words, void *const *bases, int64_t count, int64_t slots,
                               const Library *library) {
     Slot *all = (Slot *)calloc(slots ? slots : 1, sizeof(Slot));
     if (!all) return 1;
     for (int64_t k = 0; k < count; k++) all[k].at = (char *)bases[k];
-    Tape tape = {words, all, *library};
-    const bool good = play(tape);
-    for (int64_t k = count; k < slots; k++) tape.drop(all[k]);
+    Frame frame = {words, all, *library};
+    const bool good = interpret(frame);
+    for (int64_t k = count; k < slots; k++) frame.drop(all[k]);
     free(all);
     return !good;
 }

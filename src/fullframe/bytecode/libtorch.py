@@ -1,4 +1,4 @@
-"""The C++ that runs tapes, and the functions of PyTorch's library that it calls."""
+"""The C++ that runs bytecode, and the functions of PyTorch's library that it calls."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ FORMATS = {torch.strided: 0, torch.contiguous_format: 0, torch.preserve_format: 
 class Entries(NamedTuple):
     """The entries of the C++, and the ``library`` that each is given."""
 
-    tape: Callable[..., int]
-    flow_new: Callable[..., Any]
-    flow_run: Callable[..., int]
-    flow_fail: Callable[..., Any]
-    flow_delete: Callable[..., Any]
+    interpret: Callable[..., int]
+    scheduler_new: Callable[..., Any]
+    scheduler_run: Callable[..., int]
+    scheduler_fail: Callable[..., Any]
+    scheduler_delete: Callable[..., Any]
     library: Any
 
 
-def taping() -> bool:
-    """Whether tapes can be run: there is a compiler, and this PyTorch has the functions."""
+def bytecode_available() -> bool:
+    """Whether bytecode can be run: there is a compiler, and this PyTorch has the functions."""
     return entries() is not None
 
 
@@ -58,10 +58,10 @@ def entries() -> Entries | None:
         made = [compiler.load(source, f"fullframe_{name}") for name in Entries._fields[:-1]]
     except (compiler.BuildError, OSError, AttributeError):
         return None
-    tape, new, run, fail, delete = made
+    interpret, new, run, fail, delete = made
     new.restype = ctypes.c_void_p  # type: ignore[attr-defined]
     addresses = (ctypes.c_void_p * len(named))(*(ctypes.cast(f, ctypes.c_void_p) for f in named))
-    return Entries(tape, new, run, fail, delete, addresses)
+    return Entries(interpret, new, run, fail, delete, addresses)
 
 
 def _torch() -> ctypes.CDLL:

@@ -1,4 +1,4 @@
-"""A tape that is done, and its results."""
+"""Bytecode that is done, and its results."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Result(NamedTuple):
     start: int
 
 
-class Taped:
-    """A tape that is done. Threads may run it at the same time.
+class Bytecode:
+    """Bytecode that is done. Threads may run it at the same time.
 
     ``words`` are its instructions, and ``marks`` where in them its parts begin; ``slots`` counts its places, and
     ``nbytes`` those of its ``results``.
@@ -40,7 +40,7 @@ class Taped:
         small = made.numel() > SMALL
         places = (ctypes.c_void_p * (len(bases) + 1))(*bases, made.data_ptr())
         found = entries()
-        if found is None or found.tape(self.words, places, len(places), self.slots, found.library):
+        if found is None or found.interpret(self.words, places, len(places), self.slots, found.library):
             return None
         # Small ones wait to be added up, and would keep the memory of large ones beside them.
         return [t.clone() if small and t.numel() <= SMALL else t for t in self.views(made)]

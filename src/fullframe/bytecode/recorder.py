@@ -1,10 +1,10 @@
 """The work on a tile as one call: what ATen and the kernels did once, written down and run again without Python.
 
-While a tile runs in Python, a `Tape` notes the kernels and the ATen calls: padding, copies and sums of two windows,
-which are loops of our own, and any op that makes new tensors of tensors or changes its first one, for which the
-library's dispatcher is asked. Views are places in memory by then, and nothing else of Python is left; so the tape
-runs outside of Python's lock. A tile with any other call (one that draws, or whose numbers the dispatcher does not
-take) is refused, and goes on in Python. What is called, and with which numbers, is the same.
+While a tile runs in Python, a `Recorder` notes the kernels and the ATen calls: padding, copies and sums of two
+windows, which are loops of our own, and any op that makes new tensors of tensors or changes its first one, for which
+the library's dispatcher is asked. Views are places in memory by then, and nothing else of Python is left; so the
+bytecode runs outside of Python's lock. A tile with any other call (one that draws, or whose numbers the dispatcher
+does not take) is refused, and goes on in Python. What is called, and with which numbers, is the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 from fullframe.bytecode.libtorch import FORMATS, codes
-from fullframe.bytecode.program import Result, Taped
+from fullframe.bytecode.program import Bytecode, Result
 from fullframe.codegen.group import Call
 from fullframe.codegen.kernel import HostCall, Kernel, Plain
 from fullframe.codegen.loop_layout import contiguous, merged
@@ -42,14 +42,14 @@ ADDED = ((F32, F32), (F64, F64), (I64, I64), (F64, F32), (F64, torch.bfloat16)) 
 _CURRENT = local()
 
 
-class Tape(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Notes what is done to some arrays, the ``bases``; ``refused`` says what it has no word for.
 
-    Each begins so many bytes (``starts``) behind where it is when the tape runs. The last ``owned`` are blocks that
-    the tape gives back when nothing reads them any more.
+    Each begins so many bytes (``starts``) behind where it is when the bytecode runs. The last ``owned`` are blocks
+    that the bytecode gives back when nothing reads them any more.
 
-    Threads may record at the same time: a tape is put on its thread's stack of modes, and not announced to the whole
-    process, as a mode that is entered in torch's own way is; nobody who would ask for it runs inside.
+    Threads may record at the same time: bytecode is put on its thread's stack of modes, and not announced to the
+    whole process, as a mode that is entered in torch's own way is; nobody who would ask for it runs inside.
     """
 
     supports_higher_order_operators = True  # which have no instruction
@@ -76,16 +76,16 @@ class Tape(TorchDispatchMode):
             self._origin[k] = tensor.data_ptr() - (starts[k] if starts else 0)
 
     def mark(self) -> None:
-        """Let what follows be another part of the tape."""
+        """Let what follows be another part of the bytecode."""
         self._marks.append(len(self._work))
 
     def __enter__(self) -> Any:
-        _CURRENT.tape = self
+        _CURRENT.recorder = self
         _push_mode(self)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        _CURRENT.tape = None
+        _CURRENT.recorder = None
         _pop_mode()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -143,15 +143,15 @@ class Tape(TorchDispatchMode):
 
     @contextmanager
     def _unless_refused(self) -> Iterator[None]:
-        """Inside, what has no instruction refuses the tape; so does a call in another way than it is known, since the
-        call itself has gone well."""
+        """Inside, what has no instruction refuses the bytecode; so does a call in another way than it is known, since
+        the call itself has gone well."""
         try:
             yield
         except Exception as error:
             self.refused = self.refused or str(error) or repr(error)
 
-    def finish(self, made: Sequence[torch.Tensor]) -> Taped | None:
-        """The tape, with these partial results to be handed out; None where it was refused."""
+    def finish(self, made: Sequence[torch.Tensor]) -> Bytecode | None:
+        """The bytecode, with these partial results to be handed out; None where it was refused."""
         results: list[Result] = []
         with self._unless_refused():
             results = [self._result(m) for m in made]
@@ -168,7 +168,7 @@ class Tape(TorchDispatchMode):
                 words += self._work[k]
                 for slot in dict.fromkeys(self._used[k]):
                     words += (DROP, slot) if last[slot] == k and self._gives_back(slot) else ()
-        return Taped([*words, END], marks, self._slots, self._size, results, self._held)
+        return Bytecode([*words, END], marks, self._slots, self._size, results, self._held)
 
     def _gives_back(self, slot: int) -> bool:
         return slot > self._results or self._first <= slot < self._results
@@ -212,7 +212,7 @@ class Tape(TorchDispatchMode):
         self._add([NEW, slot, made.untyped_storage().nbytes(), size, pattern], [slot])
 
     def _constant(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor that is the same whenever the tape runs."""
+        """A tensor that is the same whenever the bytecode runs."""
         slot = self._make(tensor)
         self._held.append(tensor)
         self._constants.add(slot)
@@ -451,34 +451,34 @@ def _text(text: str) -> int:
 
 
 CALLS: dict[Any, Callable[..., None]] = {
-    ATEN.full.default: Tape._full,
-    ATEN.full_like.default: Tape._full,
-    ATEN.new_full.default: lambda tape, made, _, *shape_and_value, **__: tape._full(made, *shape_and_value),
-    ATEN.add.Tensor: Tape._plus,
-    ATEN.sub.Tensor: Tape._minus,
-    ATEN.constant_pad_nd.default: Tape._pad,
-    ATEN.cat.default: Tape._cat,
-    ATEN.clone.default: Tape._clone,
-    ATEN.copy_.default: Tape._copy,
-    ATEN.add_.Tensor: Tape._sum,
+    ATEN.full.default: Recorder._full,
+    ATEN.full_like.default: Recorder._full,
+    ATEN.new_full.default: lambda recorder, made, _, *shape_and_value, **__: recorder._full(made, *shape_and_value),
+    ATEN.add.Tensor: Recorder._plus,
+    ATEN.sub.Tensor: Recorder._minus,
+    ATEN.constant_pad_nd.default: Recorder._pad,
+    ATEN.cat.default: Recorder._cat,
+    ATEN.clone.default: Recorder._clone,
+    ATEN.copy_.default: Recorder._copy,
+    ATEN.add_.Tensor: Recorder._sum,
 }
 
 
 def run(kernel: Kernel | Plain, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
-    """Run a kernel without sums; it goes on the tape that is being written."""
+    """Run a kernel without sums; it is added to the bytecode that is being recorded."""
     if isinstance(kernel, Plain):
         kernel.run(operands, outputs)
         return
-    call, tensors, tape = kernel.call(operands, outputs), [*operands, *outputs], current()
+    call, tensors, recorder = kernel.call(operands, outputs), [*operands, *outputs], current()
     places = [t.data_ptr() for t in tensors]
     call(places)
-    if tape is not None:
-        tape.kernel(call, tensors, places, (), ())
+    if recorder is not None:
+        recorder.kernel(call, tensors, places, (), ())
 
 
-def current() -> Tape | None:
-    """The tape of this thread that is being written."""
-    return getattr(_CURRENT, "tape", None)
+def current() -> Recorder | None:
+    """The recorder of this thread."""
+    return getattr(_CURRENT, "recorder", None)
 
 
 def _memory(tensor: torch.Tensor) -> int:

@@ -1,8 +1,8 @@
 
-// Many tapes as one call: the tiles of a range of steps, several steps in flight, and what adds up their results.
+// The bytecode of many tiles as one call: the tiles of a range of stages, several stages in flight, and what adds up their results.
 //
-// Every thread that helps calls `fullframe_flow_run`. A step without tapes is the caller's to make, by its functions;
-// so is a tile whose tape fails. What each sum adds up, and in which order, does not depend on the threads.
+// Every thread that helps calls `fullframe_scheduler_run`. A stage without bytecode is the caller's to make, by its functions;
+// so is a tile whose bytecode fails. What each sum adds up, and in which order, does not depend on the threads.
 
 #include <atomic>
 #include <chrono>
@@ -11,29 +11,29 @@
 #include <mutex>
 #include <vector>
 
-struct Track {  // a tape: its instructions, which arrays of the table it is given, its places, and its results
+struct BoundBytecode {  // bytecode: its instructions, which arrays of the table it is given, its places, and its results
     const int64_t *words, *bases;
     int64_t count, slots, bytes;
 };
 
-struct Stage {  // a step: those it waits for, its tiles, and what adds up their results, from a mark for each on
+struct Stage {  // a stage: those it waits for, its tiles, and what adds up their results, from a mark for each on
     const int64_t *before;
     int64_t waits, tiles, flags;
-    const Track *tracks, *after;
+    const BoundBytecode *bound, *after;
     const int64_t *marks;
 };
 
-enum Flag { ROOM = 1, FREES = 2, WIDE = 4 };
+enum Flag { ROOM = 1, FREES = 2, MULTI_THREADED = 4 };
 
 // Of the caller: each says by its last argument that it came to its end, and was not left by an exception.
 struct Calls {
-    void (*begin)(int64_t step, int64_t *done);
-    void (*tile)(int64_t step, int64_t tile, void *results, int64_t *done);
-    void (*add)(int64_t step, int64_t tile, int64_t *done);
-    void (*end)(int64_t step, int64_t *done);
-    void (*free)(int64_t step, int64_t *done);
-    void (*wide)(int64_t on, int64_t *done);
-    void (*look)(int64_t *done);
+    void (*begin)(int64_t stage, int64_t *done);
+    void (*tile)(int64_t stage, int64_t tile, void *results, int64_t *done);
+    void (*add)(int64_t stage, int64_t tile, int64_t *done);
+    void (*end)(int64_t stage, int64_t *done);
+    void (*free)(int64_t stage, int64_t *done);
+    void (*multi_threaded)(int64_t on, int64_t *done);
+    void (*poll)(int64_t *done);
 };
 
 template <typename... A, typename... B> static bool ask(void (*call)(A...), B... given) {
@@ -42,7 +42,7 @@ template <typename... A, typename... B> static bool ask(void (*call)(A...), B...
     return done == 1;
 }
 
-struct Open {  // a step in work: tiles given away, tiles not done, and the first whose result is not added yet
+struct OpenStage {  // a stage in work: tiles given away, tiles not done, and the first whose result is not added yet
     int64_t number, given = 0, left;
     std::atomic<int64_t> next{0};
     std::vector<char> ready;
@@ -54,15 +54,15 @@ struct Open {  // a step in work: tiles given away, tiles not done, and the firs
 typedef std::chrono::steady_clock Clock;
 static const auto PATIENCE = std::chrono::milliseconds(50);
 
-struct Flow {
-    const Stage *stages;  // of step `start` on
-    int64_t start, stop, ahead, most;
+struct Scheduler {
+    const Stage *stages;  // of stage `start` on
+    int64_t start, stop, max_in_flight, most;
     void *const *table;
     const Library &library;
     Calls calls;
     int64_t base;
     std::vector<char> done;
-    std::vector<std::unique_ptr<Open>> open;
+    std::vector<std::unique_ptr<OpenStage>> open;
     std::mutex lock;
     std::condition_variable changed;
     int64_t idle = 0;
@@ -71,8 +71,8 @@ struct Flow {
 
     const Stage &stage(int64_t number) const { return stages[number - start]; }
 
-    ~Flow() {
-        for (auto &step : open) close(*step);
+    ~Scheduler() {
+        for (auto &opened : open) close(*opened);
     }
 
     // All below here with the lock held, unless said otherwise ------------------------------------
@@ -83,14 +83,14 @@ struct Flow {
     }
 
     bool begin() {
-        for (int64_t k = base; k < stop && k < base + ahead; k++) {
+        for (int64_t k = base; k < stop && k < base + max_in_flight; k++) {
             const Stage &s = stage(k);
             bool waits = done[k - start];
-            for (auto &step : open) waits |= step->number == k;
+            for (auto &opened : open) waits |= opened->number == k;
             for (int64_t j = 0; j < s.waits && !waits; j++) waits = s.before[j] >= base && !done[s.before[j] - start];
             if (waits) continue;
-            if ((!s.tracks || s.flags & ROOM) && !ask(calls.begin, k)) return false;
-            std::unique_ptr<Open> made(new Open);
+            if ((!s.bound || s.flags & ROOM) && !ask(calls.begin, k)) return false;
+            std::unique_ptr<OpenStage> made(new OpenStage);
             made->number = k;
             made->left = s.tiles;
             made->ready.resize(s.tiles);
@@ -104,45 +104,45 @@ struct Flow {
         return true;
     }
 
-    bool may(const Open &step, bool own) const {
-        const Stage &s = stage(step.number);
-        return step.given < s.tiles && (own || !(s.flags & WIDE)) && step.given - step.next < most;
+    bool may(const OpenStage &opened, bool own) const {
+        const Stage &s = stage(opened.number);
+        return opened.given < s.tiles && (own || !(s.flags & MULTI_THREADED)) && opened.given - opened.next < most;
     }
 
-    Open *pick(bool own, int64_t &tile) {
-        for (auto &step : open)
-            if (may(*step, own)) {
-                tile = step->given++;
-                return step.get();
+    OpenStage *pick(bool own, int64_t &tile) {
+        for (auto &opened : open)
+            if (may(*opened, own)) {
+                tile = opened->given++;
+                return opened.get();
             }
         return nullptr;
     }
 
     // Whether any thread may begin a tile.
     bool more() const {
-        for (auto &step : open)
-            if (may(*step, false)) return true;
+        for (auto &opened : open)
+            if (may(*opened, false)) return true;
         return false;
     }
 
     // Wake threads if there is more to do than the thread that asks will do itself.
     void wake() {
         int64_t more = -1;
-        bool wide = base >= stop;
-        for (auto &step : open) {
-            const int64_t tiles = stage(step->number).tiles - step->given;
+        bool multi_threaded = base >= stop;
+        for (auto &opened : open) {
+            const int64_t tiles = stage(opened->number).tiles - opened->given;
             more += tiles;
-            wide |= tiles && stage(step->number).flags & WIDE;
+            multi_threaded |= tiles && stage(opened->number).flags & MULTI_THREADED;
         }
-        if (wide) changed.notify_all();
+        if (multi_threaded) changed.notify_all();
         else for (; more > 0 && idle; more--) changed.notify_one();
     }
 
-    bool finish(Open *step) {
-        close(*step);
-        const int64_t number = step->number;
+    bool finish(OpenStage *opened) {
+        close(*opened);
+        const int64_t number = opened->number;
         for (auto at = open.begin(); at != open.end(); ++at)
-            if (at->get() == step) {
+            if (at->get() == opened) {
                 open.erase(at);
                 break;
             }
@@ -152,13 +152,13 @@ struct Flow {
         return begin();
     }
 
-    void close(Open &step) {
-        for (Slot &slot : step.slots) {
+    void close(OpenStage &opened) {
+        for (Slot &slot : opened.slots) {
             if (slot.handle) library.remove(slot.handle);
             ::free(slot.block);
             slot = {nullptr, nullptr, nullptr};
         }
-        for (void *&block : step.blocks) {
+        for (void *&block : opened.blocks) {
             ::free(block);
             block = nullptr;
         }
@@ -166,54 +166,54 @@ struct Flow {
 
     // Without the lock ----------------------------------------------------------------------------
 
-    bool play_tile(const Track &track, void *block) {
-        std::vector<Slot> slots(track.slots + 1);
-        for (int64_t k = 0; k < track.count; k++) slots[k].at = (char *)table[track.bases[k]];
-        slots[track.count].at = (char *)block;
-        Tape tape = {track.words, slots.data(), library};
-        const bool good = play(tape);
-        for (int64_t k = track.count + 1; k < track.slots; k++) tape.drop(slots[k]);
+    bool run_tile(const BoundBytecode &bound, void *block) {
+        std::vector<Slot> slots(bound.slots + 1);
+        for (int64_t k = 0; k < bound.count; k++) slots[k].at = (char *)table[bound.bases[k]];
+        slots[bound.count].at = (char *)block;
+        Frame frame = {bound.words, slots.data(), library};
+        const bool good = interpret(frame);
+        for (int64_t k = bound.count + 1; k < bound.slots; k++) frame.drop(slots[k]);
         return good;
     }
 
-    bool make(Open &step, int64_t tile) {
-        const Stage &s = stage(step.number);
-        if (!s.tracks) return ask(calls.tile, step.number, tile, (void *)nullptr);
-        const Track &track = s.tracks[tile];
+    bool make(OpenStage &opened, int64_t tile) {
+        const Stage &s = stage(opened.number);
+        if (!s.bound) return ask(calls.tile, opened.number, tile, (void *)nullptr);
+        const BoundBytecode &bound = s.bound[tile];
         void *block = nullptr;
-        if (track.bytes) {
-            if (posix_memalign(&block, 64, track.bytes)) {
+        if (bound.bytes) {
+            if (posix_memalign(&block, 64, bound.bytes)) {
                 short_of_memory = true;
                 return false;
             }
-            memset(block, 0, track.bytes);
+            memset(block, 0, bound.bytes);
         }
-        step.blocks[tile] = block;
-        return play_tile(track, block) || ask(calls.tile, step.number, tile, block);
+        opened.blocks[tile] = block;
+        return run_tile(bound, block) || ask(calls.tile, opened.number, tile, block);
     }
 
     // Add up results in the order of their tiles, whichever comes first; whether it went well, and was the last.
-    bool put(Open &step, int64_t tile, bool &last) {
-        const Stage &s = stage(step.number);
-        std::lock_guard<std::mutex> held(step.lock);
-        step.ready[tile] = 1;
-        for (; step.next < s.tiles && step.ready[step.next]; step.next++) {
-            const int64_t k = step.next;
-            if (!s.tracks) {
-                if (!ask(calls.add, step.number, k)) return false;
+    bool put(OpenStage &opened, int64_t tile, bool &last) {
+        const Stage &s = stage(opened.number);
+        std::lock_guard<std::mutex> held(opened.lock);
+        opened.ready[tile] = 1;
+        for (; opened.next < s.tiles && opened.ready[opened.next]; opened.next++) {
+            const int64_t k = opened.next;
+            if (!s.bound) {
+                if (!ask(calls.add, opened.number, k)) return false;
             } else if (s.after) {
-                Slot &slot = step.slots[s.after->count + k];
-                slot = {(char *)step.blocks[k], nullptr, step.blocks[k]};
-                step.blocks[k] = nullptr;
-                Tape tape = {s.after->words + s.marks[k], step.slots.data(), library};
-                if (!play(tape)) {
+                Slot &slot = opened.slots[s.after->count + k];
+                slot = {(char *)opened.blocks[k], nullptr, opened.blocks[k]};
+                opened.blocks[k] = nullptr;
+                Frame frame = {s.after->words + s.marks[k], opened.slots.data(), library};
+                if (!interpret(frame)) {
                     short_of_memory = true;
                     return false;
                 }
             }
         }
-        last = !--step.left;
-        return !last || s.tracks || ask(calls.end, step.number);
+        last = !--opened.left;
+        return !last || s.bound || ask(calls.end, opened.number);
     }
 
     int run(bool own) {
@@ -222,15 +222,15 @@ struct Flow {
         while (!failed && base < stop) {
             if (own && Clock::now() - seen > PATIENCE) {  // let the caller see what came meanwhile
                 held.unlock();
-                const bool good = ask(calls.look);
+                const bool good = ask(calls.poll);
                 held.lock();
                 if (!good) fail();
                 seen = Clock::now();
                 continue;
             }
             int64_t tile;
-            Open *step = pick(own, tile);
-            if (!step) {
+            OpenStage *opened = pick(own, tile);
+            if (!opened) {
                 WATCH(nullptr);
                 idle++;
                 if (own) changed.wait_for(held, PATIENCE);
@@ -238,13 +238,13 @@ struct Flow {
                 idle--;
                 continue;
             }
-            const bool wide = own && stage(step->number).flags & WIDE;
+            const bool multi_threaded = own && stage(opened->number).flags & MULTI_THREADED;
             held.unlock();
-            bool last = false, good = (!wide || ask(calls.wide, 1)) && make(*step, tile);
-            if (wide && !ask(calls.wide, 0)) good = false;
-            good = good && put(*step, tile, last);
+            bool last = false, good = (!multi_threaded || ask(calls.multi_threaded, 1)) && make(*opened, tile);
+            if (multi_threaded && !ask(calls.multi_threaded, 0)) good = false;
+            good = good && put(*opened, tile, last);
             held.lock();
-            if (!good || (last && !finish(step))) fail();
+            if (!good || (last && !finish(opened))) fail();
             else if (last) wake();
             else if (idle && more()) changed.notify_one();  // it may have waited for this result
         }
@@ -252,37 +252,37 @@ struct Flow {
     }
 };
 
-extern "C" void *fullframe_flow_new(const Stage *stages, int64_t start, int64_t stop, int64_t ahead, int64_t most,
+extern "C" void *fullframe_scheduler_new(const Stage *stages, int64_t start, int64_t stop, int64_t max_in_flight, int64_t most,
                                     void *const *table, const Library *library, const Calls *calls) {
-    std::unique_ptr<Flow> flow;
+    std::unique_ptr<Scheduler> scheduler;
     try {
-        flow.reset(new Flow{stages, start, stop, ahead, most, table, *library, *calls, start});
-        flow->done.resize(stop - start);
-        std::lock_guard<std::mutex> held(flow->lock);
-        if (!flow->begin()) flow->fail();
+        scheduler.reset(new Scheduler{stages, start, stop, max_in_flight, most, table, *library, *calls, start});
+        scheduler->done.resize(stop - start);
+        std::lock_guard<std::mutex> held(scheduler->lock);
+        if (!scheduler->begin()) scheduler->fail();
     } catch (const std::bad_alloc &) {
         return nullptr;
     }
-    return flow.release();
+    return scheduler.release();
 }
 
 // 0 where all was done, 2 where there was no memory; else a function of the caller's has failed, or it called
-// `fullframe_flow_fail`.
-extern "C" int fullframe_flow_run(Flow *flow, int64_t own) {
+// `fullframe_scheduler_fail`.
+extern "C" int fullframe_scheduler_run(Scheduler *scheduler, int64_t own) {
     try {
-        return flow->run(own);
+        return scheduler->run(own);
     } catch (const std::bad_alloc &) {
-        flow->short_of_memory = true;
-        std::lock_guard<std::mutex> held(flow->lock);
-        flow->fail();
+        scheduler->short_of_memory = true;
+        std::lock_guard<std::mutex> held(scheduler->lock);
+        scheduler->fail();
         return 2;
     }
 }
 
 // Let no thread begin another tile.
-extern "C" void fullframe_flow_fail(Flow *flow) {
-    std::lock_guard<std::mutex> held(flow->lock);
-    flow->fail();
+extern "C" void fullframe_scheduler_fail(Scheduler *scheduler) {
+    std::lock_guard<std::mutex> held(scheduler->lock);
+    scheduler->fail();
 }
 
-extern "C" void fullframe_flow_delete(Flow *flow) { delete flow; }
+extern "C" void fullframe_scheduler_delete(Scheduler *scheduler) { delete scheduler; }

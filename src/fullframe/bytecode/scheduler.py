@@ -1,4 +1,4 @@
-"""Ranges of steps whose tiles are on tape, for the C++ that plays them with several threads (scheduler.cpp)."""
+"""Ranges of stages whose tiles are in bytecode, for the C++ that replays them with several threads (scheduler.cpp)."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from fullframe.bytecode.libtorch import entries
-from fullframe.bytecode.program import Taped
+from fullframe.bytecode.program import Bytecode
 
-ROOM, FREES, WIDE = 1, 2, 4
+ROOM, FREES, MULTI_THREADED = 1, 2, 4
 
 
-class Track(NamedTuple):
-    """A tape, and which addresses of a table it is given."""
+class BoundBytecode(NamedTuple):
+    """Bytecode, and which addresses of a table it is given."""
 
-    tape: Taped
+    bytecode: Bytecode
     bases: Sequence[int]
 
 
-class Stage(NamedTuple):
-    """A step: those it waits for, its tiles, whether the caller has to find ``room`` when it begins and has something
-    to free after it, and whether only the owner's thread makes it (``wide``).
+class NativeStage(NamedTuple):
+    """A stage: those it waits for, its tiles, whether the caller has to find ``room`` when it begins and has
+    something to free after it, and whether only the owner's thread makes it (``multi_threaded``).
 
-    ``tracks`` are its tiles' tapes, and ``after`` adds up their results, with a part for each; a step without them
+    ``bound`` are its tiles' bytecode, and ``after`` adds up their results, with a part for each; a stage without them
     is made by the caller.
     """
 
@@ -32,23 +32,23 @@ class Stage(NamedTuple):
     tiles: int
     room: bool
     frees: bool
-    wide: bool
-    tracks: Sequence[Track] = ()
-    after: Track | None = None
+    multi_threaded: bool
+    bound: Sequence[BoundBytecode] = ()
+    after: BoundBytecode | None = None
 
 
-class Stages:
+class NativeStages:
     """Stages as the C++ takes them."""
 
-    def __init__(self, stages: Sequence[Stage]):
+    def __init__(self, stages: Sequence[NativeStage]):
         self.list = list(stages)
         self._held: list[Any] = []
         words: list[int] = []
         for s in stages:
-            flags = ROOM * s.room + FREES * s.frees + WIDE * s.wide
+            flags = ROOM * s.room + FREES * s.frees + MULTI_THREADED * s.multi_threaded
             words += (self._array(s.before), len(s.before), s.tiles, flags)
-            words += (self._tracks(s.tracks), self._tracks([s.after] if s.after else []))
-            words.append(self._array(s.after.tape.marks if s.after else ()))
+            words += (self._bound(s.bound), self._bound([s.after] if s.after else []))
+            words.append(self._array(s.after.bytecode.marks if s.after else ()))
         self.words = (ctypes.c_int64 * len(words))(*words)
 
     def _array(self, numbers: Sequence[int]) -> int:
@@ -57,23 +57,29 @@ class Stages:
         self._held.append((ctypes.c_int64 * len(numbers))(*numbers))
         return ctypes.addressof(self._held[-1])
 
-    def _tracks(self, tracks: Sequence[Track]) -> int:
+    def _bound(self, bound: Sequence[BoundBytecode]) -> int:
         words: list[int] = []
-        for tape, bases in tracks:
-            words += (ctypes.addressof(tape.words), self._array(bases), len(bases), tape.slots, tape.nbytes)
+        for bytecode, bases in bound:
+            words += (
+                ctypes.addressof(bytecode.words),
+                self._array(bases),
+                len(bases),
+                bytecode.slots,
+                bytecode.nbytes,
+            )
         return self._array(words)
 
 
-class NativeFlow:
+class NativeScheduler:
     """Stages in work. Threads call `run`, one of them as the owner.
 
-    ``calls`` are begin(step), tile(step, tile, address of its results), add(step, tile), end(step), free(step),
+    ``calls`` are begin(stage), tile(stage, tile, address of its results), add(stage, tile), end(stage), free(stage),
     wide(on) and look(). What one raises is the first of the ``errors``.
     """
 
     COUNTS = (1, 3, 2, 1, 1, 1, 0)  # numbers of arguments
 
-    def __init__(self, stages: Stages, steps: range, ahead: int, most: int, table: Any,
+    def __init__(self, stages: NativeStages, stage_range: range, max_in_flight: int, most: int, table: Any,
                  calls: Sequence[Callable[..., None]]):  # fmt: skip
         found = entries()
         assert found is not None
@@ -82,12 +88,14 @@ class NativeFlow:
         self._inside, self._closed, self._changed = 0, False, threading.Condition()
         self.errors: list[BaseException] = []
         made = [self._guarded(call, n) for call, n in zip(calls, self.COUNTS, strict=True)]
-        # Not by ctypes.cast, which makes a function hold itself, and with it all that a step had.
+        # Not by ctypes.cast, which makes a function hold itself, and with it all that a stage had.
         addresses = (ctypes.c_void_p * len(made))(*(ctypes.c_void_p.from_buffer(f).value for f in made))
         self._held: Any = (stages, table, made, addresses)
-        numbers = (ctypes.c_int64(n) for n in (steps.start, steps.stop, ahead, most))
-        self._flow = ctypes.c_void_p(found.flow_new(stages.words, *numbers, table, found.library, addresses))
-        if not self._flow:
+        numbers = (ctypes.c_int64(n) for n in (stage_range.start, stage_range.stop, max_in_flight, most))
+        self._scheduler = ctypes.c_void_p(
+            found.scheduler_new(stages.words, *numbers, table, found.library, addresses)
+        )
+        if not self._scheduler:
             raise MemoryError("no memory to begin the steps of a tiled call")
 
     def _guarded(self, call: Callable[..., None], count: int) -> Any:
@@ -111,7 +119,7 @@ class NativeFlow:
                 return
             self._inside += 1
         try:
-            failed = self._entries.flow_run(self._flow, ctypes.c_int64(own))
+            failed = self._entries.scheduler_run(self._scheduler, ctypes.c_int64(own))
             self.failed = max(self.failed, failed)
         finally:
             with self._changed:
@@ -129,12 +137,12 @@ class NativeFlow:
 
     def fail(self) -> None:
         """Let no thread begin another tile."""
-        self._entries.flow_fail(self._flow)
+        self._entries.scheduler_fail(self._scheduler)
 
     def close(self) -> None:
         """Give back its memory, when no thread is in `run` any more."""
         with self._changed:
             self._closed = True
             self._changed.wait_for(lambda: not self._inside)
-        self._entries.flow_delete(self._flow)
+        self._entries.scheduler_delete(self._scheduler)
         self._held = None  # the calls hold what holds this

@@ -90,41 +90,41 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     As `torch.compiler.disable` does, which would load the compiler, some seconds' work, to say so beforehand.
     """
-    apart: list[Callable[..., Any]] = []
+    disabled: list[Callable[..., Any]] = []
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
-        if not apart:
+        if not disabled:
             if "torch._dynamo" not in sys.modules:
                 return function(*args, **kwargs)
-            apart.append(torch.compiler.disable(function))
-        return apart[0](*args, **kwargs)
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
 
     vars(called)["_torchdynamo_disable"] = True
     return called
 
 
-class Flight(bytearray):
+class PendingBackward(bytearray):
     """What a forward leaves for its backward, which finds it by the number in a tensor that autograd saves.
 
     So the caller's hooks on saved tensors have their say: where they make the forward again, the number that comes
     back is that of the second one. The tensor looks into this memory and keeps it alive.
     """
 
-    def __new__(cls, load: Any) -> Flight:
+    def __new__(cls, load: Any) -> PendingBackward:
         return super().__new__(cls)
 
     def __init__(self, load: Any):
         number = next(_NUMBERS)
         super().__init__(number.to_bytes(8, "little"))
         self.load = load
-        _FLIGHTS[number] = self
+        _PENDING[number] = self
 
     def token(self) -> torch.Tensor:
         """The tensor to save."""
         return torch.frombuffer(self, dtype=torch.int64)
 
-    def own(self) -> Flight | None:
+    def own(self) -> PendingBackward | None:
         """For the forward's own node to keep; nothing inside of torch's checkpoint, which makes the forward again."""
         hooks = _autograd._top_saved_tensors_default_hooks(True)
         again = hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
@@ -132,9 +132,9 @@ class Flight(bytearray):
 
 
 _NUMBERS = itertools.count(1)
-_FLIGHTS: weakref.WeakValueDictionary[int, Flight] = weakref.WeakValueDictionary()
+_PENDING: weakref.WeakValueDictionary[int, PendingBackward] = weakref.WeakValueDictionary()
 
 
-def landing(token: torch.Tensor, own: Flight | None) -> Flight | None:
+def find_pending(token: torch.Tensor, own: PendingBackward | None) -> PendingBackward | None:
     """The flight of a token that autograd kept; the node's own where hooks have made something else of it."""
-    return _FLIGHTS.get(int(token)) or own
+    return _PENDING.get(int(token)) or own

@@ -62,40 +62,40 @@ LARGEST_MASK = 1 << 20  # the same where they are true or false
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class BufferSource:
     """A tensor of the call whose numbers may be read: its number and name, and what stands for it."""
 
     number: int
     name: str
     tensor: torch.Tensor
-    stand_in: torch.Tensor
+    placeholder: torch.Tensor
 
 
-class Known:
+class ConstantTracker:
     """The tensors with twins, by identity; they are kept alive so that no other takes their place.
 
     ``sources`` are tensors of the call that may have a twin; ``read`` are which of them had their numbers read.
     """
 
-    def __init__(self, sources: Iterable[Source] = ()) -> None:
+    def __init__(self, sources: Iterable[BufferSource] = ()) -> None:
         self.twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.origins: dict[int, frozenset[int]] = {}
-        self.sources: dict[int, Source] = {}
+        self.sources: dict[int, BufferSource] = {}
         for source in sources:
-            if isinstance(source.stand_in, FunctionalTensor):
-                self.sources[id(source.stand_in)] = self.sources[id(source.stand_in.elem)] = source
+            if isinstance(source.placeholder, FunctionalTensor):
+                self.sources[id(source.placeholder)] = self.sources[id(source.placeholder.elem)] = source
         self.read: set[int] = set()
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
         return id(tensor) in self.twins
 
-    def adopt(self, stand_in: torch.Tensor, name: str) -> bool:
-        """Give the stand-in of one of the call's tensors a twin, if a function of this name could use it."""
-        if id(stand_in) not in self.sources or name not in PURE | IN_PLACE | READERS | SHAPED:
+    def adopt(self, placeholder: torch.Tensor, name: str) -> bool:
+        """Give the placeholder of one of the call's tensors a twin, if a function of this name could use it."""
+        if id(placeholder) not in self.sources or name not in PURE | IN_PLACE | READERS | SHAPED:
             return False
-        source = self.sources[id(stand_in)]
+        source = self.sources[id(placeholder)]
         path, tensor = source.name, source.tensor
-        inner: Any = source.stand_in
+        inner: Any = source.placeholder
         if torch._functionalize_has_data_mutation(inner.elem):  # pyright: ignore[reportAttributeAccessIssue]
             return False
         if not _small(tensor):
@@ -107,7 +107,7 @@ class Known:
                 )
             return False
         with _disable_current_modes():
-            self._pair(source.stand_in, tensor.detach().clone(), frozenset((source.number,)))
+            self._pair(source.placeholder, tensor.detach().clone(), frozenset((source.number,)))
         return True
 
     def call(self, func: Callable[..., Any], args: Any, kwargs: Any, strangers: bool) -> Any:

@@ -1,7 +1,7 @@
 """Watches a step while it is recorded: which module is at work, and which tensors it touches.
 
 Code reaches tensors in many ways: parameters, attributes, closures, globals. Whatever the way,
-a tensor that is an input of the recording is replaced by its recorded stand-in as it enters an
+a tensor that is an input of the recording is replaced by its recorded placeholder as it enters an
 operation, so that its number is never frozen and its gradient never lost.
 """
 
@@ -20,8 +20,8 @@ from torch.fx import traceback as fx_traceback
 from torch.nn.modules._functions import CrossMapLRN2d
 from torch.overrides import TorchFunctionMode
 
-from fullframe.capture.constants import INDEXING, MAKERS, READERS, Known, Source
-from fullframe.capture.questions import place, recorded
+from fullframe.capture.conditions import location, recorded
+from fullframe.capture.constants import INDEXING, MAKERS, READERS, BufferSource, ConstantTracker
 from fullframe.capture.rng_state import States
 from fullframe.capture.subclasses import Shadows
 from fullframe.capture.threads import replaced
@@ -48,18 +48,18 @@ def _laid_out(made: torch.Tensor) -> torch.Tensor:
     return made if made.is_contiguous(memory_format=packed) else made.contiguous()
 
 
-class Watch(TorchFunctionMode):
-    """``replacing`` swaps tensors for their stand-ins; ``paths`` follows the modules at work."""
+class CaptureMode(TorchFunctionMode):
+    """``replacing`` swaps tensors for their placeholders; ``paths`` follows the modules at work."""
 
     def __init__(self, root: nn.Module):
         super().__init__()
         self.names = {id(m): _path(name, m) for name, m in root.named_modules()}
         self.stack: list[int] = []
         self.current = ""
-        self.stand_ins: dict[int, torch.Tensor] = {}
+        self.placeholders: dict[int, torch.Tensor] = {}
         self.used: set[int] = set()  # ids of tensors that entered an operation, not only had their shape asked
         self.touched: set[int] = set()  # ids of tensors of which anything was asked
-        self.known = Known()
+        self.constants = ConstantTracker()
         self.shadows = Shadows()
         self.numbers: set[int] = set()  # which of the call's tensors had their numbers read
         self.met = self.strangers = False  # whether the call's tensors have numbers; whether some have none
@@ -85,15 +85,15 @@ class Watch(TorchFunctionMode):
         if name == "__set__" and func == SET_DATA:
             return self._assign(*args)
         if name in INDEXING:
-            args = (args[0], self.known.settle(args[1]), *args[2:])
-        if self.met and name == "masked_select" and self.strangers and args[1] in self.known:
+            args = (args[0], self.constants.settle(args[1]), *args[2:])
+        if self.met and name == "masked_select" and self.strangers and args[1] in self.constants:
             return self._selected(*args)
         if name in TEXTS and not self.met and isinstance(args[0], torch.Tensor) and recorded(args[0]):
             return self._text(name, *args)
         if func is torch.tensor_split or func is torch.Tensor.tensor_split:
             args, kwargs = self._split_at(args, kwargs)
         if self.met or func in MAKERS:
-            made = self.known.call(func, args, kwargs, self.strangers)
+            made = self.constants.call(func, args, kwargs, self.strangers)
         else:
             made = func(*args, **kwargs)
         if name == "batch_norm":
@@ -108,17 +108,17 @@ class Watch(TorchFunctionMode):
     def _selected(self, tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """What a mask whose numbers are known selects."""
         shape = torch.broadcast_shapes(tensor.shape, mask.shape)
-        mask = self.known.call(torch.Tensor.expand, (mask, shape), {}, False)
-        return tensor.expand(shape)[self.known.settle(mask)]
+        mask = self.constants.call(torch.Tensor.expand, (mask, shape), {}, False)
+        return tensor.expand(shape)[self.constants.settle(mask)]
 
     def _text(self, name: str, tensor: torch.Tensor, *spec: str) -> str:
         """A tensor in words, as of a message. Where nothing is raised with it, the text would be of the recording."""
-        if tensor.dim() == 0 and self.known.adopt(tensor, "item"):
-            return getattr(self.known.read_by("item", tensor), name)(*spec)
+        if tensor.dim() == 0 and self.constants.adopt(tensor, "item"):
+            return getattr(self.constants.read_by("item", tensor), name)(*spec)
         if tensor.dim() == 0 and name == "__format__" and self.failed is None:
             where = self.current or "the step"
             self.failed = CaptureError(
-                f"in {where}, {place()} writes the number of a tensor into a text, which a recorded step would do "
+                f"in {where}, {location()} writes the number of a tensor into a text, which a recorded step would do "
                 "only once; return the tensor, and write it outside the step"
             )
         return f"<{str(tensor.dtype).removeprefix('torch.')} tensor of shape {tuple(tensor.shape)}>"
@@ -128,18 +128,18 @@ class Watch(TorchFunctionMode):
         places = args[1] if len(args) > 1 else kwargs.get("tensor_indices_or_sections")
         if not isinstance(places, torch.Tensor):
             return args, kwargs
-        if places not in self.known and not self.known.adopt(places, "tolist"):
+        if places not in self.constants and not self.constants.adopt(places, "tolist"):
             raise CaptureError(
-                f"in {self.current or 'the step'}, tensor_split at {place()} reads where to split from a tensor; "
+                f"in {self.current or 'the step'}, tensor_split at {location()} reads where to split from a tensor; "
                 "give it whole numbers"
             )
-        found = self.known.read_by("tolist", places)
+        found = self.constants.read_by("tolist", places)
         rest = {k: v for k, v in kwargs.items() if k != "tensor_indices_or_sections"}
         return (args[0], found if isinstance(found, int) else tuple(found), *args[2:]), rest
 
     def _refuse_grad(self, tensor: torch.Tensor) -> None:
         """A recording does not have the gradients that lie at the call's tensors, nor could it change them."""
-        if id(tensor) in self.stand_ins or any(t is tensor for t in self.stand_ins.values()):
+        if id(tensor) in self.placeholders or any(t is tensor for t in self.placeholders.values()):
             raise CaptureError(
                 f"in {self.current or 'the step'}, the forward reads or sets the .grad of one of the call's tensors; "
                 "do that outside the step, and pass in what it needs of it"
@@ -150,20 +150,20 @@ class Watch(TorchFunctionMode):
         if new.shape != tensor.shape or new.dtype != tensor.dtype:
             where = self.current or "the step"
             raise CaptureError(f"in {where}, a tensor's .data is given another shape or dtype; make a new tensor")
-        self.known.forget(tensor)
+        self.constants.forget(tensor)
         tensor.data.copy_(new)
 
     def _swap(self, thing: Any, name: str) -> Any:
         if isinstance(thing, torch.Tensor):
-            if thing in self.known:
+            if thing in self.constants:
                 self.met = True
                 return thing
-            found = self.stand_ins.get(id(thing))
+            found = self.placeholders.get(id(thing))
             self.touched.add(id(thing))
             if name != "__get__":
                 self.used.add(id(thing))
             held = thing if found is None else found
-            if held in self.known or self.known.adopt(held, name):
+            if held in self.constants or self.constants.adopt(held, name):
                 self.met = True
                 return held
             self.strangers = True
@@ -224,9 +224,11 @@ class Watch(TorchFunctionMode):
         fx_traceback.current_meta["custom"] = {"path": path, "state": self.states.now}
 
     @contextmanager
-    def replacing(self, stand_ins: dict[int, torch.Tensor], sources: Iterable[Source] = ()) -> Iterator[None]:
-        """Inside, each tensor with one of these ids is replaced by its stand-in; ``sources`` may be read."""
-        self.stand_ins, self.known = stand_ins, Known(sources)
+    def replacing(
+        self, placeholders: dict[int, torch.Tensor], sources: Iterable[BufferSource] = ()
+    ) -> Iterator[None]:
+        """Inside, each tensor with one of these ids is replaced by its placeholder; ``sources`` may be read."""
+        self.placeholders, self.constants = placeholders, ConstantTracker(sources)
 
         def applied(own: Any) -> Any:  # which no mode sees
             return lambda cls, *a, **k: own(self._fit(cls), *self._swap(a, "apply"), **k)
@@ -240,7 +242,7 @@ class Watch(TorchFunctionMode):
 
         def truth(own: Any) -> Any:  # of a number as a condition
             return lambda t: own(
-                (t != 0).all() if t.dtype != torch.bool and t.numel() == 1 and t not in self.known else t
+                (t != 0).all() if t.dtype != torch.bool and t.numel() == 1 and t not in self.constants else t
             )
 
         engine: Any = torch.autograd
@@ -252,8 +254,8 @@ class Watch(TorchFunctionMode):
             try:
                 yield
             finally:
-                self.numbers = self.known.read
-                self.stand_ins, self.known = {}, Known()
+                self.numbers = self.constants.read
+                self.placeholders, self.constants = {}, ConstantTracker()
 
     @contextmanager
     def paths(self) -> Iterator[None]:

@@ -10,41 +10,46 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fullframe.capture.constants import Source
-from fullframe.capture.function_mode import Watch
-from fullframe.capture.questions import Questions
-from fullframe.capture.subclasses import Dressing, special
+from fullframe.capture.conditions import Conditions
+from fullframe.capture.constants import BufferSource
+from fullframe.capture.function_mode import CaptureMode
+from fullframe.capture.subclasses import OutputClasses, special
 from fullframe.errors import CaptureError
 from fullframe.frontend.aliasing import refuse_changes
-from fullframe.frontend.guards import LEFT
-from fullframe.frontend.handed import Handed
+from fullframe.frontend.guards import SIDE_EFFECTS
 from fullframe.frontend.inputs import Call, Tensors
-from fullframe.frontend.reads import Notes
-from fullframe.frontend.returned import Tree, take_apart
-from fullframe.frontend.side_effects import Leaving
+from fullframe.frontend.opaque_leaves import OpaqueLeaf
+from fullframe.frontend.outputs import Tree, flatten
+from fullframe.frontend.reads import ReadLog
+from fullframe.frontend.side_effects import SideEffectTracker
 from fullframe.storage.arena import packed
 
 Strides = tuple[int, ...] | None
 
 
-class _Recorder:
+class JointFunction:
     """The function that is recorded: forward, and backward where gradients are wanted."""
 
     def __init__(
-        self, call: Call, watch: Watch, notes: Notes, handed: Mapping[int, Handed] | None, questions: Questions
+        self,
+        call: Call,
+        capture_mode: CaptureMode,
+        read_log: ReadLog,
+        opaque: Mapping[int, OpaqueLeaf] | None,
+        conditions: Conditions,
     ):
-        self.call, self.watch, self.notes, self.handed = call, watch, notes, handed
-        self.questions = questions
+        self.call, self.capture_mode, self.read_log, self.opaque = call, capture_mode, read_log, opaque
+        self.conditions = conditions
         fixed = len(call.parameters) + len(call.buffers)
-        self.leaving = Leaving(call.survey, watch.names, call.tensors, fixed)
+        self.side_effects = SideEffectTracker(call.snapshot, capture_mode.names, call.tensors, fixed)
         self.criterion = call.pair.criterion is not None
         self.at_once = False  # whether there is one gradient to begin with, which is one
         self.returned = Tree(None, ())
         self.strides: tuple[Strides, ...] = ()  # of the outputs, and of the gradients
-        self.dressing = Dressing()
+        self.output_classes = OutputClasses()
         self.differentiable: list[bool] = []
         self.wanted: tuple[int, ...] = ()
-        self.cut: list[bool] = []
+        self.detached: list[bool] = []
         self.devices: tuple[torch.device, ...] = ()
         self.lost: dict[int, str] = {}
         self.sources: Tensors = []  # of which gradients are asked
@@ -52,7 +57,7 @@ class _Recorder:
         self.roots: dict[int, torch.Tensor] = {}  # of tensors that a former step left without the graph they had
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[list[Any], Tensors]:
-        """What is handed out, kept and differentiated; and stand-ins for gradients that come later."""
+        """What is handed out, kept and differentiated; and placeholders for gradients that come later."""
         call = self.call
         # As in PyTorch, backward runs outside autocast, in the dtypes the forward chose.
         with torch.set_grad_enabled(call.grad):
@@ -64,10 +69,10 @@ class _Recorder:
             for t, old in zip(made, call.tensors, strict=True):
                 for key, value in old.__dict__.items():  # attributes that users gave it
                     vars(t).setdefault(key, value)
-            self.notes.follow(zip(made, call.tensors, strict=True))
-            stand_ins = {id(old): t for t, old in zip(made, call.tensors, strict=True)}
-            state = {k: stand_ins[id(t)] for k, t in (*call.parameters.items(), *call.buffers.items())}
-            arguments = call.rebuild(made[len(made) - len(call.inputs) :], self.handed)
+            self.read_log.follow(zip(made, call.tensors, strict=True))
+            placeholders = {id(old): t for t, old in zip(made, call.tensors, strict=True)}
+            state = {k: placeholders[id(t)] for k, t in (*call.parameters.items(), *call.buffers.items())}
+            arguments = call.rebuild(made[len(made) - len(call.inputs) :], self.opaque)
             given = pytree.tree_flatten(arguments)
             for t, old in zip(made, call.tensors, strict=True):
                 if isinstance(old, nn.Parameter):
@@ -75,7 +80,7 @@ class _Recorder:
             first = len(call.parameters)
             for k, old in enumerate(call.tensors[first:], first):
                 if special(old):
-                    self.watch.shadows.give(k, made[k], old)
+                    self.capture_mode.shadows.give(k, made[k], old)
             marks = [dict(vars(t)) for t in made]
             histories = [t.grad_fn for t in made]
             registered = dict(call.pair.named_buffers(remove_duplicate=False))
@@ -86,22 +91,22 @@ class _Recorder:
                         "the forward or the loss calls backward() itself, which adds to .grad before the step's own "
                         "backward; return that loss as well, or use torch.autograd.grad"
                     )
-                self.watch.shadows.open = False
+                self.capture_mode.shadows.open = False
                 outputs = self._take(returned)
                 self._refuse_parted(registered)
                 self.wanted = tuple(self._wanted()) if call.grad else ()
                 if not self.criterion:
                     outputs = self._leave(made, outputs)
                     outputs = self._revive(made, histories, outputs)
-                self.questions.late = True
+                self.conditions.late = True
                 grads, seeds = self._gradients(outputs, [self.sources[k] for k in self.wanted])
                 if self.criterion:  # whose backward may leave tensors too
                     outputs = self._leave(made, outputs)
-                self.dressing = self.watch.shadows.dressing(outputs)
+                self.output_classes = self.capture_mode.shadows.output_classes(outputs)
                 return outputs, grads, seeds
 
             # In the backward too, which may run modules again.
-            with self.watch.replacing(stand_ins, self._sources(made)), self.questions:
+            with self.capture_mode.replacing(placeholders, self._sources(made)), self.conditions:
                 outputs, grads, seeds = torch.func.functional_call(
                     call.pair, state, (*arguments, rest), tie_weights=True, strict=True
                 )
@@ -120,20 +125,20 @@ class _Recorder:
                     f"{name} changes from {tuple(old.shape)} {old.dtype} to {tuple(new.shape)} {new.dtype} in the "
                     "step; register it with its final shape and dtype"
                 )
-        handed = [t.detach() for t in outputs]
-        self.devices = tuple(t.device for t in handed)
-        self.strides = tuple(_strides(t) for t in (*handed, *grads))
-        self._like_parameters(len(handed))
+        results = [t.detach() for t in outputs]
+        self.devices = tuple(t.device for t in results)
+        self.strides = tuple(_strides(t) for t in (*results, *grads))
+        self._like_parameters(len(results))
         # What a former call left is there until this one's takes its place: twice in the arithmetic.
-        again = [handed[k] for k in sorted(self.leaving.used)]
-        return [*handed, *again, *self.questions.flags, *(_detached(t) for t in kept), *grads], seeds
+        repeated = [results[k] for k in sorted(self.side_effects.used)]
+        return [*results, *repeated, *self.conditions.flags, *(_detached(t) for t in kept), *grads], seeds
 
-    def _sources(self, made: Tensors) -> Iterator[Source]:
+    def _sources(self, made: Tensors) -> Iterator[BufferSource]:
         """Buffers and tensors in attributes, whose numbers a recording may read as they are now."""
         names, tensors = self.call.names, self.call.tensors
         for k in range(len(self.call.parameters), len(made) - len(self.call.inputs)):
             if k not in self.roots and not tensors[k].requires_grad and tensors[k].layout is torch.strided:
-                yield Source(k, names[k], tensors[k], made[k])
+                yield BufferSource(k, names[k], tensors[k], made[k])
 
     def _like_parameters(self, start: int) -> None:
         """The gradient of a parameter lies as it does, which autograd and DistributedDataParallel ask for."""
@@ -147,17 +152,17 @@ class _Recorder:
         """Give what a former step left without its graph something to stand for that graph."""
         others = {id(t) for t in self.call.others}
         for k, old in enumerate(self.call.tensors):
-            if self.call.grad and id(old) in others and LEFT.get(old, False):
+            if self.call.grad and id(old) in others and SIDE_EFFECTS.get(old, False):
                 self.roots[k] = made[k].detach().requires_grad_(True)
                 self.sources[k] = self.roots[k].clone()
                 made[k] = self.sources[k].clone()
 
     def _leave(self, made: Tensors, outputs: Tensors) -> Tensors:
         """The outputs, and with them what stays behind in attributes and the like."""
-        left = self.leaving.collect(made, outputs)
-        self.differentiable += [t.requires_grad and not self.criterion for t in left]
-        outputs = [*outputs, *left]
-        self.cut = [t.requires_grad and not yes for t, yes in zip(outputs, self.differentiable, strict=True)]
+        effects = self.side_effects.collect(made, outputs)
+        self.differentiable += [t.requires_grad and not self.criterion for t in effects]
+        outputs = [*outputs, *effects]
+        self.detached = [t.requires_grad and not yes for t, yes in zip(outputs, self.differentiable, strict=True)]
         return outputs
 
     def _refuse_parted(self, before: dict[str, torch.Tensor]) -> None:
@@ -190,18 +195,18 @@ class _Recorder:
                 self.alive[k] = len(outputs)
                 outputs = [*outputs, t]
         self.differentiable += [True] * len(self.alive)
-        self.cut += [False] * len(self.alive)
+        self.detached += [False] * len(self.alive)
         return outputs
 
     def _wanted(self) -> Iterator[int]:
         """Which tensors want a gradient; of those met in attributes only what was used."""
         others = {id(t) for t in self.call.others}
         for k, t in enumerate(self.call.tensors):
-            if (id(t) not in others or id(t) in self.watch.used) and t.requires_grad:
+            if (id(t) not in others or id(t) in self.capture_mode.used) and t.requires_grad:
                 yield k
 
     def _take(self, returned: Any) -> Tensors:
-        self.returned, outputs = take_apart(returned, self.call.survey)
+        self.returned, outputs = flatten(returned, self.call.snapshot)
         self.differentiable = [t.requires_grad for t in outputs]
         if self.criterion and not outputs:
             raise ValueError(
@@ -219,15 +224,15 @@ class _Recorder:
         with ExitStack() as stack:
             for kind in ("cpu", "cuda"):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-            self.watch.follow_backward()
-            failed = self.watch.failed
+            self.capture_mode.follow_backward()
+            failed = self.capture_mode.failed
             try:
                 grads, seeds = self._backward(outputs, leaves)
             except (RuntimeError, CaptureError) as error:
                 # Of a step's outputs, only the loss must have a gradient: it may be the only one that is asked for.
                 if self.at_once or not (self.criterion or "inplace operation" in str(error)):
                     raise
-                self.watch.failed = failed
+                self.capture_mode.failed = failed
                 self._leave_out(outputs, leaves)
                 grads, seeds = self._backward(outputs, leaves)
         return self._with_nested(grads[: len(wanted)]), [] if self.at_once else seeds
@@ -255,7 +260,7 @@ class _Recorder:
         nested = take_grads(self.roots.values())
         for k, *found in zip(self.roots, grads[len(leaves) - len(self.roots) :], nested, strict=True):
             if any(g is not None for g in found):
-                name = self.leaving.name_of(self.call.tensors[k])
+                name = self.side_effects.name_of(self.call.tensors[k])
                 raise CaptureError(
                     f"the step reads what its last call left under {name}, and its gradient would flow on into that "
                     "call, whose graph is gone; leave it detached (.detach())"
@@ -274,7 +279,7 @@ class _Recorder:
                 except (RuntimeError, CaptureError) as error:
                     if self.criterion and first:
                         raise
-                    self.lost[k], self.watch.failed = str(error), None
+                    self.lost[k], self.capture_mode.failed = str(error), None
                 first = False
         self.differentiable = [yes and k not in self.lost for k, yes in enumerate(had)]
 

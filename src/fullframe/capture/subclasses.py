@@ -1,7 +1,7 @@
 """Subclasses of Tensor: of which class plain PyTorch's outputs are, and what they carry.
 
-A recording computes with stand-ins, and a step with plain tensors. Beside them goes a shadow of each tensor that is
-of a subclass in plain PyTorch: of that class, with its attributes and shape, and without numbers. Each function of
+A recording computes with placeholders, and a step with plain tensors. Beside them goes a shadow of each tensor that
+is of a subclass in plain PyTorch: of that class, with its attributes and shape, and without numbers. Each function of
 torch's that is given one is handed to the ``__torch_function__`` of its class, where the call of the function itself
 is answered by an empty tensor of the right shape. What comes back says of which class the result is and what it
 carries. Every call does the same again with its own tensors' attributes, so that these are no part of a recording's
@@ -69,7 +69,7 @@ class Met:
 
 
 @dataclass(frozen=True)
-class Dressing:
+class OutputClasses:
     """How a call's outputs get their classes.
 
     ``given`` are the numbers of the shadows of the call's tensors, ``met`` what was met with them, and ``outputs``
@@ -90,12 +90,12 @@ class Dressing:
                 _again(met, found, "the step")
         return [None if n is None else found[n] for n in self.outputs]
 
-    def renumbered(self, numbers: Mapping[int, int]) -> Dressing:
+    def renumbered(self, numbers: Mapping[int, int]) -> OutputClasses:
         """The same for a call whose tensors have other numbers."""
-        return Dressing({numbers[k]: n for k, n in self.given.items()}, self.met, self.outputs)
+        return OutputClasses({numbers[k]: n for k, n in self.given.items()}, self.met, self.outputs)
 
 
-def dressed(tensor: torch.Tensor, shadow: torch.Tensor | None) -> torch.Tensor:
+def with_class(tensor: torch.Tensor, shadow: torch.Tensor | None) -> torch.Tensor:
     """A tensor of the class of its shadow, with what that carries."""
     if shadow is None or type(shadow) is torch.Tensor:
         return tensor
@@ -123,19 +123,19 @@ class Shadows:
     """The shadows of one recording."""
 
     def __init__(self) -> None:
-        self.numbers: dict[int, int] = {}  # of stand-ins, by identity
-        self.kept: list[torch.Tensor] = []  # those stand-ins, so that no other gets the identity of one
+        self.numbers: dict[int, int] = {}  # of placeholders, by identity
+        self.kept: list[torch.Tensor] = []  # those placeholders, so that no other gets the identity of one
         self.found: dict[int, torch.Tensor] = {}
         self.given: dict[int, int] = {}
         self.met: list[Met] = []
         self.open = True
 
-    def give(self, number: int, stand_in: torch.Tensor, tensor: torch.Tensor) -> None:
-        """Let this stand-in be of the class of the call's tensor of this number."""
+    def give(self, number: int, placeholder: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Let this placeholder be of the class of the call's tensor of this number."""
         with _apart():
             shadow = _shadow(tensor)
-        self.given[number] = self._note(stand_in, shadow)
-        _dress(stand_in, type(tensor))
+        self.given[number] = self._note(placeholder, shadow)
+        _set_class(placeholder, type(tensor))
 
     def follow(self, function: Any, args: Any, kwargs: Any, made: Any, where: str) -> Any:
         """What a function returned, of the classes that it has in plain PyTorch."""
@@ -162,12 +162,12 @@ class Shadows:
                 result = results[k] = _alias(result)
             numbers.append(None if cls is torch.Tensor else self._note(result, shadow))
             if cls is not torch.Tensor and _class_of(result) is not cls:
-                _dress(result, cls, vars(shadow))
+                _set_class(result, cls, vars(shadow))
         if any(n is not None for n in numbers):
             self.met.append(replace(met, numbers=tuple(numbers)))
         return pytree.tree_unflatten(results, returned)
 
-    def dressing(self, outputs: Sequence[torch.Tensor]) -> Dressing:
+    def output_classes(self, outputs: Sequence[torch.Tensor]) -> OutputClasses:
         """How these outputs get their classes."""
         numbers = tuple(self.numbers.get(id(t)) for t in outputs)
         needed = {n for n in numbers if n is not None}
@@ -176,11 +176,11 @@ class Shadows:
             if not needed.isdisjoint(one.numbers):
                 needed.update(x.number for x in (*one.leaves, *one.results) if isinstance(x, Shadowed))
                 met.append(one)
-        return Dressing({k: n for k, n in self.given.items() if n in needed}, tuple(reversed(met)), numbers)
+        return OutputClasses({k: n for k, n in self.given.items() if n in needed}, tuple(reversed(met)), numbers)
 
     @contextmanager
     def sharing(self) -> Iterator[None]:
-        """Inside, stand-ins can be made of a class by ``as_subclass``, of which torch tells no mode."""
+        """Inside, placeholders can be made of a class by ``as_subclass``, of which torch tells no mode."""
 
         me = get_ident()
 
@@ -198,7 +198,7 @@ class Shadows:
             number = self._note(made, shadow)
             blank = _described(made)
             self.met.append(Met(SHARES, tuple(leaves), spec, (blank,), pytree.tree_structure(0), (number,)))
-            _dress(made, plain, {})
+            _set_class(made, plain, {})
             return made
 
         FunctionalTensor.as_subclass = as_subclass  # type: ignore[method-assign]
@@ -213,9 +213,9 @@ class Shadows:
         number = self.numbers.get(id(thing))
         return _described(thing) if number is None else Shadowed(number)
 
-    def _note(self, stand_in: torch.Tensor, shadow: torch.Tensor) -> int:
-        number = self.numbers.setdefault(id(stand_in), len(self.kept))
-        self.kept += [stand_in] if number == len(self.kept) else []
+    def _note(self, placeholder: torch.Tensor, shadow: torch.Tensor) -> int:
+        number = self.numbers.setdefault(id(placeholder), len(self.kept))
+        self.kept += [placeholder] if number == len(self.kept) else []
         self.found[number] = shadow
         return number
 
@@ -330,7 +330,7 @@ def _name(function: Any) -> str:
 
 
 def _plain(cls: Any) -> Any:
-    """The class that a stand-in's class stands for."""
+    """The class that a placeholder's class stands for."""
     if isinstance(cls, _Kind):
         return cls.__mro__[2]
     return torch.Tensor if cls is FunctionalTensor else cls
@@ -349,16 +349,16 @@ class _Kind(type(torch.Tensor)):
     __hash__ = type.__hash__
 
 
-def _dress(stand_in: torch.Tensor, cls: type, carried: Collection[str] | None = None) -> None:
-    """Make a stand-in one of a class; ``carried`` are attributes it has in plain PyTorch, and not here."""
+def _set_class(placeholder: torch.Tensor, cls: type, carried: Collection[str] | None = None) -> None:
+    """Make a placeholder one of a class; ``carried`` are attributes it has in plain PyTorch, and not here."""
     if carried is not None:
-        vars(stand_in)[CARRIED] = frozenset(carried)
-    stand_in.__class__ = _standing(cls, carried is not None)
+        vars(placeholder)[CARRIED] = frozenset(carried)
+    placeholder.__class__ = _placeholder_class(cls, carried is not None)
 
 
 @lru_cache(maxsize=64)
-def _standing(cls: type, made: bool) -> Any:
-    """The class of stand-ins for tensors of a class: of both kinds, computing as recorded tensors do."""
+def _placeholder_class(cls: type, made: bool) -> Any:
+    """The class of placeholders for tensors of a class: of both kinds, computing as recorded tensors do."""
     kind: Any = _Kind if type(cls) is type(torch.Tensor) else type("_Kind", (_Kind, type(cls)), {})
     own: dict[str, Any] = {"__torch_function__": torch._C._disabled_torch_function_impl}
     if made:  # by the step
@@ -367,7 +367,7 @@ def _standing(cls: type, made: bool) -> Any:
         return kind(cls.__name__, (FunctionalTensor, cls), own)
     except TypeError as error:
         raise CaptureError(
-            f"no stand-in for a tensor of class {cls.__name__} can be made ({error}); give the step a plain tensor "
+            f"no placeholder for a tensor of class {cls.__name__} can be made ({error}); give the step a plain tensor "
             "(.as_subclass(torch.Tensor))"
         ) from error
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 
-class Turns:
+class ForkSafeLock:
     """A lock that its thread may take again. Copies are new ones, and so is that of a process forked meanwhile."""
 
     def __init__(self) -> None:
@@ -28,11 +28,11 @@ class Turns:
         if not self._lock._is_owned():  # pyright: ignore[reportAttributeAccessIssue]
             self._lock = threading.RLock()
 
-    def __deepcopy__(self, _: object) -> Turns:
-        return Turns()
+    def __deepcopy__(self, _: object) -> ForkSafeLock:
+        return ForkSafeLock()
 
-    def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
-        return Turns, ()
+    def __reduce__(self) -> tuple[type[ForkSafeLock], tuple[()]]:
+        return ForkSafeLock, ()
 
 
 def _renew() -> None:
@@ -40,11 +40,11 @@ def _renew() -> None:
         turns.renew()
 
 
-_ALL: weakref.WeakSet[Turns] = weakref.WeakSet()
+_ALL: weakref.WeakSet[ForkSafeLock] = weakref.WeakSet()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
-# A recording changes what other threads see of its modules: surveys and recordings are one at a time.
-RECORDING = Turns()
+# A recording changes what other threads see of its modules: guard snapshots and recordings are one at a time.
+RECORDING = ForkSafeLock()
 
 
 @contextmanager

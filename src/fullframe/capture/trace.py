@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fullframe.capture.function_mode import Watch
+from fullframe.capture.function_mode import CaptureMode
 from fullframe.errors import CaptureError
 
 Function = Callable[..., "tuple[Sequence[torch.Tensor | None], Sequence[torch.Tensor]]"]
@@ -32,7 +32,7 @@ class Recording:
     function: Function
     inputs: list[torch.Tensor]
     names: list[str]
-    watch: Watch
+    capture_mode: CaptureMode
     device: torch.device
     undrawn: Callable[[], AbstractContextManager[None]]
 

@@ -1,4 +1,4 @@
-"""From a call to a program: captured once, lowered, and planned."""
+"""From a call to a program: captured once, decomposed, and planned."""
 
 from __future__ import annotations
 
@@ -21,36 +21,37 @@ from fullframe.budget import free_bytes
 from fullframe.capture.ambient import trimmed, unhooked, unlogged
 from fullframe.capture.batch_norm import recordable
 from fullframe.capture.caches import unspoilt
-from fullframe.capture.function_mode import Watch, reads_data
+from fullframe.capture.conditions import Conditions, location_of, recorded_as
+from fullframe.capture.function_mode import CaptureMode, reads_data
 from fullframe.capture.host_rng import FROZEN, Drawn, by_calls, by_state
-from fullframe.capture.joint import Strides, _Recorder
-from fullframe.capture.questions import Questions, place_of, recorded_as
+from fullframe.capture.joint import JointFunction, Strides
 from fullframe.capture.subclasses import refuse_dispatching
 from fullframe.capture.threads import RECORDING
 from fullframe.capture.trace import _STATE, Recording, own_generator
-from fullframe.compiler.asked import asked_of
-from fullframe.compiler.program import Asks, Options, Program, changes, freed
+from fullframe.compiler.backward_variants import restricted_to
+from fullframe.compiler.program import BackwardVariants, Options, Program, changes, freed
 from fullframe.errors import CaptureError, FullframeError
 from fullframe.frontend.aliasing import refuse_identities, refuse_shared
-from fullframe.frontend.changes import ROOTS, difference, words
-from fullframe.frontend.guards import Survey, state_of
-from fullframe.frontend.handed import Handed
+from fullframe.frontend.guards import GuardSnapshot, state_of
 from fullframe.frontend.inputs import Call
-from fullframe.frontend.narrow import Terms, narrowed, reorder
-from fullframe.frontend.reads import EVERYTHING, Notes, Reads
-from fullframe.frontend.side_effects import Leaving, recorded
+from fullframe.frontend.narrowing import Terms, narrowed, reorder
+from fullframe.frontend.opaque_leaves import OpaqueLeaf
+from fullframe.frontend.reads import EVERYTHING, ReadLog, Reads
+from fullframe.frontend.recapture_reasons import ROOTS, difference, words
+from fullframe.frontend.side_effects import SideEffectTracker, recorded
 from fullframe.ir.graph import Graph, Value, followers
-from fullframe.ops.lower import lower_graph
+from fullframe.ops.decompose import decompose_graph
 from fullframe.ops.primitives.elementwise import fusable
 from fullframe.schedule.planner import FIXED, plan
 from fullframe.schedule.request import Request
 
 WINDOWS = 32  # so many of the largest windows fit in the budget of a device
-AHEAD = 8  # steps that may be in flight: two or three sections of each of two branches, and small ones between
+# steps that may be in flight: two or three sections of each of two branches, and small ones between
+MAX_IN_FLIGHT = 8
 
 
 @contextmanager
-def _undisturbed(leaving: Leaving) -> Iterator[None]:
+def _undisturbed(leaving: SideEffectTracker) -> Iterator[None]:
     """Put the recording out of the places where the forward left it; refuse where that loses something."""
     done = False
     try:
@@ -95,14 +96,14 @@ def compile_call(
 def _without(call: Call, options: Options, values: Collection[int], answers: tuple[bool, ...]) -> Program | None:
     """The call recorded with as many of these leaves as it does not read out of its key; None where it reads all."""
     while values:
-        asked: set[int] = set()
+        read: set[int] = set()
         try:
-            made = _compile(call, options, by_state, answers, {k: Handed(k, asked) for k in values})
+            made = _compile(call, options, by_state, answers, {k: OpaqueLeaf(k, read) for k in values})
         except Exception:  # for what was asked; if it has another reason it comes again
             made = None
-        if made is not None and made.lasting and not asked:
+        if made is not None and made.lasting and not read:
             return made
-        values = set(values) - asked if asked else ()
+        values = set(values) - read if read else ()
     return None
 
 
@@ -111,7 +112,7 @@ def _compile(
     options: Options,
     undrawn: Callable[[], AbstractContextManager[None]],
     answers: tuple[bool, ...],
-    handed: Mapping[int, Handed] | None = None,
+    opaque: Mapping[int, OpaqueLeaf] | None = None,
 ) -> Program:
     devices = sorted({str(t.device) for t in call.tensors if t.device.type != "cpu"})
     if len(devices) > 1:
@@ -119,50 +120,50 @@ def _compile(
             f"the step's tensors are on several devices ({', '.join(devices)}), and a tiled step runs on one; move "
             "module, loss and inputs to the same device"
         )
-    call.look(EVERYTHING)
+    call.take_snapshot(EVERYTHING)
     refuse_dispatching(call.tensors[len(call.parameters) :])
-    before = Survey(call.roots)
-    numbers = [state_of(g) for g in call.survey.generators]
-    recorder, graph = recorded_as(answers, lambda questions: _record(call, undrawn, handed, questions))
-    watch, notes = recorder.watch, recorder.notes
-    if [state_of(g) for g in call.survey.generators] != numbers:
+    before = GuardSnapshot(call.roots)
+    numbers = [state_of(g) for g in call.snapshot.generators]
+    joint, graph = recorded_as(answers, lambda conditions: _record(call, undrawn, opaque, conditions))
+    capture_mode, read_log = joint.capture_mode, joint.read_log
+    if [state_of(g) for g in call.snapshot.generators] != numbers:
         raise CaptureError(f"the module or the loss drew from a generator of its own; {FROZEN}")
-    after = Survey(call.roots)
+    after = GuardSnapshot(call.roots)
     if any(recorded(t) for t in after.tensors):
         raise CaptureError("the forward stores a tensor in an object that it can reach; return it as an output")
     lasting = after.key == before.key and _who(after) == _who(before)
-    if recorder.questions.asked and not lasting:
-        call.undo = recorder.leaving.rewind
-    passed = tuple(sorted(handed or ()))
-    survey, choices = notes.survey(call.roots, call.entries(passed))
-    refuse_identities(call, survey)
-    outputs = len(recorder.differentiable)
-    _expect(graph, outputs, recorder.strides)
-    conditions = tuple(recorder.questions.asked)
-    start = outputs + len(recorder.leaving.used) + len(conditions)
+    if joint.conditions.noted and not lasting:
+        call.undo = joint.side_effects.rewind
+    passed = tuple(sorted(opaque or ()))
+    snapshot, choices = read_log.snapshot(call.roots, call.entries(passed))
+    refuse_identities(call, snapshot)
+    outputs = len(joint.differentiable)
+    _expect(graph, outputs, joint.strides)
+    conditions = tuple(joint.conditions.noted)
+    start = outputs + len(joint.side_effects.used) + len(conditions)
     first_grad = start + len(call.tensors)
     others = {id(t) for t in call.others}
-    unused = frozenset(k for k, t in enumerate(call.tensors) if id(t) in others and id(t) not in watch.used)
+    unused = frozenset(k for k, t in enumerate(call.tensors) if id(t) in others and id(t) not in capture_mode.used)
     changed = changes(graph, start, first_grad)
-    numbers = tuple(sorted(watch.numbers))
-    terms = Terms(recorder.wanted, recorder.alive, numbers, unused, tuple(recorder.leaving.places), recorder.returned)
-    dressing = recorder.dressing
-    reads = Reads(tuple(choices), numbers, _looked(call, watch), passed)
+    numbers = tuple(sorted(capture_mode.numbers))
+    terms = Terms(joint.wanted, joint.alive, numbers, unused, tuple(joint.side_effects.effects), joint.returned)
+    output_classes = joint.output_classes
+    reads = Reads(tuple(choices), numbers, _looked(call, capture_mode), passed)
     if lasting:
         needed = (
-            {k for k, t in enumerate(call.tensors) if id(t) in watch.touched and id(t) in others}
+            {k for k, t in enumerate(call.tensors) if id(t) in capture_mode.touched and id(t) in others}
             | changed.keys()
-            | recorder.dressing.given.keys()
+            | joint.output_classes.given.keys()
         )
         try:
             count = len(call.tensors)
-            terms, order = narrowed(call, survey, reads, terms, needed)
+            terms, order = narrowed(call, snapshot, reads, terms, needed)
         except LookupError:
             reads = replace(reads, choices=None)
         else:
             reads = replace(reads, numbers=terms.numbers)
             reorder(graph, start, order, count)
-            dressing = dressing.renumbered({k: number for number, k in enumerate(order)})
+            output_classes = output_classes.renumbered({k: number for number, k in enumerate(order)})
             first_grad += len(order) - count
             changed = changes(graph, start, first_grad)
     refuse_shared(changed, call.tensors, call.names, terms.unused)
@@ -174,78 +175,78 @@ def _compile(
                 "fullframe.tile(net, loss=criterion), or change it outside"
             )
     request = request_for(graph, call, options, first_grad)
-    graph, asked, asks = _asks(graph, call, recorder, first_grad, request)
-    planned = plan(graph, freed(request, graph, len(recorder.wanted)))
+    graph, requested, variants = _variants(graph, call, joint, first_grad, request)
+    planned = plan(graph, freed(request, graph, len(joint.wanted)))
     return Program(
         graph, planned, terms.returned, outputs, start,
-        terms.wanted, tuple(recorder.differentiable), lasting and call.survey.lasting,
-        terms.places, tuple(recorder.cut), reads, recorder.devices, terms.unused, recorder.lost, terms.alive,
-        asked, asks, "" if lasting and call.survey.lasting else _moved(call, before, reads),
-        dressing, recorder.strides, conditions,
+        terms.wanted, tuple(joint.differentiable), lasting and call.snapshot.lasting,
+        terms.effects, tuple(joint.detached), reads, joint.devices, terms.unused, joint.lost, terms.alive,
+        requested, variants, "" if lasting and call.snapshot.lasting else _moved(call, before, reads),
+        output_classes, joint.strides, conditions,
     )  # fmt: skip
 
 
 def _expect(graph: Graph, outputs: int, strides: Sequence[Strides]) -> None:
     """Have what a run hands out made in the layout that it will have."""
-    handed = graph.outputs[:outputs] + graph.outputs[len(graph.outputs) - (len(strides) - outputs) :]
-    for value, expected in zip(handed, strides, strict=True):
+    results = graph.outputs[:outputs] + graph.outputs[len(graph.outputs) - (len(strides) - outputs) :]
+    for value, expected in zip(results, strides, strict=True):
         if value is not None and expected is not None and value not in graph.inputs:
             graph.strides.setdefault(value, expected)
 
 
-def _asks(
-    graph: Graph, call: Call, recorder: _Recorder, first_grad: int, request: Request
-) -> tuple[Graph, tuple[int, ...], Asks | None]:
+def _variants(
+    graph: Graph, call: Call, joint: JointFunction, first_grad: int, request: Request
+) -> tuple[Graph, tuple[int, ...], BackwardVariants | None]:
     """What is planned first, of which outputs it has the gradient, and of which it could have."""
-    asked = tuple(k for k, yes in enumerate(recorder.differentiable) if yes)
+    requested = tuple(k for k, yes in enumerate(joint.differentiable) if yes)
     if not graph.late:
-        return graph, asked, None
+        return graph, requested, None
     graph.early = first_grad
-    late = dict(zip(asked, (v for v in graph.inputs if v in graph.late), strict=True))
-    asks = Asks(graph, late, request, call.device, frozenset(asked))
-    if not recorder.criterion:
-        return graph, asked, asks
-    at_once = not late[asked[0]].shape
-    first = asked[:1] if at_once else asked
-    asks.guess = frozenset(first)
-    return asked_of(graph, {late[k] for k in first}, call.device, at_once), first, asks
+    late = dict(zip(requested, (v for v in graph.inputs if v in graph.late), strict=True))
+    variants = BackwardVariants(graph, late, request, call.device, frozenset(requested))
+    if not joint.criterion:
+        return graph, requested, variants
+    at_once = not late[requested[0]].shape
+    first = requested[:1] if at_once else requested
+    variants.guess = frozenset(first)
+    return restricted_to(graph, {late[k] for k in first}, call.device, at_once), first, variants
 
 
 def _record(
     call: Call,
     undrawn: Callable[[], AbstractContextManager[None]],
-    handed: Mapping[int, Handed] | None,
-    questions: Questions,
-) -> tuple[_Recorder, Graph]:
-    watch, notes = Watch(call.pair), Notes(call.survey)
-    questions.path = lambda: watch.current
-    recorder = _Recorder(call, watch, notes, handed, questions)
-    questions.rewind = recorder.leaving.rewind
+    opaque: Mapping[int, OpaqueLeaf] | None,
+    conditions: Conditions,
+) -> tuple[JointFunction, Graph]:
+    capture_mode, read_log = CaptureMode(call.pair), ReadLog(call.snapshot)
+    conditions.path = lambda: capture_mode.current
+    joint = JointFunction(call, capture_mode, read_log, opaque, conditions)
+    conditions.rewind = joint.side_effects.rewind
     with (
-        torch.inference_mode(False), _undisturbed(recorder.leaving), recordable(call.pair),
-        _forgetful(call.survey.caches), unspoilt(recorded), notes.taken(),
+        torch.inference_mode(False), _undisturbed(joint.side_effects), recordable(call.pair),
+        _forgetful(call.snapshot.caches), unspoilt(recorded), read_log.taken(),
     ):  # fmt: skip
-        return recorder, capture(Recording(recorder, call.tensors, call.names, watch, call.device, undrawn))
+        return joint, capture(Recording(joint, call.tensors, call.names, capture_mode, call.device, undrawn))
 
 
-def _moved(call: Call, before: Survey, reads: Reads) -> str:
+def _moved(call: Call, before: GuardSnapshot, reads: Reads) -> str:
     """Where the recording has changed what it could read, or what nobody can look at without changing it."""
-    found = difference(Survey(call.roots, named=ROOTS), before.parts)
+    found = difference(GuardSnapshot(call.roots, named=ROOTS), before.parts)
     if found is None:
-        passing = Survey(call.roots, reads.choice(), call.entries(reads.passed), ROOTS).passing
+        passing = GuardSnapshot(call.roots, reads.choice(), call.entries(reads.passed), ROOTS).passing
         return words(passing) if passing else ""
     return found[0]
 
 
-def _who(survey: Survey) -> list[int]:
-    """Which objects a survey met: two of one kind that trade places have the same key."""
-    return [id(t) for t in (*survey.tensors, *survey.holders, *survey.cells)]
+def _who(snapshot: GuardSnapshot) -> list[int]:
+    """Which objects a guard snapshot met: two of one kind that trade places have the same key."""
+    return [id(t) for t in (*snapshot.tensors, *snapshot.holders, *snapshot.cells)]
 
 
-def _looked(call: Call, watch: Watch) -> bool:
+def _looked(call: Call, capture_mode: CaptureMode) -> bool:
     """Whether a recording depends on anything of the tensors that former calls left, be it their shape."""
     others = {id(t) for t in call.others}
-    return any(id(t) in watch.touched or id(t) not in others for t in call.survey.left)
+    return any(id(t) in capture_mode.touched or id(t) not in others for t in call.snapshot.side_effects)
 
 
 @contextmanager
@@ -281,8 +282,8 @@ def request_for(graph: Graph, call: Call, options: Options, first_grad: int) -> 
     free = frozenset(v for v in graph.outputs[first_grad:] if v is not None)
     tile = None if forced is None else tuple(forced)
     if call.device.type == "cpu":
-        ahead = AHEAD if options.workers > 1 else 1
-        return Request(budget, options.workers, roots, fusable, tile, free, ahead=ahead)
+        max_in_flight = MAX_IN_FLIGHT if options.workers > 1 else 1
+        return Request(budget, options.workers, roots, fusable, tile, free, max_in_flight=max_in_flight)
     # A device's caches are small beside its memory, and it wants much to do at once: tiles as large as may be.
     host = free_bytes(torch.device("cpu"))
     # What a recorded run keeps besides: its inputs, and what it makes, to be copied out.
@@ -293,7 +294,7 @@ def request_for(graph: Graph, call: Call, options: Options, first_grad: int) -> 
 
 def capture(recording: Recording) -> Graph:
     """Record a function as a graph in normal form; raises `CaptureError` where it cannot be."""
-    return lower_graph(record(recording), recording.names, recording.device)
+    return decompose_graph(record(recording), recording.names, recording.device)
 
 
 def record(recording: Recording) -> Any:
@@ -301,47 +302,49 @@ def record(recording: Recording) -> Any:
     fakes = [mode.from_tensor(t.detach()) for t in recording.inputs]
     try:
         with (
-            _active(), recording.watch.paths(), fx_traceback.preserve_node_meta(), _uncompiled(), _own_norms(),
+            _active(), recording.capture_mode.paths(), fx_traceback.preserve_node_meta(), _uncompiled(), _own_norms(),
             torch.autograd.set_detect_anomaly(False),  # it looks for NaN, and here are no numbers
             torch.autograd.set_multithreading_enabled(False),  # a device's backward stays in this thread
-            _Undrawn(mode), recording.undrawn(), _control_flow(recording.watch),
+            _Undrawn(mode), recording.undrawn(), _control_flow(recording.capture_mode),
         ):  # fmt: skip
             module = make_fx(dispatch_functionalize(recording.function))(*fakes)
     except NotImplementedError as error:
         if "Generator" not in str(error):  # which a recording of torch 2.11 cannot hold
             raise
-        raise own_generator(recording.watch.current, "the step") from error
+        raise own_generator(recording.capture_mode.current, "the step") from error
     except AssertionError as error:
         if "effect" not in str(error):
             raise
         raise CaptureError(
-            f"in {recording.watch.current or 'the step'}, an op talks to other processes or has another effect "
+            f"in {recording.capture_mode.current or 'the step'}, an op talks to other processes or has another effect "
             "beside its result, which cannot be recorded; wrap the tiled module in DistributedDataParallel, not the "
             "other way round"
         ) from error
     except RuntimeError as error:
         if "use_reentrant" in str(error):
             raise CaptureError(
-                f"in {recording.watch.current or 'the step'}, torch.utils.checkpoint with use_reentrant=True cannot "
+                f"in {recording.capture_mode.current or 'the step'}, torch.utils.checkpoint with use_reentrant=True cannot "
                 "be recorded; use use_reentrant=False, or no checkpoint: a tiled step stores what fits its budget"
             ) from error
         if "already associated to a python object" in str(error):
             raise CaptureError(
-                f"in {recording.watch.current or 'the step'}, a tensor of a subclass is made by calling the class, "
+                f"in {recording.capture_mode.current or 'the step'}, a tensor of a subclass is made by calling the class, "
                 "which cannot be recorded; use tensor.as_subclass(...)"
             ) from error
         if not reads_data(error):
             raise
-        raise _data_dependent(recording.watch.current, error) from error
+        raise _data_dependent(recording.capture_mode.current, error) from error
     finally:
         torch.clear_autocast_cache()
-    if recording.watch.failed is not None:  # and the step's own code went on as if nothing had been
-        raise _data_dependent(recording.watch.current, recording.watch.failed) from recording.watch.failed
+    if recording.capture_mode.failed is not None:  # and the step's own code went on as if nothing had been
+        raise _data_dependent(
+            recording.capture_mode.current, recording.capture_mode.failed
+        ) from recording.capture_mode.failed
     return module
 
 
 @contextmanager
-def _control_flow(watch: Watch) -> Iterator[None]:
+def _control_flow(capture_mode: CaptureMode) -> Iterator[None]:
     """Name the function of torch's that has failed because it chooses its course by the data."""
     try:
         yield
@@ -352,7 +355,7 @@ def _control_flow(watch: Watch) -> Iterator[None]:
         if found is None:
             raise
         raise CaptureError(
-            f"in {watch.current or 'the step'}, torch's {found} makes the course of the computation depend on the "
+            f"in {capture_mode.current or 'the step'}, torch's {found} makes the course of the computation depend on the "
             "data, so it cannot be recorded once for all inputs; use torch.where, or Python's own if and for over "
             "what is known"
         ) from error
@@ -396,7 +399,7 @@ def _data_dependent(path: str, error: Exception) -> CaptureError:
     if isinstance(error, CaptureError):
         return error
     op = str(getattr(error, "func", "")) or "the numbers of a tensor"
-    where = place_of(error)
+    where = location_of(error)
     return CaptureError(
         f"in {path or 'the step'}, {f'at {where}, ' if where else ''}the course of the computation depends on the "
         f"data ({op}), so it cannot be "

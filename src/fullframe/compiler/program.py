@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
+from fullframe.capture.conditions import Condition, settle
 from fullframe.capture.joint import Strides
-from fullframe.capture.questions import Asked, settle
-from fullframe.capture.subclasses import Dressing
-from fullframe.compiler.asked import asked_of, backward_of, sources
+from fullframe.capture.subclasses import OutputClasses
+from fullframe.compiler.backward_variants import backward_of, restricted_to, sources
 from fullframe.frontend.inputs import Call
+from fullframe.frontend.outputs import Tree, unflatten
 from fullframe.frontend.reads import EVERYTHING, Reads
-from fullframe.frontend.returned import Tree, put_together
-from fullframe.frontend.sources import Left, Place
+from fullframe.frontend.sources import SideEffect, WriteBack
 from fullframe.ir.graph import Graph, Value
 from fullframe.schedule.plan import Plan
 from fullframe.schedule.planner import plan
@@ -33,7 +33,7 @@ class Options:
 
 
 @dataclass(eq=False)
-class Asks:
+class BackwardVariants:
     """Of which outputs a backward may ask the gradient: what that needs, and what has been planned for it.
 
     ``graph`` is given the gradient of each, ``late`` by the output's number. A step's first scalar is taken for its
@@ -54,18 +54,18 @@ class Program:
 
     The graph's outputs are ``outputs`` tensors to hand out (those of the call's own output, then those left behind),
     then up to ``start`` those left behind again, then the new contents of each of `Call.tensors`, then the gradients
-    of those at ``wanted``. ``returned`` says how to make the call's own output of its tensors, ``places`` where the
-    forward leaves tensors, and ``cut`` which of those handed out have lost a graph.
-    ``lasting`` is False where the forward changes what it reads (a counter) or reads what nobody can look at (an
-    iterator), so that the next call must be recorded anew. ``reads`` is what belongs to its key, and the terms of all
-    numbers and places here. ``devices`` are where the outputs belong, ``unused`` the numbers of tensors that were met
-    and not read. ``lost`` are outputs that no gradient can be asked of, and why. ``alive`` are tensors of the call,
-    by number, that have a graph when it ends, and the outputs that bring it.
-    ``asked`` are the outputs whose gradients the graph is given, in the order of ``late``, or the one whose gradient
-    it takes to be one. ``asks`` are the others of which they may be asked; None where there is only that one.
-    ``moved`` is a place, in words, that the forward itself changes. ``dressing`` says of which classes the outputs
-    are. ``strides`` are those of the outputs, and then of the gradients, in plain PyTorch. ``conditions`` are what
-    the recording has assumed to hold or not, whose truth is the last of the outputs up to ``start``.
+    of those at ``wanted``. ``returned`` says how to make the call's own output of its tensors, ``side_effects`` where
+    the forward leaves tensors, and ``detached`` which of those handed out have lost a graph. ``lasting`` is False
+    where the forward changes what it reads (a counter) or reads what nobody can look at (an iterator), so that the
+    next call must be recorded anew. ``reads`` is what belongs to its key, and the terms of all numbers and places
+    here. ``devices`` are where the outputs belong, ``unused`` the numbers of tensors that were met and not read.
+    ``lost`` are outputs that no gradient can be asked of, and why. ``alive`` are tensors of the call, by number, that
+    have a graph when it ends, and the outputs that bring it. ``requested`` are the outputs whose gradients the graph
+    is given, in the order of ``late``, or the one whose gradient it takes to be one. ``variants`` are the others of
+    which they may be asked; None where there is only that one. ``moved`` is a place, in words, that the forward
+    itself changes. ``output_classes`` says of which classes the outputs are. ``strides`` are those of the outputs,
+    and then of the gradients, in plain PyTorch. ``conditions`` are what the recording has assumed to hold or not,
+    whose truth is the last of the outputs up to ``start``.
     """
 
     graph: Graph
@@ -76,40 +76,40 @@ class Program:
     wanted: tuple[int, ...]
     differentiable: tuple[bool, ...]
     lasting: bool
-    places: tuple[Place, ...] = ()
-    cut: tuple[bool, ...] = ()
+    side_effects: tuple[SideEffect, ...] = ()
+    detached: tuple[bool, ...] = ()
     reads: Reads = EVERYTHING
     devices: tuple[torch.device, ...] = ()
     unused: frozenset[int] = frozenset()
     lost: dict[int, str] = field(default_factory=dict)
     alive: dict[int, int] = field(default_factory=dict)
-    asked: tuple[int, ...] = ()
-    asks: Asks | None = None
+    requested: tuple[int, ...] = ()
+    variants: BackwardVariants | None = None
     moved: str = ""
-    dressing: Dressing = field(default_factory=Dressing)
+    output_classes: OutputClasses = field(default_factory=OutputClasses)
     strides: tuple[Strides, ...] = ()
-    conditions: tuple[Asked, ...] = ()
+    conditions: tuple[Condition, ...] = ()
 
     def expected(self) -> Program:
         """As it is planned for the outputs whose gradients were asked for lately."""
-        return self if self.asks is None else self._version(self.asks.guess, False)
+        return self if self.variants is None else self._version(self.variants.guess, False)
 
-    def once_more(self, used: frozenset[int]) -> Program:
+    def rerun(self, used: frozenset[int]) -> Program:
         """What makes only the gradients, from those of these outputs."""
         return self._version(used, True)
 
     def _version(self, used: frozenset[int], alone: bool) -> Program:
-        asks = self.asks
-        assert asks is not None
-        if used == frozenset(self.asked) and not alone:
+        variants = self.variants
+        assert variants is not None
+        if used == frozenset(self.requested) and not alone:
             return self
-        if (used, alone) not in asks.programs:
-            graph = asked_of(asks.graph, {asks.late[k] for k in used}, asks.device)
+        if (used, alone) not in variants.programs:
+            graph = restricted_to(variants.graph, {variants.late[k] for k in used}, variants.device)
             graph = backward_of(graph) if alone else graph
-            planned = plan(graph, freed(asks.request, graph, len(self.wanted)))
-            found = replace(self, graph=graph, plan=planned, asked=tuple(sorted(used)), asks=None)
-            asks.programs[used, alone] = found
-        return asks.programs[used, alone]
+            planned = plan(graph, freed(variants.request, graph, len(self.wanted)))
+            found = replace(self, graph=graph, plan=planned, requested=tuple(sorted(used)), variants=None)
+            variants.programs[used, alone] = found
+        return variants.programs[used, alone]
 
     @property
     def answers(self) -> tuple[bool, ...]:
@@ -117,14 +117,14 @@ class Program:
         return tuple(a.answer for a in self.conditions if a.answer is not None)
 
     def settle(self, values: Mapping[Value, torch.Tensor]) -> bool:
-        """Look at what the recording has assumed (`questions.settle`)."""
+        """Look at what the recording has assumed (`conditions.settle`)."""
         flags = self.graph.outputs[self.start - len(self.conditions) : self.start]
         return settle(self.conditions, [None if v is None else values.get(v) for v in flags])
 
     @property
     def gradients(self) -> list[Value | None]:
         """Of each of ``wanted``, whichever output it is asked of."""
-        graph = self.graph if self.asks is None else self.asks.graph
+        graph = self.graph if self.variants is None else self.variants.graph
         return graph.outputs[len(graph.outputs) - len(self.wanted) :]
 
     @property
@@ -133,11 +133,11 @@ class Program:
         return [k for k, v in zip(self.wanted, self.gradients, strict=True) if v is not None]
 
     @cached_property
-    def again(self) -> list[int]:
+    def rerun_inputs(self) -> list[int]:
         """The call's tensors that gradients follow from: what it takes to make them once more."""
-        if self.asks is None:
+        if self.variants is None:
             return []
-        graph = self.asks.graph
+        graph = self.variants.graph
         found = sources(graph, (v for v in self.gradients if v is not None)) - graph.late - {graph.seed}
         return [k for k, v in enumerate(graph.inputs) if v in found]
 
@@ -163,7 +163,7 @@ class Program:
         """What is read once the gradients of the outputs are there: by the steps that then run, or handed on."""
         if not self.graph.late:
             return frozenset()
-        late = (op for step in self.plan.steps[self.plan.early :] for op in step.section.ops)
+        late = (op for stage in self.plan.stages[self.plan.early :] for op in stage.section.ops)
         grads = self.graph.outputs[len(self.graph.outputs) - len(self.wanted) :]
         return frozenset((*(v for op in late for v in op.inputs), *(v for v in grads if v is not None)))
 
@@ -179,11 +179,11 @@ class Program:
 
     def assemble(self, call: Call, outputs: Sequence[torch.Tensor]) -> Any:
         """The call's own output from its tensors."""
-        return put_together(self.returned, outputs, call.survey)
+        return unflatten(self.returned, outputs, call.snapshot)
 
     def leave(self, call: Call, outputs: Sequence[torch.Tensor]) -> None:
         """Put the call's tensors where its forward leaves them."""
-        Left(call.survey, outputs, self.cut, call.tensors).put(self.places)
+        WriteBack(call.snapshot, outputs, self.detached, call.tensors).put(self.side_effects)
 
 
 def changes(graph: Graph, start: int, end: int) -> dict[int, Value]:

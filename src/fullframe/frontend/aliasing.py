@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fullframe.errors import CaptureError
-from fullframe.frontend.guards import Survey
+from fullframe.frontend.guards import GuardSnapshot
 from fullframe.frontend.inputs import Call
 
 
@@ -30,18 +30,18 @@ def refuse_changes(call: Call, arguments: Any, given: Any, marks: Iterable[tuple
             )
 
 
-def refuse_identities(call: Call, survey: Survey) -> None:
-    """Refuse code that tells the call's tensors apart by identity: while it is recorded they have stand-ins."""
+def refuse_identities(call: Call, snapshot: GuardSnapshot) -> None:
+    """Refuse code that tells the call's tensors apart by identity: while it is recorded they have placeholders."""
     known = {id(t): name for t, name in zip(call.tensors, call.names, strict=True)}
-    own = {id(h.state) for h in survey.holders if isinstance(h, torch.optim.Optimizer)}
-    tables = (c for c in (*survey.containers, *survey.sets) if isinstance(c, (dict, set, frozenset)))
+    own = {id(h.state) for h in snapshot.holders if isinstance(h, torch.optim.Optimizer)}
+    tables = (c for c in (*snapshot.containers, *snapshot.sets) if isinstance(c, (dict, set, frozenset)))
     looked_up = (k for c in tables if id(c) not in own for k in c)
     found = next((known[id(k)] for k in looked_up if isinstance(k, torch.Tensor) and id(k) in known), None)
-    found = found or next((known[n] for n in survey.parts if type(n) is int and n in known), None)
+    found = found or next((known[n] for n in snapshot.parts if type(n) is int and n in known), None)
     if found is not None:
         raise CaptureError(
             f"the step can reach a set, a dictionary or a number, as of id(), that tells {found} from other tensors "
-            "by its identity, and while it is recorded its tensors have stand-ins, which are other objects; tell "
+            "by its identity, and while it is recorded its tensors have placeholders, which are other objects; tell "
             "them apart by their names"
         )
 

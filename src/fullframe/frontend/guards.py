@@ -5,8 +5,8 @@ attributes, hooks and structure of modules; plain objects, containers, functions
 closures, defaults and the globals they name; class attributes. Tensors go in by shape, dtype,
 device, strides and requires_grad, and are listed, so that their numbers are read afresh each step.
 
-A survey may be told to look only at what a recording has read (`fullframe.reads`): then other fields of objects,
-other attributes of classes and leaves that were only handed on stay out.
+A guard snapshot may be told to look only at what a recording has read (`fullframe.reads`): then other fields of
+objects, other attributes of classes and leaves that were only handed on stay out.
 
 Iterators and memory shared with other processes cannot be looked at without changing them or in
 time: with one of them in reach every call is recorded anew. Generators of random numbers are listed,
@@ -48,8 +48,8 @@ from fullframe.frontend.names import (
 )
 
 # Tensors that a tiled step has put where its forward left them; True: PyTorch's would have a graph, these have none.
-# The next call's key has their shape and such apart (`Survey.details`), for few recordings read them.
-LEFT = WeakIdKeyDictionary()
+# The next call's key has their shape and such apart (`GuardSnapshot.details`), for few recordings read them.
+SIDE_EFFECTS = WeakIdKeyDictionary()
 DEPTH = 8  # objects, containers and functions away from the nearest module
 ATOMS = frozenset(
     (int, str, bool, bytes, complex, type(None), type(...), range, types.CodeType,
@@ -97,7 +97,7 @@ class Same:
 
 
 class Choice:
-    """What a survey looks at, asked in the order in which things are met; None is everything."""
+    """What a guard snapshot looks at, asked in the order in which things are met; None is everything."""
 
     def fields(self, holder: Any) -> tuple[str, ...] | None:
         """Names of an object's own fields; names that it does not have are looked for too."""
@@ -107,7 +107,7 @@ class Choice:
         """Names of a class's own attributes and methods."""
         return None
 
-    def labels(self, tensor: torch.Tensor) -> tuple[str, ...] | None:
+    def carried(self, tensor: torch.Tensor) -> tuple[str, ...] | None:
         """Names of what a tensor carries besides its numbers."""
         return None
 
@@ -122,7 +122,7 @@ class _Key:
         return repr(self.key)
 
 
-class Survey:
+class GuardSnapshot:
     """One look at everything reachable from some roots.
 
     ``key`` is hashable: equal keys may share a recording. ``tensors`` are those met, each once, in
@@ -140,7 +140,7 @@ class Survey:
     ):
         self.choice = choice or Choice()
         self.passed: Collection[tuple[int, Any]] = ()
-        self.trail: list[str] | None = [] if named else None
+        self.path: list[str] | None = [] if named else None
         self.spans: list[tuple[int, int, tuple[str, ...]]] = []
         self.mentioned: set[str] = set()  # names in the code of functions met, other than those of classes left out
         self.parts: list[Any] = []
@@ -153,7 +153,7 @@ class Survey:
         self.cells: list[Any] = []  # variables of closures
         self.scopes: list[tuple[dict[str, Any], Iterable[str] | None]] = []  # globals, and which of their names
         self.classes: list[type] = []  # other than torch's
-        self.left: list[torch.Tensor] = []  # of the tensors those in `LEFT`
+        self.side_effects: list[torch.Tensor] = []  # of the tensors those in `SIDE_EFFECTS`
         self.details: list[Any] = []  # what the key does not have of them
         self.generators: list[Any] = []  # of random numbers
         self.caches: list[Any] = []  # functions that keep what they returned
@@ -167,14 +167,14 @@ class Survey:
 
     def visit(self, thing: Any, depth: int, step: Any = "") -> None:
         """Look at a thing; ``step`` is how it is found in what was looked at before: a name, key or position."""
-        if self.trail is None:
+        if self.path is None:
             self._visit(thing, depth)
             return
         first = len(self.parts)
-        self.trail.append(step if isinstance(step, str) else f"[{step}]")
+        self.path.append(step if isinstance(step, str) else f"[{step}]")
         self._visit(thing, depth)
-        self.spans.append((first, len(self.parts), tuple(self.trail)))
-        self.trail.pop()
+        self.spans.append((first, len(self.parts), tuple(self.path)))
+        self.path.pop()
 
     def _visit(self, thing: Any, depth: int) -> None:
         kind = type(thing)
@@ -193,40 +193,40 @@ class Survey:
         if depth > DEPTH:
             self.parts.append(Same(thing))
             return
-        look = LOOKS.get(kind)
-        if look is None:
-            look = LOOKS[kind] = _look_for(kind)
-        look(self, thing, depth)
+        visitor = VISITORS.get(kind)
+        if visitor is None:
+            visitor = VISITORS[kind] = _visitor_for(kind)
+        visitor(self, thing, depth)
 
 
-def _tensor(survey: Survey, tensor: torch.Tensor, depth: int) -> None:
+def _tensor(snapshot: GuardSnapshot, tensor: torch.Tensor, depth: int) -> None:
     strided = tensor.layout is torch.strided
     details = (
         tensor.shape, tensor.dtype, tensor.device, tensor.stride() if strided else tensor.layout,
         tensor.requires_grad,
     )  # fmt: skip
-    if tensor in LEFT:
-        survey.parts.append("left")
-        survey.details += (*details, LEFT[tensor])
-        survey.left.append(tensor)
+    if tensor in SIDE_EFFECTS:
+        snapshot.parts.append("side effect")
+        snapshot.details += (*details, SIDE_EFFECTS[tensor])
+        snapshot.side_effects.append(tensor)
     else:
-        survey.parts += details
-    survey.tensors.append(tensor)
+        snapshot.parts += details
+    snapshot.tensors.append(tensor)
     if not type(tensor).__module__.startswith("torch._"):
-        chosen = survey.choice.labels(tensor)
+        chosen = snapshot.choice.carried(tensor)
         fields = vars(tensor)
         if chosen is None and fields:
-            _mapping(survey, fields, depth)
+            _mapping(snapshot, fields, depth)
         for name in chosen or ():
-            survey.parts.append(name)
-            survey.visit(fields.get(name, MISSING), depth + 1, f".{name}")
+            snapshot.parts.append(name)
+            snapshot.visit(fields.get(name, MISSING), depth + 1, f".{name}")
 
 
-def _module(survey: Survey, module: nn.Module, depth: int) -> None:
-    parts = survey.parts
-    survey.holders.append(module)
+def _module(snapshot: GuardSnapshot, module: nn.Module, depth: int) -> None:
+    parts = snapshot.parts
+    snapshot.holders.append(module)
     fields = object.__getattribute__(module, "__dict__")
-    chosen = survey.choice.fields(module)
+    chosen = snapshot.choice.fields(module)
     names = fields if chosen is None else dict.fromkeys((*REGISTERED, *chosen))
     for name in names:
         value = fields.get(name, MISSING)
@@ -235,23 +235,23 @@ def _module(survey: Survey, module: nn.Module, depth: int) -> None:
         if name == "_fullframe":  # a tiled module inside another: what it wraps, not its recordings
             value = value["pair"]
         parts.append(name)
-        survey.visit(value, 0, f".{name}")
+        snapshot.visit(value, 0, f".{name}")
     parts.append("end")
-    _class(survey, type(module), 0)
+    _class(snapshot, type(module), 0)
 
 
-def _object(survey: Survey, thing: Any, depth: int) -> None:
+def _object(snapshot: GuardSnapshot, thing: Any, depth: int) -> None:
     fields = _fields(thing)
     if fields is None or str(type(thing).__module__).partition(".")[0] in OPAQUE:
-        survey.parts.append(Same(thing))
+        snapshot.parts.append(Same(thing))
         return
-    survey.holders.append(thing)
-    chosen = survey.choice.fields(thing)
+    snapshot.holders.append(thing)
+    chosen = snapshot.choice.fields(thing)
     for name in fields if chosen is None else chosen:
-        survey.parts.append(name)
-        survey.visit(fields.get(name, MISSING), depth + 1, f"<{type(thing).__name__}>.{name}")
-    survey.parts.append("end")
-    _class(survey, type(thing), depth)
+        snapshot.parts.append(name)
+        snapshot.visit(fields.get(name, MISSING), depth + 1, f"<{type(thing).__name__}>.{name}")
+    snapshot.parts.append("end")
+    _class(snapshot, type(thing), depth)
 
 
 def _fields(thing: Any) -> dict[str, Any] | None:
@@ -282,241 +282,241 @@ def _slots(cls: type) -> tuple[str, ...]:
     return tuple(s for s in named if s not in ("__dict__", "__weakref__"))
 
 
-def _mapping(survey: Survey, mapping: Any, depth: int) -> None:
-    survey.parts.append(len(mapping))
-    survey.containers += [mapping] if isinstance(mapping, dict) else []
+def _mapping(snapshot: GuardSnapshot, mapping: Any, depth: int) -> None:
+    snapshot.parts.append(len(mapping))
+    snapshot.containers += [mapping] if isinstance(mapping, dict) else []
     for key, value in mapping.items():
-        survey.visit(key, depth + 1)
-        if survey.passed and (id(mapping), key) in survey.passed:
-            survey.parts.append(type(value))
+        snapshot.visit(key, depth + 1)
+        if snapshot.passed and (id(mapping), key) in snapshot.passed:
+            snapshot.parts.append(type(value))
         else:
-            survey.visit(value, depth + 1, _Key(key))
-    _derived(survey, mapping, depth)
+            snapshot.visit(value, depth + 1, _Key(key))
+    _derived(snapshot, mapping, depth)
 
 
-def _sequence(survey: Survey, sequence: Any, depth: int) -> None:
-    survey.parts.append(len(sequence))
-    survey.containers += [sequence] if isinstance(sequence, (list, deque)) else []
+def _sequence(snapshot: GuardSnapshot, sequence: Any, depth: int) -> None:
+    snapshot.parts.append(len(sequence))
+    snapshot.containers += [sequence] if isinstance(sequence, (list, deque)) else []
     for k, value in enumerate(sequence):
-        if survey.passed and (id(sequence), k) in survey.passed:
-            survey.parts.append(type(value))
+        if snapshot.passed and (id(sequence), k) in snapshot.passed:
+            snapshot.parts.append(type(value))
         else:
-            survey.visit(value, depth + 1, k)
-    _derived(survey, sequence, depth)
+            snapshot.visit(value, depth + 1, k)
+    _derived(snapshot, sequence, depth)
 
 
-def _set(survey: Survey, things: Any, depth: int) -> None:
-    survey.parts.append(len(things))
-    survey.sets.append(things)
+def _set(snapshot: GuardSnapshot, things: Any, depth: int) -> None:
+    snapshot.parts.append(len(things))
+    snapshot.sets.append(things)
     for value in sorted(things, key=repr):
-        survey.visit(value, depth + 1)
-    _derived(survey, things, depth)
+        snapshot.visit(value, depth + 1)
+    _derived(snapshot, things, depth)
 
 
-def _derived(survey: Survey, thing: Any, depth: int) -> None:
+def _derived(snapshot: GuardSnapshot, thing: Any, depth: int) -> None:
     """What a kind of container or number has beyond the built-in one."""
     kind = type(thing)
     for name, value in (_fields(thing) or {}).items():
-        survey.parts.append(name)
-        survey.visit(value, depth + 1, f".{name}")
+        snapshot.parts.append(name)
+        snapshot.visit(value, depth + 1, f".{name}")
     if kind.__module__ not in ("builtins", "collections"):
-        _class(survey, kind, depth)
+        _class(snapshot, kind, depth)
 
 
-def _number(survey: Survey, number: Any, depth: int) -> None:
+def _number(snapshot: GuardSnapshot, number: Any, depth: int) -> None:
     plain: Any = next(kind for kind in (float, int, complex, bytes, str) if isinstance(number, kind))
-    survey.parts.append(plain.__repr__(number))
-    _derived(survey, number, depth)
+    snapshot.parts.append(plain.__repr__(number))
+    _derived(snapshot, number, depth)
 
 
-def _bytes(survey: Survey, thing: Any, depth: int) -> None:
-    survey.parts.append(digest(thing))
-    _derived(survey, thing, depth)
+def _bytes(snapshot: GuardSnapshot, thing: Any, depth: int) -> None:
+    snapshot.parts.append(digest(thing))
+    _derived(snapshot, thing, depth)
 
 
-def _volatile(survey: Survey, thing: Any, depth: int) -> None:
-    survey.parts.append(Same(thing))
-    survey.lasting = False
-    survey.passing = survey.passing or tuple(survey.trail or ())
+def _volatile(snapshot: GuardSnapshot, thing: Any, depth: int) -> None:
+    snapshot.parts.append(Same(thing))
+    snapshot.lasting = False
+    snapshot.passing = snapshot.passing or tuple(snapshot.path or ())
 
 
-def _generator(survey: Survey, thing: Any, depth: int) -> None:
-    survey.parts.append(Same(thing))
-    survey.generators.append(thing)
+def _generator(snapshot: GuardSnapshot, thing: Any, depth: int) -> None:
+    snapshot.parts.append(Same(thing))
+    snapshot.generators.append(thing)
     if type(thing).__module__ != "random":
-        _derived(survey, thing, depth)
+        _derived(snapshot, thing, depth)
 
 
-def _cached(survey: Survey, function: Any, depth: int) -> None:
-    survey.caches.append(function)
-    survey.visit(function.__wrapped__, depth)
+def _cached(snapshot: GuardSnapshot, function: Any, depth: int) -> None:
+    snapshot.caches.append(function)
+    snapshot.visit(function.__wrapped__, depth)
 
 
-def _reference(survey: Survey, reference: Any, depth: int) -> None:
-    survey.visit(reference(), depth + 1)
+def _reference(snapshot: GuardSnapshot, reference: Any, depth: int) -> None:
+    snapshot.visit(reference(), depth + 1)
 
 
-def _proxy(survey: Survey, proxy: Any, depth: int) -> None:
-    survey.visit(proxy.__repr__.__self__, depth + 1)
+def _proxy(snapshot: GuardSnapshot, proxy: Any, depth: int) -> None:
+    snapshot.visit(proxy.__repr__.__self__, depth + 1)
 
 
-def _thread_local(survey: Survey, thing: threading.local, depth: int) -> None:
-    survey.visit(dict(vars(thing)), depth + 1)
+def _thread_local(snapshot: GuardSnapshot, thing: threading.local, depth: int) -> None:
+    snapshot.visit(dict(vars(thing)), depth + 1)
 
 
-def _variable(survey: Survey, variable: ContextVar[Any], depth: int) -> None:
-    survey.visit(variable.get(None), depth + 1)
+def _variable(snapshot: GuardSnapshot, variable: ContextVar[Any], depth: int) -> None:
+    snapshot.visit(variable.get(None), depth + 1)
 
 
-def _python_module(survey: Survey, module: types.ModuleType, depth: int) -> None:
+def _python_module(snapshot: GuardSnapshot, module: types.ModuleType, depth: int) -> None:
     """The values in a module of the user's, such as a configuration, and in the modules in it."""
-    survey.parts.append(Same(module))
+    snapshot.parts.append(Same(module))
     if not foreign(module):
-        survey.scopes.append((vars(module), None))
+        snapshot.scopes.append((vars(module), None))
         for name, value in list(vars(module).items()):
             if not name.startswith("__"):
-                survey.parts.append(name)
-                survey.visit(value, depth + 1, f".{name}")
+                snapshot.parts.append(name)
+                snapshot.visit(value, depth + 1, f".{name}")
 
 
-def _slice(survey: Survey, thing: slice, depth: int) -> None:
-    _sequence(survey, (thing.start, thing.stop, thing.step), depth)
+def _slice(snapshot: GuardSnapshot, thing: slice, depth: int) -> None:
+    _sequence(snapshot, (thing.start, thing.stop, thing.step), depth)
 
 
-def _method(survey: Survey, method: types.MethodType, depth: int) -> None:
-    survey.visit(method.__func__, depth, method.__func__.__name__)
-    survey.visit(method.__self__, depth)
+def _method(snapshot: GuardSnapshot, method: types.MethodType, depth: int) -> None:
+    snapshot.visit(method.__func__, depth, method.__func__.__name__)
+    snapshot.visit(method.__self__, depth)
 
 
-def _builtin(survey: Survey, function: Any, depth: int) -> None:
+def _builtin(snapshot: GuardSnapshot, function: Any, depth: int) -> None:
     """A function of C's, with what it is bound to."""
     owner = function.__self__
     if owner is None or isinstance(owner, (types.ModuleType, type)) or type(owner).__module__.startswith("torch._C"):
-        survey.parts.append(function)
+        snapshot.parts.append(function)
     else:
-        survey.parts.append(function.__name__)
-        survey.visit(owner, depth + 1)
+        snapshot.parts.append(function.__name__)
+        snapshot.visit(owner, depth + 1)
 
 
-def _partial(survey: Survey, call: functools.partial[Any], depth: int) -> None:
+def _partial(snapshot: GuardSnapshot, call: functools.partial[Any], depth: int) -> None:
     for part in (call.func, call.args, call.keywords, vars(call)):
-        survey.visit(part, depth + 1)
+        snapshot.visit(part, depth + 1)
 
 
-def _array(survey: Survey, array: Any, depth: int) -> None:
-    survey.parts += (array.shape, str(array.dtype))
+def _array(snapshot: GuardSnapshot, array: Any, depth: int) -> None:
+    snapshot.parts += (array.shape, str(array.dtype))
     if array.dtype == object:
-        _sequence(survey, array.ravel().tolist(), depth)
+        _sequence(snapshot, array.ravel().tolist(), depth)
     else:
-        survey.parts.append(digest(array))
+        snapshot.parts.append(digest(array))
 
 
-def _member(survey: Survey, member: Enum, depth: int) -> None:
-    survey.parts.append(member)
+def _member(snapshot: GuardSnapshot, member: Enum, depth: int) -> None:
+    snapshot.parts.append(member)
     for name, value in vars(member).items():
         if not name.startswith("_"):
-            survey.parts.append(name)
-            survey.visit(value, depth + 1, f".{name}")
+            snapshot.parts.append(name)
+            snapshot.visit(value, depth + 1, f".{name}")
 
 
-def _atom(survey: Survey, thing: Any, depth: int) -> None:
-    survey.parts.append(thing)
+def _atom(snapshot: GuardSnapshot, thing: Any, depth: int) -> None:
+    snapshot.parts.append(thing)
 
 
-def _identity(survey: Survey, thing: Any, depth: int) -> None:
-    survey.parts.append(Same(thing))
+def _identity(snapshot: GuardSnapshot, thing: Any, depth: int) -> None:
+    snapshot.parts.append(Same(thing))
 
 
-def _descriptor(survey: Survey, thing: Any, depth: int) -> None:
+def _descriptor(snapshot: GuardSnapshot, thing: Any, depth: int) -> None:
     for name in ("fget", "__func__", "func"):
         if hasattr(thing, name):
-            survey.visit(getattr(thing, name), depth)
+            snapshot.visit(getattr(thing, name), depth)
 
 
-def _function(survey: Survey, function: types.FunctionType, depth: int) -> None:
+def _function(snapshot: GuardSnapshot, function: types.FunctionType, depth: int) -> None:
     """Code, defaults and closure; for code that is not an installed package's also the globals it names."""
     code = function.__code__
-    survey.parts.append(code)
+    snapshot.parts.append(code)
     for value in (function.__defaults__, function.__kwdefaults__, function.__dict__ or None):
         if value is not None:
-            survey.visit(value, depth + 1, function.__name__)
+            snapshot.visit(value, depth + 1, function.__name__)
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
-        survey.cells.append(cell)
+        snapshot.cells.append(cell)
         try:
-            survey.visit(cell.cell_contents, depth + 1, f"<{function.__name__}>.{name}")
+            snapshot.visit(cell.cell_contents, depth + 1, f"<{function.__name__}>.{name}")
         except ValueError:
-            survey.parts.append("empty")
+            snapshot.parts.append("empty")
     if not installed(code.co_filename):
         space = function.__globals__
         names = global_names(code)
-        survey.mentioned.update(names)
+        snapshot.mentioned.update(names)
         own = tuple(n for n in names if n in looked_up(code)) if BY_STRING.isdisjoint(names) else names
         if not ANY_GLOBAL.isdisjoint(names):
             names += tuple(n for n in space if not n.startswith("__"))
             own = names
-        survey.scopes.append((space, own))
+        snapshot.scopes.append((space, own))
         met: set[int] = set()
         for name in own:
             if name in space:
-                _global(survey, name, space[name], names, met, depth)
+                _global(snapshot, name, space[name], names, met, depth)
             elif (module := imported(name, space.get("__package__") or "")) is not None:
-                _global(survey, name, module, names, met, depth)
+                _global(snapshot, name, module, names, met, depth)
 
 
-def _global(survey: Survey, name: str, value: Any, names: Iterable[str], met: set[int], depth: int) -> None:
+def _global(snapshot: GuardSnapshot, name: str, value: Any, names: Iterable[str], met: set[int], depth: int) -> None:
     """A global; of a module, what in it has one of the names, all of it where code may look up any name."""
-    survey.parts.append(name)
+    snapshot.parts.append(name)
     if not isinstance(value, types.ModuleType) or not BY_STRING.isdisjoint(names):
-        survey.visit(value, depth + 1, f"<globals>.{name}")
+        snapshot.visit(value, depth + 1, f"<globals>.{name}")
     elif id(value) not in met and not foreign(value):
         met.add(id(value))
-        survey.scopes.append((vars(value), names))
+        snapshot.scopes.append((vars(value), names))
         for inner in names:
             if inner in vars(value):
-                _global(survey, inner, vars(value)[inner], names, met, depth + 1)
+                _global(snapshot, inner, vars(value)[inner], names, met, depth + 1)
 
 
-def _class(survey: Survey, cls: type, depth: int) -> None:
-    """Attributes and methods of a class and its bases, once per survey."""
-    if id(cls) in survey.seen:
+def _class(snapshot: GuardSnapshot, cls: type, depth: int) -> None:
+    """Attributes and methods of a class and its bases, once per snapshot."""
+    if id(cls) in snapshot.seen:
         return
-    survey.seen[id(cls)] = len(survey.seen)
+    snapshot.seen[id(cls)] = len(snapshot.seen)
     if type(cls) is not type:
-        _class(survey, type(cls), depth)
+        _class(snapshot, type(cls), depth)
     for base in cls.__mro__:
-        if base is object or (base is not cls and id(base) in survey.seen):
+        if base is object or (base is not cls and id(base) in snapshot.seen):
             continue
-        survey.seen.setdefault(id(base), len(survey.seen))
+        snapshot.seen.setdefault(id(base), len(snapshot.seen))
         if str(base.__module__).partition(".")[0] in ("torch", "builtins", *OPAQUE):
-            survey.parts += (base, Same(vars(base).get("forward")))  # a replaced forward still shows
+            snapshot.parts += (base, Same(vars(base).get("forward")))  # a replaced forward still shows
             continue
-        survey.classes.append(base)
-        chosen = survey.choice.attributes(base)
+        snapshot.classes.append(base)
+        chosen = snapshot.choice.attributes(base)
         foreign = foreign_class(base)
-        survey.parts += [n for n in vars(base) if not n.startswith("__")]
+        snapshot.parts += [n for n in vars(base) if not n.startswith("__")]
         for name, value in list(vars(base).items()):
             hidden = name in SILENT if isinstance(value, DEFINITIONS) else name.startswith("__")
             if hidden or name in ("_abc_impl", "_is_protocol"):
                 continue
             if foreign and isinstance(value, types.FunctionType):
-                survey.parts.append(value)  # of an installed class not the insides of its methods
-                survey.mentioned.update(n for n in global_names(value.__code__) if n not in BY_STRING)
+                snapshot.parts.append(value)  # of an installed class not the insides of its methods
+                snapshot.mentioned.update(n for n in global_names(value.__code__) if n not in BY_STRING)
             elif chosen is None or name in chosen:
-                survey.parts.append(name)
-                survey.visit(value, depth + 1, f"<{base.__name__}>.{name}")
+                snapshot.parts.append(name)
+                snapshot.visit(value, depth + 1, f"<{base.__name__}>.{name}")
             else:
                 code = getattr(value, "__code__", None)
-                survey.parts += (name, type(value), code)
+                snapshot.parts += (name, type(value), code)
 
 
 DEFINITIONS = (types.FunctionType, property, staticmethod, classmethod, functools.cached_property)
 
 
-def _type(survey: Survey, cls: type, depth: int) -> None:
-    survey.parts.append(cls)
-    survey.seen.pop(id(cls), None)
+def _type(snapshot: GuardSnapshot, cls: type, depth: int) -> None:
+    snapshot.parts.append(cls)
+    snapshot.seen.pop(id(cls), None)
     if cls.__module__ not in ("builtins", "typing"):
-        _class(survey, cls, depth)
+        _class(snapshot, cls, depth)
 
 
 def digest(memory: Any) -> bytes:
@@ -546,18 +546,18 @@ def state_of(generator: Any) -> Any:
     return repr(generator.get_state(legacy=False) if inner is None else inner.state)
 
 
-Look = Callable[[Survey, Any, int], None]
-LOOKS: dict[type, Look] = {}
+Visitor = Callable[[GuardSnapshot, Any, int], None]
+VISITORS: dict[type, Visitor] = {}
 
 
-def _look_for(kind: type) -> Look:
+def _visitor_for(kind: type) -> Visitor:
     """How things of a kind are looked at."""
     if kind.__module__.startswith("numpy"):
         if hasattr(kind, "tobytes") and hasattr(kind, "shape"):
             return _array
         if hasattr(kind, "standard_normal"):
             return _generator
-    families: list[tuple[Any, Look]] = [
+    families: list[tuple[Any, Visitor]] = [
         (torch.Tensor, _tensor),
         (nn.Module, _module),
         (Enum, _member),
@@ -582,9 +582,9 @@ def _look_for(kind: type) -> Look:
         (ContextVar, _variable),
         (type, _type),
     ]
-    for classes, look in families:
+    for classes, visitor in families:
         if issubclass(kind, classes):
-            return look
+            return visitor
     if kind.__module__.startswith(("torch._", "torch.fx")):
         return _identity
     if kind.__module__ == "numpy":

@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from fullframe.frontend.guards import Survey, digest
-from fullframe.frontend.handed import value
+from fullframe.frontend.guards import GuardSnapshot, digest
+from fullframe.frontend.opaque_leaves import value
 from fullframe.frontend.reads import EVERYTHING, Reads
 
 Tensors = list[torch.Tensor]
@@ -85,28 +85,30 @@ class Call:
         self.buffers = {k: v for k, v in pair.named_buffers() if v is not None}
         self.roots = [pair, args, kwargs, _everywhere()]
         self.grad = torch.is_grad_enabled()
-        self._survey: Survey | None = None
+        self._snapshot: GuardSnapshot | None = None
         self._others: Tensors = []
         self.undo: Callable[[], None] | None = None  # puts back what the recording of this call did in Python
 
-    def look(self, reads: Reads, survey: Survey | None = None) -> None:
-        """See what is in reach, as far as a recording has read it; the ``survey`` may have been made already."""
-        survey = Survey(self.roots, reads.choice(), self.entries(reads.passed)) if survey is None else survey
+    def take_snapshot(self, reads: Reads, snapshot: GuardSnapshot | None = None) -> None:
+        """See what is in reach, as far as a recording has read it; the ``snapshot`` may have been made already."""
+        snapshot = (
+            GuardSnapshot(self.roots, reads.choice(), self.entries(reads.passed)) if snapshot is None else snapshot
+        )
         known = {id(t) for t in (*self.parameters.values(), *self.buffers.values(), *self.inputs)}
-        self._survey, self._others = survey, [t for t in survey.tensors if id(t) not in known]
+        self._snapshot, self._others = snapshot, [t for t in snapshot.tensors if id(t) not in known]
 
     @property
-    def survey(self) -> Survey:
-        """What is in reach: all of it, unless the call was told to `look` otherwise."""
-        if self._survey is None:
-            self.look(EVERYTHING)
-        assert self._survey is not None
-        return self._survey
+    def snapshot(self) -> GuardSnapshot:
+        """What is in reach: all of it, unless the call was told to `take_snapshot` otherwise."""
+        if self._snapshot is None:
+            self.take_snapshot(EVERYTHING)
+        assert self._snapshot is not None
+        return self._snapshot
 
     @property
     def others(self) -> Tensors:
         """Tensors in reach that are neither parameters, buffers nor inputs."""
-        return self._others if self.survey else []
+        return self._others if self.snapshot else []
 
     def entries(self, leaves: Sequence[int]) -> frozenset[tuple[int, Any]]:
         """Leaves of the arguments, by number, as entries of containers, by id and key or position."""
@@ -153,8 +155,8 @@ class Call:
         modes = (self.grad, autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
         tensors = self.tensors if reads.numbers else []
         numbers = tuple(_numbers(tensors[k]) if k < len(tensors) else None for k in reads.numbers)
-        details = tuple(self.survey.details) if reads.details else None
-        return self.survey.key, str(self.spec), modes, tuple(read() for read in SWITCHES), numbers, details
+        details = tuple(self.snapshot.details) if reads.details else None
+        return self.snapshot.key, str(self.spec), modes, tuple(read() for read in SWITCHES), numbers, details
 
     @property
     def values(self) -> tuple[int, ...]:
@@ -166,10 +168,10 @@ class Call:
             k for k, (x, e) in enumerate(zip(self.leaves, entries, strict=True)) if e is not None and value(x)
         )
 
-    def rebuild(self, inputs: Sequence[torch.Tensor], handed: Mapping[int, Any] | None = None) -> tuple[Any, Any]:
-        """Arguments and keyword arguments with other tensors in place of the inputs, and some leaves ``handed``."""
-        found, handed = iter(inputs), handed or {}
-        leaves = [next(found) if isinstance(x, torch.Tensor) else handed.get(k, x) for k, x in enumerate(self.leaves)]
+    def rebuild(self, inputs: Sequence[torch.Tensor], opaque: Mapping[int, Any] | None = None) -> tuple[Any, Any]:
+        """Arguments and keyword arguments with other tensors in place of the inputs, and some leaves ``opaque``."""
+        found, opaque = iter(inputs), opaque or {}
+        leaves = [next(found) if isinstance(x, torch.Tensor) else opaque.get(k, x) for k, x in enumerate(self.leaves)]
         return pytree.tree_unflatten(leaves, self.spec)
 
 

@@ -1,9 +1,9 @@
 """What a recording has read of the objects in its reach, so that nothing else belongs to its key.
 
 A trainer keeps a history, a network a meter: they change with every step, and no step looks at them. While a step is
-recorded, the classes of the objects that a survey has met tell which attributes are asked for, set or deleted, by
-whatever way: attribute access, `getattr` with a name just computed, `operator.attrgetter`, properties, `__getattr__`.
-Whoever asks for an object's dictionary, or for what is pickled or copied of it, has read all of it.
+recorded, the classes of the objects that a guard snapshot has met tell which attributes are asked for, set or
+deleted, by whatever way: attribute access, `getattr` with a name just computed, `operator.attrgetter`, properties,
+`__getattr__`. Whoever asks for an object's dictionary, or for what is pickled or copied of it, has read all of it.
 
 What cannot be followed counts whole: objects whose class is written in C or has a `__getattribute__` of its own, and
 containers. Attributes of classes are seldom asked for through an object alone, so names in the code of the functions
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from fullframe.frontend.guards import Choice, Survey
+from fullframe.frontend.guards import Choice, GuardSnapshot
 from fullframe.frontend.names import BY_STRING, foreign_class, global_names
 
 Roots = Sequence[Any]
@@ -42,7 +42,7 @@ TRUSTED = frozenset(
 
 @dataclass(frozen=True)
 class Reads:
-    """What belongs to a recording's key, for the things in the order in which a survey meets them.
+    """What belongs to a recording's key, for the things in the order in which a guard snapshot meets them.
 
     ``choices``: names of each object's fields and of each class's attributes, None for all. ``numbers``: which of the
     call's tensors had their numbers read. ``details``: whether anything was asked of tensors that former steps left.
@@ -55,7 +55,7 @@ class Reads:
     passed: tuple[int, ...] = ()
 
     def choice(self) -> Choice:
-        """To survey another call by."""
+        """To snapshot another call by."""
         return Choice() if self.choices is None else _Again(self.choices)
 
 
@@ -74,31 +74,31 @@ class _Again(Choice):
     def attributes(self, cls: type) -> tuple[str, ...] | None:
         return next(self._next, ())
 
-    def labels(self, tensor: torch.Tensor) -> tuple[str, ...] | None:
+    def carried(self, tensor: torch.Tensor) -> tuple[str, ...] | None:
         return next(self._next, ())
 
 
-class Notes:
-    """Attributes read, set or deleted of the objects that a survey has met."""
+class ReadLog:
+    """Attributes read, set or deleted of the objects that a guard snapshot has met."""
 
-    def __init__(self, survey: Survey):
-        kinds = {type(h) for h in survey.holders}
-        self._classes = [c for c in {*kinds, *survey.classes} if _open(c)]
+    def __init__(self, snapshot: GuardSnapshot):
+        kinds = {type(h) for h in snapshot.holders}
+        self._classes = [c for c in {*kinds, *snapshot.classes} if _open(c)]
         followed = set(self._classes)
-        self._survey = survey
+        self._snapshot = snapshot
         self.names: set[str] = set()  # of any object
-        self.fields: dict[int, set[str]] = {id(h): set() for h in survey.holders if type(h) in followed}
-        self._unfollowed = {c for c in survey.classes if c not in followed}
-        # Tensors that only the arguments hold have a stand-in wherever code meets them.
-        self._labelled = {id(t) for t in survey.tensors[survey.inner :] if vars(t)}
-        self.labels: dict[int, set[str]] = {}
-        self._classes += [FunctionalTensor] if self._labelled else []
+        self.fields: dict[int, set[str]] = {id(h): set() for h in snapshot.holders if type(h) in followed}
+        self._unfollowed = {c for c in snapshot.classes if c not in followed}
+        # Tensors that only the arguments hold have a placeholder wherever code meets them.
+        self._carrier = {id(t) for t in snapshot.tensors[snapshot.inner :] if vars(t)}
+        self.carried: dict[int, set[str]] = {}
+        self._classes += [FunctionalTensor] if self._carrier else []
 
-    def follow(self, stand_ins: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Note what is read of these stand-ins as read of the arguments' tensors that they stand for."""
-        for stand_in, tensor in stand_ins:
-            if id(tensor) in self._labelled:
-                self.fields[id(stand_in)] = self.labels[id(tensor)] = set()
+    def follow(self, placeholders: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Note what is read of these placeholders as read of the arguments' tensors that they stand for."""
+        for placeholder, tensor in placeholders:
+            if id(tensor) in self._carrier:
+                self.fields[id(placeholder)] = self.carried[id(tensor)] = set()
 
     @contextmanager
     def taken(self) -> Iterator[None]:
@@ -127,7 +127,7 @@ class Notes:
 
     def _give_up(self, cls: type) -> None:
         self._unfollowed.add(cls)
-        for holder in self._survey.holders:
+        for holder in self._snapshot.holders:
             if type(holder) is cls:
                 self.fields.pop(id(holder), None)
 
@@ -155,22 +155,22 @@ class Notes:
 
         return __setattr__
 
-    def survey(self, roots: Roots, passed: Collection[tuple[int, Any]] = ()) -> tuple[Survey, list[Any]]:
-        """The survey of what was read, and the choices by which another call is surveyed."""
+    def snapshot(self, roots: Roots, passed: Collection[tuple[int, Any]] = ()) -> tuple[GuardSnapshot, list[Any]]:
+        """The guard snapshot of what was read, and the choices by which another call is examined."""
         mentioned: set[str] = set()
         whole = self._whole()
         while True:
             choice = _Noted(self, mentioned, whole)
-            survey = Survey(roots, choice, passed)
-            if survey.mentioned <= mentioned:
-                return survey, choice.made
-            mentioned |= survey.mentioned
+            snapshot = GuardSnapshot(roots, choice, passed)
+            if snapshot.mentioned <= mentioned:
+                return snapshot, choice.made
+            mentioned |= snapshot.mentioned
 
     def _whole(self) -> set[type]:
         """Classes of which every attribute counts."""
         found = set(self._unfollowed)
-        found |= {type(h) for h in self._survey.holders if not WHOLE.isdisjoint(self.fields.get(id(h), WHOLE))}
-        for cls in self._survey.classes:
+        found |= {type(h) for h in self._snapshot.holders if not WHOLE.isdisjoint(self.fields.get(id(h), WHOLE))}
+        for cls in self._snapshot.classes:
             known = all(b.__name__ in PLAIN_BASES or not foreign_class(b) for b in cls.__mro__)
             if not known and not all(_seen_through(b) for b in cls.__mro__ if foreign_class(b)):
                 found.add(cls)
@@ -180,9 +180,9 @@ class Notes:
 class _Noted(Choice):
     """What was read, by the objects themselves."""
 
-    def __init__(self, notes: Notes, mentioned: set[str], whole: Collection[type]):
-        self._fields, self._labels = notes.fields, notes.labels
-        self._names, self._whole = notes.names | mentioned, whole
+    def __init__(self, read_log: ReadLog, mentioned: set[str], whole: Collection[type]):
+        self._fields, self._carried = read_log.fields, read_log.carried
+        self._names, self._whole = read_log.names | mentioned, whole
         self._raw = "__getattribute__" in mentioned  # which nobody sees
         self._dynamic = not BY_STRING.isdisjoint(mentioned)
         self.made: list[tuple[str, ...] | None] = []
@@ -192,8 +192,8 @@ class _Noted(Choice):
         self.made.append(_chosen(names))
         return self.made[-1]
 
-    def labels(self, tensor: torch.Tensor) -> tuple[str, ...] | None:
-        self.made.append(None if self._raw else _chosen(self._labels.get(id(tensor), WHOLE)))
+    def carried(self, tensor: torch.Tensor) -> tuple[str, ...] | None:
+        self.made.append(None if self._raw else _chosen(self._carried.get(id(tensor), WHOLE)))
         return self.made[-1]
 
     def attributes(self, cls: type) -> tuple[str, ...] | None:

@@ -1,7 +1,7 @@
 """Places where a forward may leave tensors, what it leaves there, and how a step puts it there.
 
-Places are named by their position in the survey of a call, which calls of equal keys share, for the object itself
-may be another at the next call.
+Places are named by their position in the guard snapshot of a call, which calls of equal keys share, for the object
+itself may be another at the next call.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from fullframe.frontend.guards import LEFT, Survey, slots_of
+from fullframe.frontend.guards import SIDE_EFFECTS, GuardSnapshot, slots_of
 
-Address = tuple[str, int, str]  # kind, position among what the survey has of it, name of a field
+Source = tuple[str, int, str]  # kind, position among what the guard snapshot has of it, name of a field
 
 
 # How to make again what lies in a place ------------------------------------------------------------
@@ -62,16 +62,16 @@ class Made:
 
 @dataclass(frozen=True)
 class Holder:
-    """As a key of a dictionary: an object that the survey met."""
+    """As a key of a dictionary: an object that the guard snapshot met."""
 
     number: int
 
 
 @dataclass(frozen=True)
-class Place:
+class SideEffect:
     """Where something is put: under ``key`` (a recipe too), or a whole list where that is None."""
 
-    address: Address
+    source: Source
     key: Any
     recipe: Any
 
@@ -135,31 +135,31 @@ class Cell:
 VIEWS: dict[str, Callable[[Any], Any]] = {"cell": Cell, "scope": Names, "class": Slots, "slots": Slots}
 
 
-def spaces(survey: Survey) -> dict[Address, Any]:
+def spaces(snapshot: GuardSnapshot) -> dict[Source, Any]:
     """Where a forward may leave tensors, each once: dictionaries, lists, attributes, globals, closures."""
-    found: dict[Address, Any] = {("container", k, ""): c for k, c in enumerate(survey.containers)}
-    for k, holder in enumerate(survey.holders):
+    found: dict[Source, Any] = {("container", k, ""): c for k, c in enumerate(snapshot.containers)}
+    for k, holder in enumerate(snapshot.holders):
         fields = fields_of(holder)
         found["holder", k, ""] = fields
         kept = ((n, v) for n, v in fields.items() if isinstance(v, (dict, list, deque)))
         found |= {("holder", k, n): v for n, v in kept}
     met: set[int] = set()
     found = {a: s for a, s in found.items() if not (id(s) in met or met.add(id(s)))}
-    for kind, things in viewed(survey).items():
+    for kind, things in viewed(snapshot).items():
         found |= {(kind, k, ""): VIEWS[kind](thing) for k, thing in enumerate(things)}
     return found
 
 
-def viewed(survey: Survey) -> dict[str, list[Any]]:
-    return {"cell": survey.cells, "scope": survey.scopes, "class": survey.classes, "slots": survey.holders}
+def viewed(snapshot: GuardSnapshot) -> dict[str, list[Any]]:
+    return {"cell": snapshot.cells, "scope": snapshot.scopes, "class": snapshot.classes, "slots": snapshot.holders}
 
 
-def _space(survey: Survey, address: Address) -> Any:
-    kind, number, name = address
+def _space(snapshot: GuardSnapshot, source: Source) -> Any:
+    kind, number, name = source
     if kind == "holder":
-        fields = fields_of(survey.holders[number])
+        fields = fields_of(snapshot.holders[number])
         return fields[name] if name else fields
-    return survey.containers[number] if kind == "container" else VIEWS[kind](viewed(survey)[kind][number])
+    return snapshot.containers[number] if kind == "container" else VIEWS[kind](viewed(snapshot)[kind][number])
 
 
 def fields_of(holder: Any) -> dict[str, Any]:
@@ -201,40 +201,42 @@ def delete(space: Any, key: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Left:
-    """One call: what the survey met, the tensors it handed out, which had a graph that these do not have, its own."""
+class WriteBack:
+    """One call: what the guard snapshot met, the tensors it handed out, which had a graph that these do not have,
+    its own.
+    """
 
-    survey: Survey
+    snapshot: GuardSnapshot
     results: Sequence[torch.Tensor]
-    cut: Sequence[bool]
+    detached: Sequence[bool]
     given: Sequence[torch.Tensor]
     made: dict[int, Any] = field(default_factory=dict)
 
-    def put(self, places: Sequence[Place]) -> None:
+    def put(self, effects: Sequence[SideEffect]) -> None:
         """Put the call's tensors where its forward leaves them."""
         # All is looked up before anything is written, so that places may exchange what they hold.
         writes = []
-        for place in places:
-            space = _space(self.survey, place.address)
+        for effect in effects:
+            space = _space(self.snapshot, effect.source)
             old = items_of(space)
-            if place.key is None:
-                writes.append((space, dict(enumerate(self._make(r, old) for r in place.recipe))))
+            if effect.key is None:
+                writes.append((space, dict(enumerate(self._make(r, old) for r in effect.recipe))))
             else:
-                writes.append((space, {self._make(place.key, old): self._make(place.recipe, old)}))
+                writes.append((space, {self._make(effect.key, old): self._make(effect.recipe, old)}))
         for space, items in writes:
             write(space, items)
 
     def _make(self, recipe: Any, old: dict[Any, Any]) -> Any:
         if isinstance(recipe, Result):
             tensor = self.results[recipe.number]
-            LEFT[tensor] = self.cut[recipe.number]
+            SIDE_EFFECTS[tensor] = self.detached[recipe.number]
             return tensor
         if isinstance(recipe, Given):
             return self.given[recipe.number]
         if isinstance(recipe, Entry):
             return old[recipe.index]
         if isinstance(recipe, Holder):
-            return self.survey.holders[recipe.number]
+            return self.snapshot.holders[recipe.number]
         if isinstance(recipe, Fixed):
             return recipe.value
         if recipe.name not in self.made:

@@ -66,8 +66,8 @@ class Rule(Protocol):
     ``run``         the window of the region from windows cut exactly to the footprint.
     ``cost``        floating point operations to make this many output elements.
     ``scratch``     bytes that `run` takes for a (grown) region beside what it reads and the output that it makes.
-    ``once``        True where all tiles must see the same decision (which of two equal numbers is the maximum):
-                    the output is stored, and never made again.
+    ``pinned``        True where all tiles must see the same decision (which of two equal numbers is the maximum):
+                    the output is stored, and never recomputed.
     ``selects``     True where the output's elements are elements of its input (a maximum), to the last bit.
     ``passes``      True where elements of the output may be elements of an input, to the last bit.
     ``decides``     True where the last bit of an input can change the output by much: comparisons, bends, steps.
@@ -78,7 +78,7 @@ class Rule(Protocol):
 
     kind: Kind
     heavy: bool
-    once: bool
+    pinned: bool
 
     def links(self, op: Op) -> Sequence[Link]: ...
 

@@ -73,20 +73,20 @@ def convolution(
     return made
 
 
-def for_convolution(weight: torch.Tensor, turned: bool = False) -> torch.Tensor:
+def for_convolution(weight: torch.Tensor, flipped: bool = False) -> torch.Tensor:
     """A weight (out, in, ...) as `convolution` wants it: output channels innermost in memory, then input channels.
 
-    ``turned``: that of the convolution which is the input gradient (of stride 1), (in, out, ...): what went out comes
-    in, and the taps are in the other order.
+    ``flipped``: that of the convolution which is the input gradient (of stride 1), (in, out, ...): what went out
+    comes in, and the taps are in the other order.
     """
-    weight = weight.transpose(0, 1) if turned else weight
+    weight = weight.transpose(0, 1) if flipped else weight
     made = in_order(weight, weight.shape)
     name = {torch.float32: "pack", torch.bfloat16: "pack_halves"}.get(weight.dtype)
     some = weight.device.type == "cpu" and weight.numel() and weight.dim() in (4, 5)
     function = own(name, "convolution") if name and some else None
     if function is None:
-        return made.copy_(weight.flip(tuple(range(2, weight.dim()))) if turned else weight)
-    run(function, order(tuple(weight.shape), weight.stride(), turned), (weight, made))
+        return made.copy_(weight.flip(tuple(range(2, weight.dim()))) if flipped else weight)
+    run(function, order(tuple(weight.shape), weight.stride(), flipped), (weight, made))
     return made
 
 
@@ -149,12 +149,12 @@ def _words(channels: tuple[int, ...], geometry: tuple[tuple[int, ...], ...], x: 
 
 
 @lru_cache(maxsize=4096)
-def order(shape: tuple[int, ...], strides: _Strides, turned: bool) -> Any:
+def order(shape: tuple[int, ...], strides: _Strides, flipped: bool) -> Any:
     """What `pack` is told of a weight."""
     out, deep, *kernel = shape
     none = (0,) * (len(kernel) + 2)
     words = numbers((0, out, deep), [(0, 0, n, 1, 0, 1) for n in kernel], none, none, strides)
-    return array([*words, 0, 0, int(turned)])
+    return array([*words, 0, 0, int(flipped)])
 
 
 def array(words: Sequence[int]) -> Any:

@@ -1,4 +1,4 @@
-"""C++ of our own that does what an op of the library's does: loaded by name, run on tensors, noted on tape."""
+"""C++ of our own that does what an op of the library's does: loaded by name, run on tensors, recorded as bytecode."""
 
 from __future__ import annotations
 
@@ -50,5 +50,5 @@ def run(function: Callable[..., int], words: Any, tensors: Sequence[torch.Tensor
     places = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
     if function(words, places):
         raise MemoryError("no memory for what a kernel lays out anew")
-    if (tape := current()) is not None:
-        tape.own(function, words, tensors)
+    if (recorder := current()) is not None:
+        recorder.own(function, words, tensors)

@@ -54,19 +54,19 @@ def by_couples(shape: Sequence[int], stride: Sequence[int], dilation: Sequence[i
     return shape[-1] == TAPS and stride[-1] == dilation[-1] == 1
 
 
-def for_winograd(weight: torch.Tensor, turned: bool = False) -> torch.Tensor:
+def for_winograd(weight: torch.Tensor, flipped: bool = False) -> torch.Tensor:
     """A weight (out, in, ..., 3) as `winograd` wants it: (out, in, ..., 4), output channels innermost in memory.
 
-    A row of taps g0, g1, g2 is g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2. ``turned``: that of the convolution
+    A row of taps g0, g1, g2 is g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2. ``flipped``: that of the convolution
     which is the input gradient (of stride 1), (in, out, ..., 4), with the taps in the other order.
     """
-    weight = weight.transpose(0, 1) if turned else weight
+    weight = weight.transpose(0, 1) if flipped else weight
     made = in_order(weight, (*weight.shape[:-1], TAPS + 1))
     function = own("pack_winograd", "convolution") if weight.dtype == torch.float32 else None
     if function is None:
-        a, b, c = (weight.flip(tuple(range(2, weight.dim()))) if turned else weight).unbind(-1)
+        a, b, c = (weight.flip(tuple(range(2, weight.dim()))) if flipped else weight).unbind(-1)
         return made.copy_(torch.stack([a, (a + b + c) / 2, (a - b + c) / 2, c], -1))
-    run(function, order(tuple(weight.shape), weight.stride(), turned), (weight, made))
+    run(function, order(tuple(weight.shape), weight.stride(), flipped), (weight, made))
     return made
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fullframe.ir.graph import Graph, Op, Value
-from fullframe.partition.tile_axes import Labels, sums_tiles, tiled
+from fullframe.partition.tile_axes import TileAxes, sums_tiles, tiled
 
 FAN_IN = 3  # a value recomputed from more stored maps than this is stored itself
 
@@ -17,15 +17,15 @@ DEPTH = 48  # and so is one recomputed by more ops than this
 
 
 @dataclass
-class Cuts:
-    """What is stored, and what making any value again would take."""
+class SavedValues:
+    """What is stored, and what recomputing any value would take."""
 
-    labels: Labels
+    tile_axes: TileAxes
     stored: set[Value]
     maker: dict[Value, Op]
     reducing: set[Op]
     late: set[Value] = field(default_factory=set)  # what depends on inputs that arrive late
-    exact: set[Value] = field(default_factory=set)  # made once and never again: see `made_once`
+    pinned: set[Value] = field(default_factory=set)  # pinned: never recomputed: see `pinned_values`
 
     def slice_of(self, value: Value, stop: set[Value]) -> tuple[set[Op], set[Value]]:
         """Ops to make a value from the values in ``stop`` (inputs included), and those it loads."""
@@ -45,30 +45,30 @@ class Cuts:
         return ops, loads
 
 
-def choose_cuts(graph: Graph, labels: Labels) -> Cuts:
-    """The values to store if memory were no concern: what is dear to make again.
+def choose_saved_values(graph: Graph, tile_axes: TileAxes) -> SavedValues:
+    """The values to store if memory were no concern: what is expensive to recompute.
 
     Outputs of heavy ops (convolutions), reductions, whatever is untiled, outputs of the graph, and
     the inputs of ops that run whole. Everything else is recomputed in each section that needs it,
     unless that would load more than FAN_IN maps.
     """
     maker = {op.output: op for op in graph.ops}
-    reducing = {op for op in graph.ops if sums_tiles(op, labels)}
-    exact = made_once(graph, labels)
-    stored = exact | {v for v in graph.outputs if v is not None and v in maker}
+    reducing = {op for op in graph.ops if sums_tiles(op, tile_axes)}
+    pinned = pinned_values(graph, tile_axes)
+    stored = pinned | {v for v in graph.outputs if v is not None and v in maker}
     leaves: dict[Value, frozenset[Value]] = {}
     depth: dict[Value, int] = {}
     for op in graph.ops:
         out = op.output
         if op.rule.kind == "whole":
             stored.update(v for v in op.inputs if v in maker)
-        if not tiled(out, labels) or op in reducing or op.rule.heavy:
+        if not tiled(out, tile_axes) or op in reducing or op.rule.heavy:
             stored.add(out)
         under: frozenset[Value] = frozenset()
         deep = 1
         for read in op.inputs:
             if read in stored or read not in maker:
-                under |= {read} if tiled(read, labels) else frozenset()
+                under |= {read} if tiled(read, tile_axes) else frozenset()
             else:
                 under |= leaves[read]
                 deep += depth[read]
@@ -79,28 +79,28 @@ def choose_cuts(graph: Graph, labels: Labels) -> Cuts:
     for op in graph.ops:
         if any(v in late for v in op.inputs):
             late.add(op.output)
-    cuts = Cuts(labels, stored, maker, reducing, late, exact)
+    saved = SavedValues(tile_axes, stored, maker, reducing, late, pinned)
     for op in graph.ops:
-        if tiled(op.output, labels) and op.rule.decides(op):
-            _settle(cuts, op)
-    return cuts
+        if tiled(op.output, tile_axes) and op.rule.decides(op):
+            _settle(saved, op)
+    return saved
 
 
-def _settle(cuts: Cuts, op: Op) -> None:
+def _settle(saved: SavedValues, op: Op) -> None:
     """Where a decision reads a stored value, and beside it what that has numbers of as they are, store this too.
 
-    ``h == h.clamp(min=0)`` with the clamped map stored and ``h`` made again would compare two makings of ``h``. A
+    ``h == h.clamp(min=0)`` with the clamped map stored and ``h`` recomputed would compare two makings of ``h``. A
     comparison of two maps is taken at its word whatever lies between: a convolution may be a shift.
     """
     anyhow = op.rule.compares(op)
     while True:
-        ops, loads = cuts.slice_of(op.output, cuts.stored)
+        ops, loads = saved.slice_of(op.output, saved.stored)
         beside = {o.output for o in ops} | loads
-        found = {v for s in loads for v in _handed_on(s, beside, cuts.maker, anyhow) if tiled(v, cuts.labels)}
-        if found <= cuts.exact:
+        found = {v for s in loads for v in _handed_on(s, beside, saved.maker, anyhow) if tiled(v, saved.tile_axes)}
+        if found <= saved.pinned:
             return
-        cuts.exact |= found
-        cuts.stored |= found
+        saved.pinned |= found
+        saved.stored |= found
 
 
 def _handed_on(value: Value, beside: set[Value], maker: dict[Value, Op], anyhow: bool) -> Iterator[Value]:
@@ -118,17 +118,17 @@ def _handed_on(value: Value, beside: set[Value], maker: dict[Value, Op], anyhow:
                 stack.append(read)
 
 
-def made_once(graph: Graph, labels: Labels) -> set[Value]:
+def pinned_values(graph: Graph, tile_axes: TileAxes) -> set[Value]:
     """Tiled values that all tiles must see alike, to the last bit: decisions, and what is compared with its extremum.
 
-    A value made again on another window may differ in its last bit, since libraries work in vectors of several
+    A value recomputed on another window may differ in its last bit, since libraries work in vectors of several
     lengths: then nothing reaches its maximum any more, and the maximum's gradient is lost. So a value is stored, and
     loaded by all that read it, where something decides (a comparison, the bend of an activation) between it and what
     was selected from it (a maximum, a pooled map). Both may have gone through pointwise ops and views before. So are
     two values that the same function made of two images, where something decides between them: where the images are
     alike, so must the values be (`_twins`).
     """
-    found = {op.output for op in graph.ops if op.rule.once}
+    found = {op.output for op in graph.ops if op.rule.pinned}
     maker = {op.output: op for op in graph.ops}
     selected: dict[Value, frozenset[Value]] = {}  # by value: selections it is made from, pointwise
     twins: dict[Value, frozenset[Value]] = {}  # by value: twins whose difference it is made of
@@ -148,7 +148,7 @@ def made_once(graph: Graph, labels: Labels) -> set[Value]:
             selected[op.output] = under
             if under and op.rule.decides(op):
                 found |= _shared(op, under, maker)
-    return {v for v in found if v in maker and tiled(v, labels)}
+    return {v for v in found if v in maker and tiled(v, tile_axes)}
 
 
 KEEPING = ("pointwise", "layout")  # ops that make an element of one element of each input

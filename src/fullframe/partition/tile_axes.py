@@ -10,13 +10,13 @@ from fullframe.ir import region as box
 from fullframe.ir.graph import Graph, Op, Value
 from fullframe.ir.region import Region
 
-Labels = dict[Value, tuple["int | None", ...]]
+TileAxes = dict[Value, tuple["int | None", ...]]
 
 
-def label_axes(graph: Graph, roots: Sequence[tuple[Value, Sequence[int]]]) -> Labels:
+def find_tile_axes(graph: Graph, roots: Sequence[tuple[Value, Sequence[int]]]) -> TileAxes:
     """Follow the given axes of the inputs through the graph.
 
-    Axes contracted by a convolution are never tiled; nor is a label that one value carries twice
+    Axes contracted by a convolution are never tiled; nor is a tile axis that one value carries twice
     (a map added to its own transpose), since a tile would then need two places at once.
     """
     parent: dict[tuple[Value, int], tuple[Value, int]] = {}
@@ -54,31 +54,31 @@ def axis_pairs(op: Op) -> Iterable[tuple[tuple[Value, int], tuple[Value, int]]]:
             yield (through, axis), (op.output, out)
 
 
-def _apply_names(graph: Graph, names: dict[tuple[Value, int], int], find: Any) -> Labels:
+def _apply_names(graph: Graph, names: dict[tuple[Value, int], int], find: Any) -> TileAxes:
     values = [*graph.inputs, *graph.constants, *(op.output for op in graph.ops)]
-    found: Labels = {}
+    found: TileAxes = {}
     doubled: set[int] = set()
     for value in values:
-        labels = tuple(names.get(find((value, a))) if n > 1 else None for a, n in enumerate(value.shape))
-        used = [x for x in labels if x is not None]
+        tile_axes = tuple(names.get(find((value, a))) if n > 1 else None for a, n in enumerate(value.shape))
+        used = [x for x in tile_axes if x is not None]
         doubled |= {x for x in used if used.count(x) > 1}
-        found[value] = labels
+        found[value] = tile_axes
     if doubled:
         found = {v: tuple(None if x in doubled else x for x in ls) for v, ls in found.items()}
     return found
 
 
-def tiled(value: Value, labels: Labels) -> bool:
-    return any(x is not None for x in labels[value])
+def tiled(value: Value, tile_axes: TileAxes) -> bool:
+    return any(x is not None for x in tile_axes[value])
 
 
-def sums_tiles(op: Op, labels: Labels) -> bool:
-    """Whether the op adds up partial results of tiles (a reduction over a labelled axis)."""
+def sums_tiles(op: Op, tile_axes: TileAxes) -> bool:
+    """Whether the op adds up partial results of tiles (a reduction over a tile axis)."""
     rule: Any = op.rule
     if rule.kind != "reduce":
         return False
     kept = {axis for axis, _ in rule.keeps(op)}
-    return any(x is not None and a not in kept for a, x in enumerate(labels[op.inputs[rule.driver]]))
+    return any(x is not None and a not in kept for a, x in enumerate(tile_axes[op.inputs[rule.driver]]))
 
 
 # Tiles -------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def sums_tiles(op: Op, labels: Labels) -> bool:
 
 @dataclass(frozen=True)
 class Span:
-    """The part ``[low, high)`` of a label whose axis has ``reference`` pixels where it is widest."""
+    """The part ``[low, high)`` of a tile axis whose axis has ``reference`` pixels where it is widest."""
 
     low: int
     high: int
@@ -96,11 +96,11 @@ class Span:
 Tile = dict[int, Span]
 
 
-def own_region(value: Value, labels: Labels, tile: Tile) -> Region:
+def own_region(value: Value, tile_axes: TileAxes, tile: Tile) -> Region:
     """The tile's own part of a value; over all tiles a disjoint cover, whatever the sizes."""
     found = []
-    for label, n in zip(labels[value], value.shape, strict=True):
-        span = tile.get(label) if label is not None else None
+    for tile_axis, n in zip(tile_axes[value], value.shape, strict=True):
+        span = tile.get(tile_axis) if tile_axis is not None else None
         if span is None:
             found.append((0, n))
         else:

@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from fullframe.bytecode.libtorch import taping
-from fullframe.capture.threads import Turns
+from fullframe.bytecode.libtorch import bytecode_available
+from fullframe.capture.threads import ForkSafeLock
 from fullframe.ir import region as box
 from fullframe.ir.graph import Value
 from fullframe.partition.tile_axes import tiled
@@ -25,15 +25,15 @@ from fullframe.runtime.replay_cpu import Schedule
 from fullframe.runtime.tasks import Partials, place_of, room_of
 from fullframe.runtime.tile import Memory, Tile, Tiles, own
 from fullframe.runtime.workers import pool
-from fullframe.schedule.dependencies import is_expensive, waits_of
+from fullframe.schedule.dependencies import dependencies_of, is_expensive
 from fullframe.schedule.plan import Plan
 from fullframe.storage.arena import empty_output
-from fullframe.storage.heap import Keeper, mapped
-from fullframe.storage.offload import Lanes
+from fullframe.storage.heap import HeapTrimmer, mapped
+from fullframe.storage.offload import StreamPool
 from fullframe.storage.pool import Stores
 
 _RUNTIMES: WeakKeyDictionary[Plan, Runtime] = WeakKeyDictionary()
-_LOCK = Turns()
+_LOCK = ForkSafeLock()
 
 
 class Runtime:
@@ -42,17 +42,17 @@ class Runtime:
     def __init__(self, plan: Plan, device: torch.device):
         self.kernels: Kernels = build(plan, device)
         self.constants = {v: t.to(device) for v, t in plan.graph.constants.items()}
-        self.tiles = Tiles(plan.steps, room_of(plan))
+        self.tiles = Tiles(plan.stages, room_of(plan))
         # A caller's own memory: what is handed out, and what is not cut into tiles.
         outputs = {v for v in plan.graph.outputs if v is not None}
-        self.maps = {v for s in plan.steps for v in s.section.outputs if tiled(v, plan.labels)}
+        self.maps = {v for s in plan.stages for v in s.section.outputs if tiled(v, plan.tile_axes)}
         self.slots = {v: slot for v, slot in plan.slots.items() if v not in outputs}
         self.kept = self.maps - outputs
-        self.records = device.type == "cpu" and not plan.away and taping()
-        self.waits = waits_of(plan, [is_expensive(step) for step in plan.steps])
+        self.records = device.type == "cpu" and not plan.offloaded and bytecode_available()
+        self.dependencies = dependencies_of(plan, [is_expensive(stage) for stage in plan.stages])
         self.schedules: dict[tuple[int, int, bool], Schedule] = {}
         self.written: set[int] = set()  # from which stages on the plan has run
-        self.lanes = Lanes(device, plan.workers) if plan.away and device.type == "cuda" else None
+        self.streams = StreamPool(device, plan.workers) if plan.offloaded and device.type == "cuda" else None
 
     def schedule(self, plan: Plan, stages: range, values: dict[Value, torch.Tensor]) -> Schedule:
         """These stages for the scheduler: with their bytecode once all tiles are settled, unless what they read lies
@@ -67,7 +67,7 @@ class Runtime:
         key = stages.start, stages.stop, replayed
         with _LOCK:
             if key not in self.schedules:
-                self.schedules[key] = Schedule(plan, self.tiles if replayed else None, self.waits, self.maps,
+                self.schedules[key] = Schedule(plan, self.tiles if replayed else None, self.dependencies, self.maps,
                                                self.kept, stages)  # fmt: skip
             return self.schedules[key]
 
@@ -85,11 +85,11 @@ class Run:
 
     def __init__(self, plan: Plan, stores: Stores, device: torch.device):
         self.plan, self.arena, self.device = plan, stores.arena, device
-        self.away = {v: stores.map(plan.slots[v]) for v in plan.away}
+        self.offloaded = {v: stores.map(plan.slots[v]) for v in plan.offloaded}
         self.runtime = runtime_of(plan, device)
         self.values: dict[Value, torch.Tensor] = dict(self.runtime.constants)
         self.position = 0
-        self.keeper: Keeper | None = None
+        self.trimmer: HeapTrimmer | None = None
 
     def feed(self, values: Sequence[Value], tensors: Sequence[torch.Tensor]) -> None:
         """Give a run its inputs; a number on the processor, which torch lets meet tensors of a device, goes there."""
@@ -106,18 +106,18 @@ class Run:
     def finished(self, values: dict[Value, torch.Tensor]) -> Run:
         """The same run, done, with these values."""
         other = copy(self)
-        other.values, other.position = values, len(self.plan.steps)
+        other.values, other.position = values, len(self.plan.stages)
         return other
 
     def advance(self, end: int) -> None:
         """Run the stages up to ``end``; grad mode and autocast are off inside."""
         threads, stages = torch.get_num_threads(), range(self.position, end)
-        self.keeper = self._keeper() if self.plan.tight else None
+        self.trimmer = self._trimmer() if self.plan.tight else None
         off = torch.autocast(self.device.type, enabled=False)
         with torch.no_grad(), off, mapped(self.plan.tight):
             try:
                 if self.runtime.records:
-                    self.runtime.schedule(self.plan, stages, self.values).play(self, threads, pool)
+                    self.runtime.schedule(self.plan, stages, self.values).replay(self, threads, pool)
                 else:
                     self._one_by_one(stages, threads)
             finally:
@@ -126,13 +126,13 @@ class Run:
 
     def _one_by_one(self, stages: range, threads: int) -> None:
         """The reference: the stages in their order, and the tiles of each in theirs."""
-        lanes = self.runtime.lanes
+        streams = self.runtime.streams
         for number in stages:
-            self.threads(threads if self.runtime.waits.wide[number] else 1)
-            sums, step = self.begin(number), self.plan.steps[number]
-            make, places = partial(self.make, number), [place_of(step, k) for k in range(len(step.grid))]
-            if lanes and step.parallel:
-                lanes.run(len(places), make, lambda k, made, sums=sums, places=places: sums.add(places[k], made))
+            self.threads(threads if self.runtime.dependencies.multi_threaded[number] else 1)
+            sums, stage = self.begin(number), self.plan.stages[number]
+            make, places = partial(self.make, number), [place_of(stage, k) for k in range(len(stage.grid))]
+            if streams and stage.parallel:
+                streams.run(len(places), make, lambda k, made, sums=sums, places=places: sums.add(places[k], made))
             else:
                 for k, place in enumerate(places):
                     sums.add(place, make(k))
@@ -141,19 +141,19 @@ class Run:
 
     def begin(self, number: int) -> Sums:
         """Room for what a stage makes, and its sums, empty."""
-        step = self.plan.steps[number]
-        for value in step.section.saves:
-            if value in self.away:
-                self.away[value].open()
+        stage = self.plan.stages[number]
+        for value in stage.section.saves:
+            if value in self.offloaded:
+                self.offloaded[value].open()
             elif value in self.runtime.maps or 0 in value.shape:  # no job makes what is empty
                 self.values[value] = self.allocate(value)
-        return Sums(step.section.sums, len(step.grid), self.device, together=not self.runtime.records)
+        return Sums(stage.section.sums, len(stage.grid), self.device, together=not self.runtime.records)
 
     def make(self, number: int, k: int) -> Partials:
         """Make a tile of a stage; returns its partial result of each sum."""
-        if self.away and k + self.plan.workers < self.runtime.waits.counts[number]:
+        if self.offloaded and k + self.plan.workers < self.runtime.dependencies.counts[number]:
             for fetch in self.tile(number, k + self.plan.workers).task.fetches:
-                self.away[fetch.value].expect(fetch.region)
+                self.offloaded[fetch.value].expect(fetch.region)
         return self.tile(number, k).run(self.memory)
 
     def end(self, number: int, sums: Sums) -> None:
@@ -163,18 +163,18 @@ class Run:
 
     def _keep(self, value: Value, made: torch.Tensor) -> None:
         """Put what is made in one piece where it lives."""
-        if value in self.away:
-            self.away[value].open()
-            self.away[value].put(box.full(value.shape), made)
+        if value in self.offloaded:
+            self.offloaded[value].open()
+            self.offloaded[value].put(box.full(value.shape), made)
         else:
             self.values[value] = self.allocate(value).copy_(made) if value in self.runtime.kept else made
 
     def free(self, number: int) -> None:
         """Let go of what nothing reads after a stage, once all before it are done, too."""
-        self.look()
-        for value in self.plan.steps[number].frees:
-            if value in self.away:
-                self.away[value].close()
+        self.poll()
+        for value in self.plan.stages[number].frees:
+            if value in self.offloaded:
+                self.offloaded[value].close()
             self.values.pop(value, None)  # what bytecode has made and nobody in Python saw is not there
 
     def tile(self, number: int, k: int) -> Tile:
@@ -183,7 +183,9 @@ class Run:
     @property
     def memory(self) -> Memory:
         """What its tiles work with."""
-        return Memory(self.values, self.arena, self.away, self.device, self.runtime.kernels, self.runtime.records)
+        return Memory(
+            self.values, self.arena, self.offloaded, self.device, self.runtime.kernels, self.runtime.records
+        )
 
     def allocate(self, value: Value) -> torch.Tensor:
         """Room for a value: in the arena, or on its own where it is handed out."""
@@ -192,10 +194,10 @@ class Run:
             return empty_output(self.plan.graph, value, self.device)
         return self.arena.view(slot)
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Between stages, and now and then within a long one."""
-        if self.keeper is not None:
-            self.keeper.look()
+        if self.trimmer is not None:
+            self.trimmer.poll()
 
     def threads(self, count: int) -> None:
         """Threads inside the ops of this thread. After each such op they wait busily for the next, in the way of the
@@ -203,12 +205,12 @@ class Run:
         if self.device.type == "cpu" and torch.get_num_threads() != count:
             torch.set_num_threads(count)
 
-    def _keeper(self) -> Keeper:
+    def _trimmer(self) -> HeapTrimmer:
         """Until all maps have been written once, nobody can tell their pages from what is kept beside them."""
         counted = self.plan.bytes
         made = sum(v.nbytes for v in {*self.plan.graph.outputs} if v is not None and v not in self.plan.graph.inputs)
         before, self.runtime.written = self.runtime.written, self.runtime.written | {self.position}
-        return Keeper(counted.untiled + counted.scratch + made if self.position in before else None)
+        return HeapTrimmer(counted.untiled + counted.scratch + made if self.position in before else None)
 
 
 def _as_plain(tensor: torch.Tensor) -> torch.Tensor:

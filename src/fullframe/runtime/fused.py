@@ -18,15 +18,15 @@ from fullframe.codegen.kernel import Kernel, Plain, build_many
 from fullframe.codegen.toolchain.cuda_kernel import DeviceKernel
 from fullframe.ir.graph import Ref, Value
 from fullframe.ops.primitives.elementwise import SUMS
-from fullframe.partition.fusion import Unit
+from fullframe.partition.fusion import FusionGroup
 from fullframe.runtime.tasks import Job
 from fullframe.schedule.plan import Plan
 
 Tensors = Mapping[Value, torch.Tensor]
-Kernels = dict[Unit, Kernel | DeviceKernel | Plain]
+Kernels = dict[FusionGroup, Kernel | DeviceKernel | Plain]
 
 
-class Place(NamedTuple):
+class OperandView(NamedTuple):
     """A part of a map or window that a kernel reads or writes: how it lies in memory, and where it starts."""
 
     value: Value
@@ -35,7 +35,7 @@ class Place(NamedTuple):
     offset: int  # bytes
 
 
-class Fresh(NamedTuple):
+class NewWindow(NamedTuple):
     """A window that a kernel makes; ``keep`` it for other jobs."""
 
     value: Value
@@ -44,12 +44,12 @@ class Fresh(NamedTuple):
     keep: bool
 
 
-class Ready(NamedTuple):
+class BoundKernel(NamedTuple):
     """A fused job's kernel call and its tensors."""
 
     call: Call
-    reads: tuple[Place, ...]
-    targets: tuple[Place | Fresh, ...]
+    reads: tuple[OperandView, ...]
+    targets: tuple[OperandView | NewWindow, ...]
 
     def places(self, values: Tensors, windows: dict[Value, torch.Tensor], made: dict[Value, torch.Tensor],
                device: torch.device) -> list[int] | None:  # fmt: skip
@@ -61,7 +61,7 @@ class Ready(NamedTuple):
                 return None
             found.append(tensor.data_ptr() + place.offset)
         for target in self.targets:
-            if isinstance(target, Place):
+            if isinstance(target, OperandView):
                 tensor = values[target.value]
                 if tensor.stride() != target.stride:
                     return None
@@ -77,11 +77,11 @@ class Ready(NamedTuple):
     def tensors(self, values: Tensors, windows: Tensors, made: Tensors) -> list[torch.Tensor]:
         """The tensors of the call, once `places` has made the new windows."""
         reads = [windows[p.value] if p.window else values[p.value] for p in self.reads]
-        return reads + [values[t.value] if isinstance(t, Place) else made[t.value] for t in self.targets]
+        return reads + [values[t.value] if isinstance(t, OperandView) else made[t.value] for t in self.targets]
 
 
-def ready(job: Job, call: Call, values: Tensors, windows: Tensors, parts: Sequence[torch.Tensor],
-          made: Tensors) -> Ready | None:  # fmt: skip
+def bind(job: Job, call: Call, values: Tensors, windows: Tensors, parts: Sequence[torch.Tensor],
+          made: Tensors) -> BoundKernel | None:  # fmt: skip
     """The job as it ran on these parts of maps and windows; None where one of them was a tensor of its own, or the
     call is good for these alone."""
     if not call.reusable:
@@ -91,38 +91,38 @@ def ready(job: Job, call: Call, values: Tensors, windows: Tensors, parts: Sequen
         if read.empty is not None:
             return None
         whole = windows[read.value] if read.window else values[read.value]
-        reads.append(_place(read.value, read.window, whole, part))
-    targets: list[Place | Fresh] = []
+        reads.append(_view(read.value, read.window, whole, part))
+    targets: list[OperandView | NewWindow] = []
     for target in job.targets:
         tensor = made[target.value]
         if target.shape is None and target.keep:  # a part of a map that is a window, too
             return None
         if target.shape is None:
-            targets.append(_place(target.value, False, values[target.value], tensor))
+            targets.append(_view(target.value, False, values[target.value], tensor))
         else:
-            targets.append(Fresh(target.value, target.shape, tensor.stride(), target.keep))
-    return Ready(call, tuple(reads), tuple(targets))
+            targets.append(NewWindow(target.value, target.shape, tensor.stride(), target.keep))
+    return BoundKernel(call, tuple(reads), tuple(targets))
 
 
-def _place(value: Value, window: bool, whole: torch.Tensor, part: torch.Tensor) -> Place:
-    return Place(value, window, whole.stride(), part.data_ptr() - whole.data_ptr())
+def _view(value: Value, window: bool, whole: torch.Tensor, part: torch.Tensor) -> OperandView:
+    return OperandView(value, window, whole.stride(), part.data_ptr() - whole.data_ptr())
 
 
-def group_of(unit: Unit) -> group.Group:
-    """The kernel generator's form of a fused unit."""
-    assert unit.loop is not None
-    rank = len(unit.loop.shape)
-    number = {value: group.Ref(k) for k, value in enumerate(unit.reads)}
-    operands = tuple(group.Operand(v.dtype, _broadcast(v, unit.loop)) for v in unit.reads)
+def group_of(fusion_group: FusionGroup) -> group.Group:
+    """The kernel generator's form of a fusion group."""
+    assert fusion_group.loop is not None
+    rank = len(fusion_group.loop.shape)
+    number = {value: group.Ref(k) for k, value in enumerate(fusion_group.reads)}
+    operands = tuple(group.Operand(v.dtype, _broadcast(v, fusion_group.loop)) for v in fusion_group.reads)
     nodes = []
-    for op in unit.ops:
+    for op in fusion_group.ops:
         args = tuple(number[op.inputs[a.index]] if isinstance(a, Ref) else a for a in op.args)
         nodes.append(group.Node(op.target, args, op.output.dtype, tuple(sorted(op.kwargs.items()))))
         number[op.output] = group.Ref(len(number))
-    outputs = dict.fromkeys((*unit.saves, *unit.makes))
+    outputs = dict.fromkeys((*fusion_group.saves, *fusion_group.makes))
     sums = tuple(
         group.Reduction(number[op.inputs[0]], SUMS[op.target], tuple(op.args[1]))  # type: ignore[arg-type]
-        for op in unit.sums
+        for op in fusion_group.sums
     )
     return group.Group(rank, operands, tuple(nodes), tuple(number[v] for v in outputs), sums)
 
@@ -136,7 +136,7 @@ def _broadcast(value: Value, loop: Value) -> tuple[bool, ...]:
 
 
 def build(plan: Plan, device: torch.device, *, compile: bool = True) -> Kernels:
-    """A kernel for every fused unit of a plan; units of one form share their code."""
-    units = [u for step in plan.steps for u in step.units if u.fused]
-    made = build_many([group_of(u) for u in units], compile=compile, device=device)
-    return dict(zip(units, made, strict=True))
+    """A kernel for every fusion group of a plan; groups of one form share their code."""
+    fusion_groups = [u for stage in plan.stages for u in stage.groups if u.fused]
+    made = build_many([group_of(u) for u in fusion_groups], compile=compile, device=device)
+    return dict(zip(fusion_groups, made, strict=True))

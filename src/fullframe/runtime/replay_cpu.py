@@ -1,4 +1,4 @@
-"""A range of stages given to the scheduler in C++, which plays what is in bytecode outside of Python.
+"""A range of stages given to the scheduler in C++, which replays what is in bytecode outside of Python.
 
 What follows from the plan is fixed: which bytecode, in which order it may run, and how its partial results are added
 up, which is recorded, too. A stage that has a tile without bytecode is made in Python, by calls back, when its turn
@@ -14,21 +14,21 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from fullframe.bytecode.recorder import Tape
-from fullframe.bytecode.scheduler import NativeFlow, Stage, Stages, Track
+from fullframe.bytecode.recorder import Recorder
+from fullframe.bytecode.scheduler import BoundBytecode, NativeScheduler, NativeStage, NativeStages
 from fullframe.ir.graph import Value
 from fullframe.runtime.accumulate import Sums
 from fullframe.runtime.tasks import Partials, place_of
 from fullframe.runtime.tile import Memory, Recorded, Tile, Tiles
-from fullframe.schedule.dependencies import Waits
-from fullframe.schedule.plan import Plan, Step
+from fullframe.schedule.dependencies import Dependencies
+from fullframe.schedule.plan import Plan, Stage
 from fullframe.storage.arena import Arena, empty_output, shaped
 
 CPU = torch.device("cpu")
 SMALL = 1 << 16  # bytes of an untiled value that has its place from the beginning, beside all others
 
 
-class Playable(Protocol):
+class Replayable(Protocol):
     """A run of a plan, as a schedule needs it."""
 
     values: dict[Value, torch.Tensor]
@@ -43,11 +43,11 @@ class Playable(Protocol):
     def tile(self, number: int, k: int) -> Tile: ...
     def end(self, number: int, sums: Sums) -> None: ...
     def free(self, number: int) -> None: ...
-    def look(self) -> None: ...
+    def poll(self) -> None: ...
     def allocate(self, value: Value) -> torch.Tensor: ...
 
 
-class Home(NamedTuple):
+class Location(NamedTuple):
     """Where an untiled value lives: its layout, and where in the block of small ones; None has memory of its own."""
 
     stride: tuple[int, ...]
@@ -55,79 +55,87 @@ class Home(NamedTuple):
 
 
 class Schedule:
-    """The ``steps``, with the bytecode of ``tiles`` if there are any.
+    """The ``stage_range``, with the bytecode of ``tiles`` if there are any.
 
     ``maps`` are the values cut into tiles, ``kept`` those of them that live in the arena.
     """
 
-    def __init__(self, plan: Plan, tiles: Tiles | None, waits: Waits, maps: Collection[Value],
-                 kept: Collection[Value], steps: range):  # fmt: skip
-        self.plan, self.waits, self.maps, self.kept, self.steps = plan.steps, waits, maps, kept, steps
-        self.slots, self.workers, self.ahead = plan.slots, plan.workers, plan.ahead
+    def __init__(self, plan: Plan, tiles: Tiles | None, dependencies: Dependencies, maps: Collection[Value],
+                 kept: Collection[Value], stage_range: range):  # fmt: skip
+        self.plan, self.dependencies, self.maps, self.kept, self.stage_range = (
+            plan.stages,
+            dependencies,
+            maps,
+            kept,
+            stage_range,
+        )
+        self.slots, self.workers, self.max_in_flight = plan.slots, plan.workers, plan.max_in_flight
         self.graph, self.given_out = plan.graph, {v for v in plan.graph.outputs if v is not None}
         self.index: dict[Value, int] = {}  # in the table of addresses, where the first is the arena's
-        self.strides: dict[Value, tuple[int, ...]] = {}  # as the tapes know them
-        self.homes: dict[Value, Home] = {}
+        self.strides: dict[Value, tuple[int, ...]] = {}  # as the bytecode knows them
+        self.locations: dict[Value, Location] = {}
         self.nbytes = 0
         self.native: dict[int, list[Recorded]] = {}
-        self.stages = Stages([self._stage(number, tiles.kept[number] if tiles else None) for number in steps])
-        made = {v for number in steps for v in plan.steps[number].section.outputs}
+        self.stages = NativeStages(
+            [self._stage(number, tiles.kept[number] if tiles else None) for number in stage_range]
+        )
+        made = {v for number in stage_range for v in plan.stages[number].section.outputs}
         self.read = [v for v in self.index if v not in made]
-        lasting = made.difference(*(plan.steps[number].frees for number in steps))
-        python = (number for number in steps if number not in self.native)
-        self.shown = lasting.union(*(plan.steps[number].section.loads for number in python)) & made
+        lasting = made.difference(*(plan.stages[number].frees for number in stage_range))
+        python = (number for number in stage_range if number not in self.native)
+        self.shown = lasting.union(*(plan.stages[number].section.loads for number in python)) & made
 
     # Made once ------------------------------------------------------------------------------------
 
-    def _stage(self, number: int, tiles: Sequence[Tile | None] | None) -> Stage:
-        before, count = self.waits.before[number], self.waits.counts[number]
-        wide, frees = self.waits.wide[number], self.plan[number].frees
-        tapes = [tile.recorded for tile in tiles or () if tile is not None and tile.recorded]
-        after = self._after(number, tapes) if len(tapes) == count and self._agree(tapes) else None
+    def _stage(self, number: int, tiles: Sequence[Tile | None] | None) -> NativeStage:
+        before, count = self.dependencies.before[number], self.dependencies.counts[number]
+        multi_threaded, frees = self.dependencies.multi_threaded[number], self.plan[number].frees
+        recorded = [tile.recorded for tile in tiles or () if tile is not None and tile.recorded]
+        after = self._after(number, recorded) if len(recorded) == count and self._agree(recorded) else None
         if after is None:
-            return Stage(before, count, room=False, frees=bool(frees), wide=wide)
-        self.native[number] = tapes
-        tracks = [Track(t.tape, [0, *map(self._at, t.values)]) for t in tapes]
+            return NativeStage(before, count, room=False, frees=bool(frees), multi_threaded=multi_threaded)
+        self.native[number] = recorded
+        bound = [BoundBytecode(t.bytecode, [0, *map(self._at, t.values)]) for t in recorded]
         room = any(self.roomy(v) for v in self.plan[number].section.outputs)
         held = any(v not in self.kept and not self._small(v) for v in frees)
-        return Stage(before, count, room, held, wide, tracks, after)
+        return NativeStage(before, count, room, held, multi_threaded, bound, after)
 
-    def _agree(self, tapes: Sequence[Recorded]) -> bool:
-        """Whether tapes know values by the same layout as others, and as they are made."""
-        found = [(v, stride) for t in tapes for v, stride in zip(t.values, t.strides, strict=True)]
+    def _agree(self, recorded: Sequence[Recorded]) -> bool:
+        """Whether bytecode knows values by the same layout as others, and as they are made."""
+        found = [(v, stride) for t in recorded for v, stride in zip(t.values, t.strides, strict=True)]
         if any(self.strides.setdefault(v, stride) != stride for v, stride in found):
             return False
-        return all(self.homes[v].stride == stride for v, stride in found if v in self.homes)
+        return all(self.locations[v].stride == stride for v, stride in found if v in self.locations)
 
     def _at(self, value: Value) -> int:
         return self.index.setdefault(value, len(self.index) + 1)
 
     def _small(self, value: Value) -> bool:
-        home = self.homes.get(value)
-        return home is not None and home.offset is not None
+        location = self.locations.get(value)
+        return location is not None and location.offset is not None
 
     def roomy(self, value: Value) -> bool:
-        """Whether memory is to be had for a value when its step begins."""
+        """Whether memory is to be had for a value when its stage begins."""
         return value not in self.kept and not self._small(value)
 
-    def _after(self, number: int, tapes: Sequence[Recorded]) -> Track | None:
-        """What adds up and keeps the results of a step's tiles, on tape; None where it has no word for that."""
-        blocks = [torch.zeros(max(t.tape.nbytes // 8, 1), dtype=torch.float64) for t in tapes]
-        step = self.plan[number]
-        trial = _fold(step, tapes, blocks, None)
+    def _after(self, number: int, recorded: Sequence[Recorded]) -> BoundBytecode | None:
+        """What adds up and keeps the results of a stage's tiles, in bytecode; None where it has no word for that."""
+        blocks = [torch.zeros(max(t.bytecode.nbytes // 8, 1), dtype=torch.float64) for t in recorded]
+        stage = self.plan[number]
+        trial = _fold(stage, recorded, blocks, None)
         targets = {v: self._target(v, made) for v, made in trial.items()}
         starts = [self.slots[v].offset if v in self.kept else 0 for v in targets]
-        tape = Tape([*targets.values(), *blocks], [*starts, *[0] * len(blocks)], owned=len(blocks))
-        with tape:
-            for value, made in _fold(step, tapes, blocks, tape).items():
+        recorder = Recorder([*targets.values(), *blocks], [*starts, *[0] * len(blocks)], owned=len(blocks))
+        with recorder:
+            for value, made in _fold(stage, recorded, blocks, recorder).items():
                 targets[value].copy_(made)
-        done = tape.finish([])
+        done = recorder.finish([])
         if done is None or any(not v.numel() for v in targets.values()):
             return None
         for value, target in targets.items():
             if value not in self.maps:
-                self._house(value, target)
-        return Track(done, [0 if v in self.kept else self._at(v) for v in targets])
+                self._settle(value, target)
+        return BoundBytecode(done, [0 if v in self.kept else self._at(v) for v in targets])
 
     def _target(self, value: Value, made: torch.Tensor) -> torch.Tensor:
         """An array as the one in which a value lives."""
@@ -137,11 +145,11 @@ class Schedule:
             return empty_output(self.graph, value, CPU)
         return torch.empty_strided(made.shape, torch.empty_like(made).stride(), dtype=value.dtype)
 
-    def _house(self, value: Value, target: torch.Tensor) -> None:
+    def _settle(self, value: Value, target: torch.Tensor) -> None:
         offset = None
         if value not in self.given_out and value.nbytes <= SMALL:
             offset, self.nbytes = self.nbytes, self.nbytes + -(-value.nbytes // 64) * 64
-        self.homes[value] = Home(target.stride(), offset)
+        self.locations[value] = Location(target.stride(), offset)
         self._at(value)
 
     # Each time ------------------------------------------------------------------------------------
@@ -150,43 +158,43 @@ class Schedule:
         """Whether the values that the stages read lie in memory as when they were recorded."""
         return all(values[v].stride() == self.strides[v] for v in self.read if v in self.strides)
 
-    def play(self, run: Playable, threads: int, pool: Callable[[int], ThreadPoolExecutor]) -> None:
-        """Run the stages with so many threads inside wide ones."""
-        flow = _Playing(self, run, threads)
+    def replay(self, run: Replayable, threads: int, pool: Callable[[int], ThreadPoolExecutor]) -> None:
+        """Run the stages with so many threads inside multi-threaded ones."""
+        scheduler = _Replaying(self, run, threads)
         others: list[Future[None]] = []
         run.threads(1)
         try:
             for _ in range(self.workers - 1):
-                others.append(pool(self.workers - 1).submit(flow.run))
-            flow.run(own=True)
+                others.append(pool(self.workers - 1).submit(scheduler.run))
+            scheduler.run(own=True)
         except BaseException:
-            flow.native.fail()
+            scheduler.native.fail()
             raise
         finally:
             # One that has not begun, behind another step of this process, is not needed any more.
             wait([other for other in others if not other.cancel()])
-            flow.native.close()
-        flow.native.check()
-        for number in self.steps:
+            scheduler.native.close()
+        scheduler.native.check()
+        for number in self.stage_range:
             run.free(number)
 
 
-def _fold(step: Step, tapes: Sequence[Recorded], blocks: Sequence[torch.Tensor],
-          tape: Tape | None) -> dict[Value, torch.Tensor]:  # fmt: skip
+def _fold(stage: Stage, recorded: Sequence[Recorded], blocks: Sequence[torch.Tensor],
+          recorder: Recorder | None) -> dict[Value, torch.Tensor]:  # fmt: skip
     """What a stage makes of the results of its tiles, which lie in these blocks."""
     found: dict[Value, torch.Tensor] = {}
-    sums = Sums(step.section.sums, len(tapes), CPU)
-    for k, (tile, block) in enumerate(zip(tapes, blocks, strict=True)):
-        if tape is not None and k:
-            tape.mark()
-        sums.add(place_of(step, k), tile.hand_out(tile.tape.views(block), found))
+    sums = Sums(stage.section.sums, len(recorded), CPU)
+    for k, (tile, block) in enumerate(zip(recorded, blocks, strict=True)):
+        if recorder is not None and k:
+            recorder.mark()
+        sums.add(place_of(stage, k), tile.hand_out(tile.bytecode.views(block), found))
     return found | {op.output: total for op, total in sums.finish().items()}
 
 
-class _Playing:
-    """One time that a schedule is played."""
+class _Replaying:
+    """One time that a schedule is replayed."""
 
-    def __init__(self, schedule: Schedule, run: Playable, threads: int):
+    def __init__(self, schedule: Schedule, run: Replayable, threads: int):
         self.schedule, self.work, self.count, self.memory = schedule, run, threads, run.memory
         self.sums: dict[int, Sums] = {}
         self.waiting: dict[tuple[int, int], Partials] = {}
@@ -195,13 +203,14 @@ class _Playing:
         for value in schedule.read:
             self._at(value)
         start = self.block.data_ptr()
-        for value, home in schedule.homes.items():
-            if home.offset is not None:
-                self.table[schedule.index[value]] = start + home.offset
+        for value, location in schedule.locations.items():
+            if location.offset is not None:
+                self.table[schedule.index[value]] = start + location.offset
         self._show(schedule.shown)
-        calls = (self._begin, self._tile, self._add, self._end, self._free, self._wide, self._look)
-        self.native = NativeFlow(schedule.stages, schedule.steps, schedule.ahead, 2 * schedule.workers, self.table,
-                                 calls)  # fmt: skip
+        calls = (self._begin, self._tile, self._add, self._end, self._free, self._multi_threaded, self._poll)
+        self.native = NativeScheduler(
+            schedule.stages, schedule.stage_range, schedule.max_in_flight, 2 * schedule.workers, self.table, calls
+        )
 
     def _at(self, value: Value) -> None:
         self.table[self.schedule.index[value]] = self.work.values[value].data_ptr()
@@ -209,12 +218,12 @@ class _Playing:
     def _show(self, values: Iterable[Value]) -> None:
         """Let Python see values that live in the arena or in the block."""
         for value in values:
-            home = self.schedule.homes.get(value)
+            location = self.schedule.locations.get(value)
             if value in self.work.values:
                 continue
-            if home is not None and home.offset is not None:
-                flat = self.block[home.offset : home.offset + value.nbytes].view(value.dtype)
-                self.work.values[value] = flat.as_strided(value.shape, home.stride)
+            if location is not None and location.offset is not None:
+                flat = self.block[location.offset : location.offset + value.nbytes].view(value.dtype)
+                self.work.values[value] = flat.as_strided(value.shape, location.stride)
             elif value in self.schedule.kept:
                 self.work.values[value] = self.work.allocate(value)
 
@@ -229,10 +238,11 @@ class _Playing:
         for value in self.schedule.plan[number].section.outputs:
             if not self.schedule.roomy(value):
                 continue
-            if value in self.schedule.maps or value not in self.schedule.homes:  # which no tile makes: it is empty
+            # which no tile makes: it is empty
+            if value in self.schedule.maps or value not in self.schedule.locations:
                 self.work.values[value] = self.work.allocate(value)
             else:
-                stride = self.schedule.homes[value].stride
+                stride = self.schedule.locations[value].stride
                 self.work.values[value] = torch.empty_strided(value.shape, stride, dtype=value.dtype)
             if value in self.schedule.index:
                 self._at(value)
@@ -244,13 +254,13 @@ class _Playing:
         section = self.schedule.plan[number].section
         self._show((*section.loads, *section.outputs))
         tile = self.schedule.native[number][k]
-        homes = {place: self.work.values[place] for place in tile.places if isinstance(place, Value)}
+        locations = {place: self.work.values[place] for place in tile.places if isinstance(place, Value)}
         made = [t for _, t in self.work.tile(number, k).run_in_python(self.memory)]
-        made += [self.work.values[value] for value in homes]
-        self.work.values.update(homes)
+        made += [self.work.values[value] for value in locations]
+        self.work.values.update(locations)
         if block:
-            raw = (ctypes.c_double * (tile.tape.nbytes // 8)).from_address(block)
-            for to, t in zip(tile.tape.views(torch.frombuffer(raw, dtype=torch.float64)), made, strict=True):
+            raw = (ctypes.c_double * (tile.bytecode.nbytes // 8)).from_address(block)
+            for to, t in zip(tile.bytecode.views(torch.frombuffer(raw, dtype=torch.float64)), made, strict=True):
                 to.copy_(t)
 
     def _add(self, number: int, k: int) -> None:
@@ -269,10 +279,10 @@ class _Playing:
     def _free(self, number: int) -> None:
         self.work.free(number)
 
-    def _wide(self, on: int) -> None:
+    def _multi_threaded(self, on: int) -> None:
         self.work.threads(self.count if on else 1)
 
-    def _look(self) -> None:
-        self.work.look()
+    def _poll(self) -> None:
+        self.work.poll()
         for _ in range(2):  # where the interpreter sees to signals
             pass

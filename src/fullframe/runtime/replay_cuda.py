@@ -1,4 +1,5 @@
-"""Runs recorded on a CUDA device and played again: a step is thousands of small launches, and Python is slow at them.
+"""Runs recorded on a CUDA device and replayed again: a step is thousands of small launches, and Python is slow at
+them.
 
 A step that runs twice in a row is recorded as a CUDA graph at the second time. Its maps, windows and sums then stay
 where they were; parameters and buffers are read where they live, inputs are copied to where the first ones were, and
@@ -34,7 +35,7 @@ class Feed(NamedTuple):
 Feeds = Sequence[Feed]
 
 
-class Replay:
+class CudaReplay:
     """One recorded run."""
 
     def __init__(self, program: Program, stores: Stores, device: torch.device, feeds: Feeds):
@@ -45,11 +46,11 @@ class Replay:
         self.places = [_place(t) for t in self.fed]
         self.run.feed([f.value for f in feeds], self.fed)
         self.graph = torch.cuda.CUDAGraph()
-        self.played = torch.cuda.Event()
+        self.replayed = torch.cuda.Event()
         # A stream of its own: torch's is that of the device that recorded first. It is left again if this fails.
         recording = torch.cuda.graph(self.graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local")
         with held() as self.tables, torch.cuda.stream(torch.cuda.current_stream(device)), recording:
-            self.run.advance(len(program.plan.steps))
+            self.run.advance(len(program.plan.stages))
 
     def fits(self, program: Program, feeds: Feeds) -> bool:
         """Whether the same run on these tensors reads what lasts where it was, and computes in the same way."""
@@ -57,10 +58,10 @@ class Replay:
             return False
         return all(place == _place(f.tensor) for place, f in zip(self.places, feeds, strict=True) if f.lasting)
 
-    def play(self, feeds: Feeds) -> Run:
+    def replay(self, feeds: Feeds) -> Run:
         """The run with results in memory of their own."""
         stream = torch.cuda.current_stream(self.run.device)
-        stream.wait_event(self.played)  # of another stream, perhaps
+        stream.wait_event(self.replayed)  # of another stream, perhaps
         with torch.no_grad():
             for old, feed in zip(self.fed, feeds, strict=True):
                 if not feed.lasting:
@@ -68,7 +69,7 @@ class Replay:
             self.graph.replay()
             inputs = {f.value: f.tensor.detach() for f in feeds}
             made = {v: t.clone() for v, t in self.run.values.items() if v in self.program.made and v not in inputs}
-        self.played.record(stream)
+        self.replayed.record(stream)
         return self.run.finished(inputs | made)
 
 
@@ -90,67 +91,67 @@ def _flags() -> tuple[Any, ...]:
     return cudnn.enabled, cudnn.deterministic, cudnn.benchmark, precision, reduced
 
 
-def playable(program: Program) -> bool:
+def replayable(program: Program) -> bool:
     """Whether a program's runs may be recorded: one go, that nothing waits for, as an op without a rule may."""
-    return program.lasting and program.ruled and not program.graph.late and not program.plan.away
+    return program.lasting and program.ruled and not program.graph.late and not program.plan.offloaded
 
 
-class Replays:
+class CudaReplays:
     """The latest recorded run of a tiled module: one, since it keeps its memory."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._replay: Replay | None = None
+        self._replay: CudaReplay | None = None
         self._last: Program | None = None
         self._refused: WeakSet[Program] = WeakSet()
 
-    def play(self, program: Program, pool: Pool, device: torch.device, feeds: Feeds) -> Run | None:
+    def replay(self, program: Program, pool: Pool, device: torch.device, feeds: Feeds) -> Run | None:
         """The finished run of a program; None where it is not recorded, or another thread is at it."""
         if device.type != KIND or torch.cuda.is_current_stream_capturing() or not self._lock.acquire(blocking=False):
             return None
         try:
-            again, self._last = self._last is program, program
+            repeated, self._last = self._last is program, program
             if self._replay is not None and not self._replay.fits(program, feeds):
-                self._drop(pool)
-            if again and self._replay is None and program not in self._refused and playable(program):
+                self._release(pool)
+            if repeated and self._replay is None and program not in self._refused and replayable(program):
                 self._replay = self._record(program, pool, device, feeds)
-            return self._replay.play(feeds) if self._replay is not None else None
+            return self._replay.replay(feeds) if self._replay is not None else None
         except torch.OutOfMemoryError:  # nothing of the call's has changed yet
             self._refused.add(program)
-            self._drop(pool)
+            self._release(pool)
             return None
         finally:
             self._lock.release()
 
-    def drop(self, pool: Pool) -> None:
+    def release(self, pool: Pool) -> None:
         """Let go of the recorded run and its memory, unless another thread is at it."""
         if self._lock.acquire(blocking=False):
             try:
-                self._drop(pool)
+                self._release(pool)
             finally:
                 self._lock.release()
 
-    def _drop(self, pool: Pool) -> None:
+    def _release(self, pool: Pool) -> None:
         if self._replay is not None:
-            torch.cuda.current_stream(self._replay.run.device).wait_event(self._replay.played)
+            torch.cuda.current_stream(self._replay.run.device).wait_event(self._replay.replayed)
             pool.give(self._replay.stores)
             self._replay = None
 
-    def _record(self, program: Program, pool: Pool, device: torch.device, feeds: Feeds) -> Replay | None:
+    def _record(self, program: Program, pool: Pool, device: torch.device, feeds: Feeds) -> CudaReplay | None:
         stores = pool.take(program.plan.bytes.stores, device)
         try:
             with _ONE_AT_A_TIME:
-                return Replay(program, stores, device, feeds)
+                return CudaReplay(program, stores, device, feeds)
         except Exception:  # the device was waited for, say; the run that follows says what is wrong, if anything is
             self._refused.add(program)
             pool.give(stores)
             return None
 
-    def __deepcopy__(self, _: object) -> Replays:
-        return Replays()
+    def __deepcopy__(self, _: object) -> CudaReplays:
+        return CudaReplays()
 
-    def __reduce__(self) -> tuple[type[Replays], tuple[()]]:
-        return Replays, ()
+    def __reduce__(self) -> tuple[type[CudaReplays], tuple[()]]:
+        return CudaReplays, ()
 
 
 _ONE_AT_A_TIME = threading.Lock()  # torch can record one graph of a process at a time

@@ -16,9 +16,9 @@ import torch
 from fullframe.ir import region as box
 from fullframe.ir.graph import Op, Value
 from fullframe.ir.region import Region
-from fullframe.partition.fusion import Unit, Work, work_of
+from fullframe.partition.fusion import FusionGroup, Work, work_of
 from fullframe.partition.tile_axes import Tile, own_region, tiled
-from fullframe.schedule.plan import KEPT, NBYTES, Plan, Step
+from fullframe.schedule.plan import KEPT, NBYTES, Plan, Stage
 
 Part = tuple[slice, ...] | None  # of a tensor; None is all of it
 
@@ -66,17 +66,17 @@ class Sum:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One unit on a tile; ``drops`` are the windows that nothing reads afterwards, ``ready`` is kept here
+    """One group on a tile; ``frees`` are the windows that nothing reads afterwards, ``bound`` is kept here
     by who runs it."""
 
-    unit: Unit
+    group: FusionGroup
     region: Region
     reads: tuple[Read, ...]
     targets: tuple[Target, ...]
     stores: tuple[Store, ...]
     sums: tuple[Sum, ...]
-    drops: tuple[Value, ...]
-    ready: Any = None
+    frees: tuple[Value, ...]
+    bound: Any = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -100,40 +100,40 @@ def room_of(plan: Plan) -> int:
     return KEPT + max(0, plan.budget - plan.projected_bytes) // NBYTES
 
 
-def place_of(step: Step, k: int) -> int:
+def place_of(stage: Stage, k: int) -> int:
     """Which tile of the image is the ``k``-th that a stage makes, the last axis fastest."""
-    return len(step.grid) - 1 - k if step.turned else k
+    return len(stage.grid) - 1 - k if stage.reversed else k
 
 
-def tile_at(step: Step, k: int) -> Tile:
+def tile_at(stage: Stage, k: int) -> Tile:
     """The tile that a stage makes at a turn."""
-    k = place_of(step, k)
+    k = place_of(stage, k)
     position: list[int] = []
-    for n in reversed(step.grid.counts()):
+    for n in reversed(stage.grid.counts()):
         k, at = divmod(k, n)
         position.insert(0, at)
-    return step.grid.tile(tuple(position))
+    return stage.grid.tile(tuple(position))
 
 
-def task_of(plan: Plan, step: Step, tile: Tile) -> Task:
+def task_of(plan: Plan, stage: Stage, tile: Tile) -> Task:
     """What is to be done on a tile."""
-    section, labels = step.section, plan.labels
-    works, regions = work_of(step.units, section.saves, frozenset(section.sums), labels, tile)
-    last = {value: k for k, work in enumerate(works) for value in work.unit.reads}
-    away = plan.away
-    fetched = [v for v in section.loads if v in away and v in last and not box.is_empty(regions[v])]
+    section, tile_axes = stage.section, plan.tile_axes
+    works, regions = work_of(stage.groups, section.saves, frozenset(section.sums), tile_axes, tile)
+    last = {value: k for k, work in enumerate(works) for value in work.group.reads}
+    offloaded = plan.offloaded
+    fetched = [v for v in section.loads if v in offloaded and v in last and not box.is_empty(regions[v])]
     made: set[Value] = {*fetched}
     jobs = []
     for k, work in enumerate(works):
-        reads = tuple(_read(v, r, regions, made) for v, r in zip(work.unit.reads, work.reads, strict=True))
-        form = _fused if work.unit.fused else _single
-        targets, stores, sums = form(plan, step, work, tile)
-        made |= {*work.unit.makes}
-        drops = tuple(
-            v for v in dict.fromkeys((*work.unit.reads, *work.unit.makes)) if v in made and last.get(v, k) == k
+        reads = tuple(_read(v, r, regions, made) for v, r in zip(work.group.reads, work.reads, strict=True))
+        form = _fused if work.group.fused else _single
+        targets, stores, sums = form(plan, stage, work, tile)
+        made |= {*work.group.makes}
+        frees = tuple(
+            v for v in dict.fromkeys((*work.group.reads, *work.group.makes)) if v in made and last.get(v, k) == k
         )
-        made -= {*drops}
-        jobs.append(Job(work.unit, work.region, reads, targets, stores, sums, drops))
+        made -= {*frees}
+        jobs.append(Job(work.group, work.region, reads, targets, stores, sums, frees))
     return Task(tuple(Fetch(v, regions[v]) for v in fetched), tuple(jobs))
 
 
@@ -157,18 +157,18 @@ def _slices(region: Region, origin: Region | None = None) -> tuple[slice, ...]:
 def _stores(plan: Plan, values: Iterable[Value], tile: Tile, made: Region) -> Iterator[Store]:
     """Where each value's own part of the tile goes; an empty part, which may lie outside what is made, nowhere."""
     for value in values:
-        own = own_region(value, plan.labels, tile)
-        if not tiled(value, plan.labels):
+        own = own_region(value, plan.tile_axes, tile)
+        if not tiled(value, plan.tile_axes):
             yield Store(value, None, None, None)
         elif not box.is_empty(own):
             yield Store(value, own, _part(own, value.shape), None if own == made else _slices(own, made))
 
 
 def _sum(plan: Plan, op: Op, region: Region, tile: Tile) -> Sum:
-    """Tiles that differ only in labels a driver lacks share its region: the first counts it."""
+    """Tiles that differ only in tile axes a driver lacks share its region: the first counts it."""
     rule: Any = op.rule
-    labels = plan.labels[op.inputs[rule.driver]]
-    counted = all(span.low == 0 or label in labels for label, span in tile.items())
+    tile_axes = plan.tile_axes[op.inputs[rule.driver]]
+    counted = all(span.low == 0 or tile_axis in tile_axes for tile_axis, span in tile.items())
     out = rule.out_region(op, region)
     whole = out == box.full(op.output.shape)
     return Sum(op, None if whole else out, box.shape_of(out), counted)
@@ -177,28 +177,28 @@ def _sum(plan: Plan, op: Op, region: Region, tile: Tile) -> Sum:
 Form = tuple[tuple[Target, ...], tuple[Store, ...], tuple[Sum, ...]]
 
 
-def _fused(plan: Plan, step: Step, work: Work, tile: Tile) -> Form:
-    unit, shape = work.unit, box.shape_of(work.region)
+def _fused(plan: Plan, stage: Stage, work: Work, tile: Tile) -> Form:
+    group, shape = work.group, box.shape_of(work.region)
     targets = []
-    away = plan.away
-    for value in dict.fromkeys((*unit.saves, *unit.makes)):
-        stored = unit.own and value in unit.saves and value not in away
+    offloaded = plan.offloaded
+    for value in dict.fromkeys((*group.saves, *group.makes)):
+        stored = group.own and value in group.saves and value not in offloaded
         part = _part(work.region, value.shape) if stored else None
-        targets.append(Target(value, part, None if stored else shape, value in unit.makes))
+        targets.append(Target(value, part, None if stored else shape, value in group.makes))
     # The halo is another tile's to store.
-    later = [v for v in unit.saves if not unit.own or v in away]
+    later = [v for v in group.saves if not group.own or v in offloaded]
     stores = tuple(_stores(plan, later, tile, work.region))
-    return tuple(targets), stores, tuple(_sum(plan, op, work.region, tile) for op in unit.sums)
+    return tuple(targets), stores, tuple(_sum(plan, op, work.region, tile) for op in group.sums)
 
 
-def _single(plan: Plan, step: Step, work: Work, tile: Tile) -> Form:
-    unit = work.unit
-    (op,) = unit.ops or unit.sums
+def _single(plan: Plan, stage: Stage, work: Work, tile: Tile) -> Form:
+    group = work.group
+    (op,) = group.ops or group.sums
     rule: Any = op.rule
-    if op in step.section.sums:
+    if op in stage.section.sums:
         return (), (), (_sum(plan, op, work.region, tile),)
     made = rule.out_region(op, work.region) if rule.kind == "reduce" else work.region
-    return (), tuple(_stores(plan, unit.saves, tile, made)), ()
+    return (), tuple(_stores(plan, group.saves, tile, made)), ()
 
 
 Partials = list[tuple[Sum, torch.Tensor]]

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fullframe.bytecode.program import Taped
-from fullframe.bytecode.recorder import Tape
+from fullframe.bytecode.program import Bytecode
+from fullframe.bytecode.recorder import Recorder
 from fullframe.codegen.group import Call
 from fullframe.ir.graph import Value
-from fullframe.runtime.fused import Kernels, ready
+from fullframe.runtime.fused import Kernels, bind
 from fullframe.runtime.tasks import Job, Part, Partials, Read, Store, Sum, Target, Task, task_of, tile_at
-from fullframe.schedule.plan import LARGE, Plan, Step
+from fullframe.schedule.plan import LARGE, Plan, Stage
 from fullframe.storage.arena import Arena, empty_map, gapless
 from fullframe.storage.pool import Stored
 
@@ -30,7 +30,7 @@ class Memory(NamedTuple):
 
     values: dict[Value, torch.Tensor]
     arena: Arena
-    away: Mapping[Value, Stored]
+    offloaded: Mapping[Value, Stored]
     device: torch.device
     kernels: Kernels
     records: bool
@@ -40,12 +40,16 @@ class Recorded:
     """The bytecode of a task, the values that it reads and writes outside of the arena, with their strides, and what
     its results are: partial results of sums, and untiled values."""
 
-    __slots__ = ("places", "strides", "tape", "values")
+    __slots__ = ("bytecode", "places", "strides", "values")
 
     def __init__(
-        self, tape: Taped, values: Sequence[Value], strides: Sequence[tuple[int, ...]], places: Sequence[Sum | Value]
+        self,
+        bytecode: Bytecode,
+        values: Sequence[Value],
+        strides: Sequence[tuple[int, ...]],
+        places: Sequence[Sum | Value],
     ):
-        self.tape, self.values, self.strides, self.places = tape, values, strides, places
+        self.bytecode, self.values, self.strides, self.places = bytecode, values, strides, places
 
     def run(self, values: MutableMapping[Value, torch.Tensor], arena: Arena) -> Partials | None:
         """The partial results, with the untiled values put among ``values``; None where a tensor lies otherwise in
@@ -56,7 +60,7 @@ class Recorded:
             if tensor.stride() != stride:
                 return None
             bases.append(tensor.data_ptr())
-        made = self.tape.run(bases)
+        made = self.bytecode.run(bases)
         if made is None:
             return None
         partials = self.hand_out(made, values)
@@ -83,7 +87,7 @@ class Tile:
     def __init__(self, task: Task, kept: bool):
         self.task = task
         self.recorded: Recorded | None = None
-        # What is made anew at each step is not worth a recording.
+        # What is made anew at each stage is not worth a recording.
         self.tries = TRIES if kept and _recordable(task) else 0
 
     @property
@@ -107,11 +111,11 @@ class Tile:
 
     def _record(self, memory: Memory) -> Partials:
         task, values = self.task, memory.values
-        others = _apart(task, values, memory.arena)
-        tape = Tape([memory.arena.block, *(values[v] for v in others)])
-        partials = _run(task, memory, tape)
+        others = _outside_arena(task, values, memory.arena)
+        bytecode = Recorder([memory.arena.block, *(values[v] for v in others)])
+        partials = _run(task, memory, bytecode)
         untiled = _untiled(task)
-        done = tape.finish([*(made for _, made in partials), *(values[v] for v in untiled)])
+        done = bytecode.finish([*(made for _, made in partials), *(values[v] for v in untiled)])
         if done is not None:
             strides = [values[v].stride() for v in others]
             self.recorded = Recorded(done, others, strides, [*(place for place, _ in partials), *untiled])
@@ -126,29 +130,29 @@ class Tiles:
     They do not hold the plan, which is the key under which they are found.
     """
 
-    def __init__(self, steps: Sequence[Step], room: int):
-        """So many tiles are kept; those of the other steps are made anew each time."""
+    def __init__(self, stages: Sequence[Stage], room: int):
+        """So many tiles are kept; those of the other stages are made anew each time."""
         self.kept: list[list[Tile | None] | None] = []
-        for step in steps:
-            fits = len(step.grid) <= room
-            room -= len(step.grid) if fits else 0
-            empty: list[Tile | None] = [None] * len(step.grid)
+        for stage in stages:
+            fits = len(stage.grid) <= room
+            room -= len(stage.grid) if fits else 0
+            empty: list[Tile | None] = [None] * len(stage.grid)
             self.kept.append(empty if fits else None)
 
     def tile(self, plan: Plan, number: int, k: int) -> Tile:
-        """Tile ``k`` of step ``number``."""
+        """Tile ``k`` of stage ``number``."""
         kept = self.kept[number]
         found = kept[k] if kept is not None else None
         if found is None:
-            step = plan.steps[number]
-            found = Tile(task_of(plan, step, tile_at(step, k)), kept is not None)
+            stage = plan.stages[number]
+            found = Tile(task_of(plan, stage, tile_at(stage, k)), kept is not None)
             if kept is not None:
                 kept[k] = found
         return found
 
-    def settled(self, steps: range) -> bool:
-        """Whether it is known of all tiles of these steps in which way they will be made."""
-        kept = (self.kept[number] for number in steps)
+    def settled(self, stages: range) -> bool:
+        """Whether it is known of all tiles of these stages in which way they will be made."""
+        kept = (self.kept[number] for number in stages)
         return all(tile is not None and tile.settled for found in kept for tile in found or ())
 
 
@@ -161,7 +165,7 @@ def _recordable(task: Task) -> bool:
     return not task.fetches and all(v.nbytes <= LARGE for v in _untiled(task))
 
 
-def _apart(task: Task, values: Mapping[Value, torch.Tensor], arena: Arena) -> list[Value]:
+def _outside_arena(task: Task, values: Mapping[Value, torch.Tensor], arena: Arena) -> list[Value]:
     """What a task reads, and the maps it writes, that are neither windows nor in the arena."""
     found = dict.fromkeys(
         value
@@ -186,25 +190,25 @@ def _untiled(task: Task) -> list[Value]:
 Windows = dict[Value, torch.Tensor]
 
 
-def _run(task: Task, memory: Memory, tape: Tape | None = None) -> Partials:
-    """Do a task's jobs one after the other, and note them on a tape that is given."""
-    windows = {f.value: memory.away[f.value].fetch(f.region) for f in task.fetches}
+def _run(task: Task, memory: Memory, bytecode: Recorder | None = None) -> Partials:
+    """Do a task's jobs one after the other, and note them on bytecode that is given."""
+    windows = {f.value: memory.offloaded[f.value].fetch(f.region) for f in task.fetches}
     partials: Partials = []
     for job in task.jobs:
-        if job.unit.fused:
-            _fused(job, memory, windows, partials, tape)
+        if job.group.fused:
+            _fused(job, memory, windows, partials, bytecode)
         else:
-            with tape or nullcontext():
+            with bytecode or nullcontext():
                 _single(job, memory, windows, partials)
-        for value in job.drops:
+        for value in job.frees:
             del windows[value]
     return partials
 
 
 def _single(job: Job, memory: Memory, windows: Windows, partials: Partials) -> None:
     """Run one op by its rule."""
-    unit = job.unit
-    (op,) = unit.ops or unit.sums
+    group = job.group
+    (op,) = group.ops or group.sums
     rule: Any = op.rule
     parts = [_read(read, memory, windows) for read in job.reads]
     made = rule.run(op, job.region, parts)
@@ -221,21 +225,21 @@ def _single(job: Job, memory: Memory, windows: Windows, partials: Partials) -> N
     windows[op.output] = made
 
 
-def _fused(job: Job, memory: Memory, windows: Windows, partials: Partials, tape: Tape | None) -> None:
+def _fused(job: Job, memory: Memory, windows: Windows, partials: Partials, bytecode: Recorder | None) -> None:
     """Run the kernel of several ops."""
     made: Windows = {}
-    known = job.ready
+    known = job.bound
     places = known.places(memory.values, windows, made, memory.device) if known else None
     if places is None:
         call, tensors, fresh = _prepare(job, memory, windows, made)
         places = [t.data_ptr() for t in tensors]
     else:
         call, fresh = known.call, [*made.values()]
-        tensors = known.tensors(memory.values, windows, made) if tape else ()
+        tensors = known.tensors(memory.values, windows, made) if bytecode else ()
     sums = call(places)
-    if tape:
-        tape.kernel(call, tensors, places, fresh, sums)
-    with tape or nullcontext():
+    if bytecode:
+        bytecode.kernel(call, tensors, places, fresh, sums)
+    with bytecode or nullcontext():
         for store in job.stores:
             _store(store, made[store.value], memory)
     for place, partial in zip(job.sums, sums, strict=True):
@@ -250,8 +254,8 @@ def _prepare(job: Job, memory: Memory, windows: Windows,
     for target in job.targets:
         made[target.value] = _target(target, memory)
     operands, outputs = [aligned(t, len(job.region)) for t in parts], list(made.values())
-    call = memory.kernels[job.unit].call(operands, outputs)
-    job.ready = ready(job, call, memory.values, windows, parts, made)
+    call = memory.kernels[job.group].call(operands, outputs)
+    job.bound = bind(job, call, memory.values, windows, parts, made)
     windows.update((t.value, made[t.value]) for t in job.targets if t.keep)
     return call, [*operands, *outputs], [made[t.value] for t in job.targets if t.shape is not None]
 
@@ -278,8 +282,8 @@ def _store(store: Store, made: torch.Tensor, memory: Memory, parts: Sequence[tor
     """Keep what was made of these parts."""
     if store.region is None:
         memory.values[store.value] = own(store.value, made, memory.arena, parts)
-    elif store.value in memory.away:
-        memory.away[store.value].put(store.region, part_of(made, store.made))
+    elif store.value in memory.offloaded:
+        memory.offloaded[store.value].put(store.region, part_of(made, store.made))
     else:
         part_of(memory.values[store.value], store.to).copy_(part_of(made, store.made))
 

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from fullframe.capture.threads import Turns
+from fullframe.capture.threads import ForkSafeLock
 
 _POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
-_LOCK = Turns()
+_LOCK = ForkSafeLock()
 
 
 def pool(workers: int) -> ThreadPoolExecutor:

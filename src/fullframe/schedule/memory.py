@@ -19,30 +19,30 @@ def rounded(nbytes: int) -> int:
 
 @dataclass
 class Lifetimes:
-    """First and last step (inclusive) of every value made by the steps."""
+    """First and last stage (inclusive) of every value made by the stages."""
 
     first: dict[Value, int]
     last: dict[Value, int]
 
-    def usage(self, steps: int, sizes: dict[Value, int]) -> list[int]:
-        """Bytes alive during each step."""
-        change = [0] * (steps + 1)
+    def usage(self, stages: int, sizes: dict[Value, int]) -> list[int]:
+        """Bytes alive during each stage."""
+        change = [0] * (stages + 1)
         for value, start in self.first.items():
             size = sizes.get(value, 0)
             change[start] += size
             change[self.last[value] + 1] -= size
         total, used = 0, []
-        for k in range(steps):
+        for k in range(stages):
             total += change[k]
             used.append(total)
         return used
 
-    def lingering(self, steps: int, sizes: dict[Value, int], by: int) -> Lifetimes:
-        """With values of these sizes alive for up to so many steps more, where the peak allows it."""
-        used, last = self.usage(steps, sizes), dict(self.last)
+    def lingering(self, stages: int, sizes: dict[Value, int], by: int) -> Lifetimes:
+        """With values of these sizes alive for up to so many stages more, where the peak allows it."""
+        used, last = self.usage(stages, sizes), dict(self.last)
         peak = max(used, default=0)
         for value in sorted((v for v in self.first if v in sizes), key=self.last.__getitem__):
-            for k in range(self.last[value] + 1, min(self.last[value] + by, steps - 1) + 1):
+            for k in range(self.last[value] + 1, min(self.last[value] + by, stages - 1) + 1):
                 if used[k] + sizes[value] > peak:
                     break
                 used[k] += sizes[value]
@@ -50,11 +50,11 @@ class Lifetimes:
         return Lifetimes(self.first, last)
 
 
-def lifetimes(steps: Sequence[Section], kept: Iterable[Value]) -> Lifetimes:
+def lifetimes(stages: Sequence[Section], kept: Iterable[Value]) -> Lifetimes:
     """When each stored value is made and last read; ``kept`` values live to the end."""
     first: dict[Value, int] = {}
     last: dict[Value, int] = {}
-    for k, section in enumerate(steps):
+    for k, section in enumerate(stages):
         for value in section.outputs:
             first[value] = last[value] = k
         for value in section.loads:
@@ -62,7 +62,7 @@ def lifetimes(steps: Sequence[Section], kept: Iterable[Value]) -> Lifetimes:
                 last[value] = k
     for value in kept:
         if value in first:
-            last[value] = len(steps) - 1
+            last[value] = len(stages) - 1
     return Lifetimes(first, last)
 
 

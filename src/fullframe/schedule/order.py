@@ -11,7 +11,7 @@ from fullframe.schedule.memory import lifetimes
 
 
 def orders(graph: Graph, sections: Sequence[Section], sizes: dict[Value, int]) -> Iterator[tuple[list[Section], int]]:
-    """Candidate orders, each with the number of steps that make the early outputs.
+    """Candidate orders, each with the number of stages that make the early outputs.
 
     Depth first from the section with the longest way to it: a branch finishes, backward included,
     before the next begins. Once with and once without running at once whatever frees memory.
@@ -119,32 +119,32 @@ class _Walk:
         return sum(self.sizes.get(v, 0) for v in section.outputs) - freed
 
 
-def alternate(steps: Sequence[Section], early: int, kept: Iterable[Value], sizes: dict[Value, int],
-              slight: Callable[[Section], bool] = lambda _: False) -> list[Section]:  # fmt: skip
+def interleave(stages: Sequence[Section], early: int, kept: Iterable[Value], sizes: dict[Value, int],
+              trivial: Callable[[Section], bool] = lambda _: False) -> list[Section]:  # fmt: skip
     """The order with sections moved ahead that need not wait for the one before; the peak is what it was.
 
-    ``steps[:early]`` stay the first; ``kept`` values live to the end. What is ``slight`` and waits for nothing is no
-    work to put between: it comes just before its first reader.
+    ``stages[:early]`` stay the first; ``kept`` values live to the end. What is ``trivial`` and waits for nothing is
+    no work to put between: it comes just before its first reader.
     """
-    used = lifetimes(steps, kept).usage(len(steps), sizes)
+    used = lifetimes(stages, kept).usage(len(stages), sizes)
     peak = max(used, default=0)
-    maker = {v: k for k, s in enumerate(steps) for v in s.outputs}
-    needs = [{maker[v] for v in s.loads if v in maker} for s in steps]
-    users: list[list[int]] = [[] for _ in steps]
+    maker = {v: k for k, s in enumerate(stages) for v in s.outputs}
+    needs = [{maker[v] for v in s.loads if v in maker} for s in stages]
+    users: list[list[int]] = [[] for _ in stages]
     for k, wanted in enumerate(needs):
         for j in wanted:
             users[j].append(k)
-    lone = {k for k, wanted in enumerate(needs) if not wanted and users[k] and slight(steps[k])}
-    lone -= {k for k in lone if k < early <= users[k][0]}  # made early for its own sake
-    waiting = [len(n - lone) for n in needs]
-    ready = [k for k, n in enumerate(waiting) if n == 0 and k not in lone]
-    made = [sum(sizes.get(v, 0) for v in s.outputs) for s in steps]
+    deferred = {k for k, wanted in enumerate(needs) if not wanted and users[k] and trivial(stages[k])}
+    deferred -= {k for k in deferred if k < early <= users[k][0]}  # made early for its own sake
+    waiting = [len(n - deferred) for n in needs]
+    ready = [k for k, n in enumerate(waiting) if n == 0 and k not in deferred]
+    made = [sum(sizes.get(v, 0) for v in s.outputs) for s in stages]
     order: list[int] = []
-    done = [k in lone for k in range(len(steps))]
-    first = done.index(False) if False in done else len(steps)  # in the old order, of those still to come
-    while first < len(steps):
-        bound = early if first < early else len(steps)
-        at, highest = first, 0  # the most in use at steps passed over
+    done = [k in deferred for k in range(len(stages))]
+    first = done.index(False) if False in done else len(stages)  # in the old order, of those still to come
+    while first < len(stages):
+        bound = early if first < early else len(stages)
+        at, highest = first, 0  # the most in use at stages passed over
         chosen, passed = first, []
         while ready:
             k = heappop(ready)
@@ -156,22 +156,22 @@ def alternate(steps: Sequence[Section], early: int, kept: Iterable[Value], sizes
             for j in range(at, k):
                 highest = highest if done[j] else max(highest, used[j])
             at = k
-            if k == first or made[k] + sum(made[j] for j in needs[k] & lone) <= peak - highest:
+            if k == first or made[k] + sum(made[j] for j in needs[k] & deferred) <= peak - highest:
                 chosen = k
                 break
         for k in passed:
             if k != chosen:
                 heappush(ready, k)
-        added = [*sorted(needs[chosen] & lone), chosen]
-        lone.difference_update(added)
+        added = [*sorted(needs[chosen] & deferred), chosen]
+        deferred.difference_update(added)
         order += added
         done[chosen] = True
         for j in range(first, chosen):
             used[j] += sum(made[k] for k in added)
-        while first < len(steps) and done[first]:
+        while first < len(stages) and done[first]:
             first += 1
         for k in users[chosen]:
             waiting[k] -= 1
             if waiting[k] == 0:
                 heappush(ready, k)
-    return [steps[k] for k in order]
+    return [stages[k] for k in order]

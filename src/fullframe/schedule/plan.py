@@ -10,22 +10,22 @@ from math import prod
 
 from fullframe.ir import region as box
 from fullframe.ir.graph import Graph, Value
-from fullframe.partition.fusion import Unit, work_of
+from fullframe.partition.fusion import FusionGroup, work_of
 from fullframe.partition.sections import Section
-from fullframe.partition.tile_axes import Labels, Span, Tile, tiled
+from fullframe.partition.tile_axes import Span, Tile, TileAxes, tiled
 from fullframe.storage.protocol import DEVICE, HOST, Slot
 
-LARGE = 1 << 20  # bytes of untiled values, from which on a step that makes them waits until all before it are done
+LARGE = 1 << 20  # bytes of untiled values, from which on a stage that makes them waits until all before it are done
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Cuts labels into tiles: (label, pixels where the label is widest, pixels of a tile) each."""
+    """Cuts tile axes into tiles: (tile axis, pixels where the tile axis is widest, pixels of a tile) each."""
 
     axes: tuple[tuple[int, int, int], ...] = ()
 
     def counts(self) -> list[int]:
-        return [-(-extent // step) for _, extent, step in self.axes]
+        return [-(-extent // pixels) for _, extent, pixels in self.axes]
 
     def __len__(self) -> int:
         n = 1
@@ -35,8 +35,8 @@ class Grid:
 
     def tile(self, position: tuple[int, ...]) -> Tile:
         return {
-            label: Span(k * step, min((k + 1) * step, extent), extent)
-            for (label, extent, step), k in zip(self.axes, position, strict=True)
+            tile_axis: Span(k * pixels, min((k + 1) * pixels, extent), extent)
+            for (tile_axis, extent, pixels), k in zip(self.axes, position, strict=True)
         }
 
     def tiles(self) -> Iterator[Tile]:
@@ -50,18 +50,18 @@ class Grid:
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class Stage:
     """One section with its tiles, and the stored values that are not needed after it. ``window``: bytes of windows of
-    a tile; ``sums``: bytes of sums in progress; ``turned``: whether the last tile is made first."""
+    a tile; ``sums``: bytes of sums in progress; ``reversed``: whether the last tile is made first."""
 
     section: Section
-    units: tuple[Unit, ...]
+    groups: tuple[FusionGroup, ...]
     grid: Grid
     frees: tuple[Value, ...]
     window: int
     sums: int
     parallel: bool
-    turned: bool = False
+    reversed: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,24 +92,24 @@ class Bytes:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Immutable; printable. ``steps[:early]`` make the outputs that are handed out first; of ``ahead`` steps in a row
-    any may be in work at the same time, if they need not wait for each other. ``tight``: the C library is told to
-    give back what is free, since the budget has no room for all that it would keep."""
+    """Immutable; printable. ``stages[:early]`` make the outputs that are handed out first; of ``max_in_flight``
+    stages in a row any may be in work at the same time, if they need not wait for each other. ``tight``: the C
+    library is told to give back what is free, since the budget has no room for all that it would keep."""
 
     graph: Graph
-    labels: Labels
-    steps: tuple[Step, ...]
+    tile_axes: TileAxes
+    stages: tuple[Stage, ...]
     early: int
     slots: dict[Value, Slot]
     bytes: Bytes
     budget: int
     workers: int
     whole: tuple[str, ...] = ()
-    ahead: int = 1
+    max_in_flight: int = 1
     tight: bool = False
 
     @cached_property
-    def away(self) -> Collection[Value]:
+    def offloaded(self) -> Collection[Value]:
         """The stored maps that live in another memory than the device's."""
         return {v for v, slot in self.slots.items() if slot.tier != DEVICE}
 
@@ -134,57 +134,57 @@ def human(nbytes: float) -> str:
 def describe(plan: Plan) -> str:
     """The whole plan as text: totals, then each section with what it loads, saves and sums."""
     b = plan.bytes
-    tiled_steps = [s for s in plan.steps if _is_tiled(plan, s)]
-    cuts = [v for s in plan.steps for v in s.section.saves if tiled(v, plan.labels)]
-    barriers = [op for s in plan.steps for op in s.section.sums]
-    again = sum(s.section.clone for s in plan.steps)
-    rest = len(plan.steps) - len(tiled_steps)
+    tiled_stages = [s for s in plan.stages if _is_tiled(plan, s)]
+    saved = [v for s in plan.stages for v in s.section.saves if tiled(v, plan.tile_axes)]
+    barriers = [op for s in plan.stages for op in s.section.sums]
+    clones = sum(s.section.clone for s in plan.stages)
+    rest = len(plan.stages) - len(tiled_stages)
     lines = [
-        f"plan: {len(plan.graph.ops)} ops in {len(tiled_steps)} tiled sections and {rest} untiled",
-        f"  cuts {len(cuts)} (of them made again {again}), sums {len(barriers)}, workers {plan.workers}",
+        f"plan: {len(plan.graph.ops)} ops in {len(tiled_stages)} tiled sections and {rest} untiled",
+        f"  saved {len(saved)} (of them recomputed {clones}), sums {len(barriers)}, workers {plan.workers}",
         f"  projected {human(b.total)} of a budget of {human(plan.budget)}: stored maps {human(b.arena)}, "
         f"untiled {human(b.untiled)}, windows {human(b.scratch)}, outputs {human(b.outputs)}, fixed {human(b.fixed)}",
     ]
     lines += [f"  stored maps {human(b.host)} in the host's memory, copied tile by tile"] * bool(b.host)
     lines += [f"  runs whole: {name}" for name in plan.whole]
-    for k, step in enumerate(plan.steps):
+    for k, stage in enumerate(plan.stages):
         if k == plan.early and k > 0:
             lines.append("  -- outputs are ready; gradients arrive --")
-        if _is_tiled(plan, step):
-            lines.append(_line(plan, k, step))
+        if _is_tiled(plan, stage):
+            lines.append(_line(plan, k, stage))
     return "\n".join(lines)
 
 
-def _is_tiled(plan: Plan, step: Step) -> bool:
-    s = step.section
-    return bool(s.sums) or any(tiled(v, plan.labels) for v in s.saves)
+def _is_tiled(plan: Plan, stage: Stage) -> bool:
+    s = stage.section
+    return bool(s.sums) or any(tiled(v, plan.tile_axes) for v in s.saves)
 
 
-def _line(plan: Plan, k: int, step: Step) -> str:
-    s = step.section
-    loads = " ".join(v.name for v in s.loads if tiled(v, plan.labels)) or "-"
+def _line(plan: Plan, k: int, stage: Stage) -> str:
+    s = stage.section
+    loads = " ".join(v.name for v in s.loads if tiled(v, plan.tile_axes)) or "-"
     saves = " ".join(f"{v.name}{list(v.shape)}" for v in s.saves) or "-"
     sums = " ".join(f"{op.output.name}" for op in s.sums) or "-"
     mark = "again " if s.clone else ""
-    tiles = "x".join(map(str, step.grid.counts())) or "1"
-    frees = " ".join(v.name for v in step.frees if tiled(v, plan.labels)) or "-"
-    work = f"{len(s.ops)} ops, tiles {tiles}, halo {halo(plan, step):.0%}"
+    tiles = "x".join(map(str, stage.grid.counts())) or "1"
+    frees = " ".join(v.name for v in stage.frees if tiled(v, plan.tile_axes)) or "-"
+    work = f"{len(s.ops)} ops, tiles {tiles}, halo {halo(plan, stage):.0%}"
     return f"  {k:4d} {mark}load {loads} | {work} | save {saves} | sum {sums} | free {frees}"
 
 
-def halo(plan: Plan, step: Step) -> float:
+def halo(plan: Plan, stage: Stage) -> float:
     """Elements made more than once for the halo, relative to those needed once (interior tile)."""
-    tiles = list(step.grid.samples())
+    tiles = list(stage.grid.samples())
     tile = tiles[len(tiles) // 2]
     made = owned = 0
-    section = step.section
-    for work in work_of(step.units, section.saves, frozenset(section.sums), plan.labels, tile)[0]:
-        for op in work.unit.ops:
+    section = stage.section
+    for work in work_of(stage.groups, section.saves, frozenset(section.sums), plan.tile_axes, tile)[0]:
+        for op in work.group.ops:
             if op.rule.heavy:
                 made += box.size(work.region)
-                owned += prod(op.output.shape) / len(step.grid)
+                owned += prod(op.output.shape) / len(stage.grid)
     return max(0.0, made / owned - 1) if owned else 0.0
 
 
 KEPT = 1 << 14  # tiles of a plan whose tasks are kept in any case,
-NBYTES = 16 << 10  # and bytes of each, with its tape
+NBYTES = 16 << 10  # and bytes of each, with its bytecode

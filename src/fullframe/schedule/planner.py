@@ -1,4 +1,4 @@
-"""From sections to a plan: order, what to drop and make again, tiles, places. Integers only."""
+"""From sections to a plan: order, what to rematerialize, tiles, places. Integers only."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from math import prod
 
 from fullframe.errors import BudgetError, UnsupportedOpError
 from fullframe.ir.graph import Graph, Op, Value
-from fullframe.partition.fusion import units_of
-from fullframe.partition.saved_values import Cuts, choose_cuts
+from fullframe.partition.fusion import fusion_groups
+from fullframe.partition.saved_values import SavedValues, choose_saved_values
 from fullframe.partition.sections import Section, build_sections
-from fullframe.partition.tile_axes import Labels, label_axes, tiled
+from fullframe.partition.tile_axes import TileAxes, find_tile_axes, tiled
 from fullframe.schedule.memory import lifetimes, place, rounded
-from fullframe.schedule.order import alternate, orders
+from fullframe.schedule.order import interleave, orders
 from fullframe.schedule.plan import KEPT as TASKS
-from fullframe.schedule.plan import LARGE, NBYTES, Bytes, Plan, Step
-from fullframe.schedule.rematerialize import Draft, drop_until
+from fullframe.schedule.plan import LARGE, NBYTES, Bytes, Plan, Stage
+from fullframe.schedule.rematerialize import Draft, rematerialize_until
 from fullframe.schedule.request import Request
 from fullframe.schedule.tiling import choose_grid, window_bytes
 from fullframe.storage.protocol import DEVICE, HOST, Slot
@@ -26,76 +26,76 @@ FIXED = 100_000_000  # what importing torch's recording machinery, touching its 
 PER_OP = 20 << 10  # and the objects of a recorded and planned op
 PER_FORM = 1 << 19  # and the machine code that a library keeps for each form of convolution
 KEPT = 2  # times what windows take is held by the C library, which keeps some of what is given back,
-LOOSE = 3  # and so many times where the budget has room for it: it is then never told to let go
-LANES = 3  # tiles in work where maps live in a second tier: one is fetched, one computed, one put back
+KEPT_AT_MOST = 3  # and so many times where the budget has room for it: it is then never told to let go
+STREAMS = 3  # tiles in work where maps live in a second tier: one is fetched, one computed, one put back
 
 
 def plan(graph: Graph, request: Request) -> Plan:
     """Plan a graph for a budget; raises `BudgetError` naming the smallest budget that would do.
 
-    Maps go to the second tier, if there is one, only where nothing else fits: making them again is far cheaper than
+    Maps go to the second tier, if there is one, only where nothing else fits: recomputing them is far cheaper than
     the way there and back.
     """
     if not request.host:
         return _plan(graph, request)
     with suppress(BudgetError, UnsupportedOpError):
         return _plan(graph, replace(request, host=0))
-    return _plan(graph, replace(request, workers=max(request.workers, LANES)))
+    return _plan(graph, replace(request, workers=max(request.workers, STREAMS)))
 
 
 def _plan(graph: Graph, request: Request) -> Plan:
-    labels = label_axes(graph, request.roots)
-    cuts = choose_cuts(graph, labels)
-    sections = build_sections(graph, cuts)
-    sizes = _sizes(graph, cuts)
+    tile_axes = find_tile_axes(graph, request.roots)
+    saved = choose_saved_values(graph, tile_axes)
+    sections = build_sections(graph, saved)
+    sizes = _sizes(graph, saved)
     kept = [v for v in graph.outputs if v is not None]
     best: tuple[int, Draft] | None = None
-    for steps, early in orders(graph, sections, sizes):
-        lives = lifetimes(steps, kept)
-        peak = max(lives.usage(len(steps), sizes), default=0)
+    for stages, early in orders(graph, sections, sizes):
+        lives = lifetimes(stages, kept)
+        peak = max(lives.usage(len(stages), sizes), default=0)
         if best is None or peak < best[0]:
             order = {op: k for k, op in enumerate(graph.ops)}
-            best = peak, Draft(cuts, list(steps), early, order, kept, sizes)
+            best = peak, Draft(saved, list(stages), early, order, kept, sizes)
     assert best is not None
     return _fit(graph, best[1], request)
 
 
-def _sizes(graph: Graph, cuts: Cuts) -> dict[Value, int]:
+def _sizes(graph: Graph, saved: SavedValues) -> dict[Value, int]:
     """Bytes of every stored value; outputs of the graph are the caller's, not counted here."""
     outputs = set(graph.outputs)
-    return {v: rounded(v.nbytes) if tiled(v, cuts.labels) else v.nbytes for v in cuts.stored if v not in outputs}
+    return {v: rounded(v.nbytes) if tiled(v, saved.tile_axes) else v.nbytes for v in saved.stored if v not in outputs}
 
 
 def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
-    """Drop and make again until the whole plan fits; report the smallest plan seen if it never does."""
+    """Rematerialize until the whole plan fits; report the smallest plan seen if it never does."""
     smallest: Plan | None = None
     fixed = _fixed(graph) if request.fixed is None else request.fixed
     helped = True
-    steps: dict[Section, Step] = {}
+    stages: dict[Section, Stage] = {}
     while True:
-        made = _finish(graph, draft, replace(request, ahead=1), steps, fixed)
+        made = _finish(graph, draft, replace(request, max_in_flight=1), stages, fixed)
         over = max(made.projected_bytes - request.budget, made.bytes.host - request.host)
         if over <= 0:
-            return _roomy(_abreast(graph, draft, request, steps, fixed) or made, request)
+            return _roomy(_pipelined(graph, draft, request, stages, fixed) or made, request)
         if smallest is None or made.projected_bytes < smallest.projected_bytes:
             smallest = made
         if not helped:
             raise _refusal(smallest, request)
-        helped = drop_until(draft, draft.peak() - over)
+        helped = rematerialize_until(draft, draft.peak() - over)
 
 
-def _abreast(graph: Graph, draft: Draft, request: Request, known: dict[Section, Step], fixed: int) -> Plan | None:
+def _pipelined(graph: Graph, draft: Draft, request: Request, known: dict[Section, Stage], fixed: int) -> Plan | None:
     """A plan of the same sections with as many in work at once as fit, those of several branches in turns."""
-    if request.ahead == 1:
+    if request.max_in_flight == 1:
         return None
-    labels = draft.cuts.labels
+    tile_axes = draft.saved.tile_axes
 
-    def slight(section: Section) -> bool:
-        return not any(tiled(v, labels) for v in (*section.loads, *section.outputs))
+    def trivial(section: Section) -> bool:
+        return not any(tiled(v, tile_axes) for v in (*section.loads, *section.outputs))
 
-    draft = replace(draft, steps=alternate(draft.steps, draft.early, draft.kept, draft.sizes, slight))
-    for ahead in (request.ahead, 2):
-        made = _finish(graph, draft, replace(request, ahead=ahead), known, fixed, ahead - 1)
+    draft = replace(draft, stages=interleave(draft.stages, draft.early, draft.kept, draft.sizes, trivial))
+    for max_in_flight in (request.max_in_flight, 2):
+        made = _finish(graph, draft, replace(request, max_in_flight=max_in_flight), known, fixed, max_in_flight - 1)
         if made.projected_bytes <= request.budget:
             return made
     return None
@@ -106,7 +106,7 @@ def _roomy(plan: Plan, request: Request) -> Plan:
     else it is tight."""
     if request.fixed is not None:  # on a device, where torch's allocator has other ways
         return plan
-    more = plan.bytes.scratch // KEPT * (LOOSE - KEPT)
+    more = plan.bytes.scratch // KEPT * (KEPT_AT_MOST - KEPT)
     if plan.projected_bytes + more > request.budget:
         return replace(plan, tight=True)
     return replace(plan, bytes=replace(plan.bytes, scratch=plan.bytes.scratch + more))
@@ -144,79 +144,82 @@ def _refusal(plan: Plan, request: Request) -> Exception:
 # Tiles, scratch and places -------------------------------------------------------------------------
 
 
-def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, Step], fixed: int,
+def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, Stage], fixed: int,
             linger: int = 0) -> Plan:  # fmt: skip
-    """The plan of a draft; ``known`` keeps the steps of sections that an earlier draft had too. For ``linger`` steps
-    more no other map gets the place of one, where the peak allows it: nobody need then wait for its readers."""
-    labels, sizes = draft.cuts.labels, draft.sizes
+    """The plan of a draft; ``known`` keeps the stages of sections that an earlier draft had too. For ``linger``
+    stages more no other map gets the place of one, where the peak allows it: nobody need then wait for its
+    readers."""
+    tile_axes, sizes = draft.saved.tile_axes, draft.sizes
     lives = draft.lifetimes()
-    maps = {v: n for v, n in sizes.items() if tiled(v, labels)}
-    offsets, arena = place(lives.lingering(len(draft.steps), maps, linger), maps)
-    frees: list[list[Value]] = [[] for _ in draft.steps]
+    maps = {v: n for v, n in sizes.items() if tiled(v, tile_axes)}
+    offsets, arena = place(lives.lingering(len(draft.stages), maps, linger), maps)
+    frees: list[list[Value]] = [[] for _ in draft.stages]
     kept = set(draft.kept)
     for value, last in lives.last.items():
         if value not in kept:
             frees[last].append(value)
-    for section in draft.steps:
+    for section in draft.stages:
         if section not in known:
-            known[section] = _step(section, labels, request, frozenset(maps) if request.host else frozenset())
-    turns = _turns(draft, maps)
-    steps = tuple(replace(known[s], frees=tuple(f), turned=turns[s]) for s, f in zip(draft.steps, frees, strict=True))
+            known[section] = _stage(section, tile_axes, request, frozenset(maps) if request.host else frozenset())
+    reversals = _reversals(draft, maps)
+    stages = tuple(
+        replace(known[s], frees=tuple(f), reversed=reversals[s]) for s, f in zip(draft.stages, frees, strict=True)
+    )
     small = {v: n for v, n in sizes.items() if v not in maps}
-    usage = lives.usage(len(steps), small)
-    loose = [sum(small.get(v, 0) for v in s.section.outputs) for s in steps]
+    usage = lives.usage(len(stages), small)
+    loose = [sum(small.get(v, 0) for v in s.section.outputs) for s in stages]
     taken = [
-        _scratch(steps[k : k + request.ahead], request.workers)
-        + sum(n for n in loose[k + 1 : k + request.ahead] if n <= LARGE)
-        for k in range(len(steps))
+        _scratch(stages[k : k + request.max_in_flight], request.workers)
+        + sum(n for n in loose[k + 1 : k + request.max_in_flight] if n <= LARGE)
+        for k in range(len(stages))
     ]
     scratch = max(taken, default=0)
     untiled = max((u + n for u, n in zip(usage, taken, strict=True)), default=0)
     given = set(graph.inputs) | request.free
     outputs = sum(v.nbytes for v in draft.kept if v not in given)
-    whole = tuple(f"{op.target} ({op.path or 'in the step'})" for s in steps for op in s.section.ops
-                  if op.rule.kind == "whole" and tiled(op.output, labels))  # fmt: skip
+    whole = tuple(f"{op.target} ({op.path or 'in the step'})" for s in stages for op in s.section.ops
+                  if op.rule.kind == "whole" and tiled(op.output, tile_axes))  # fmt: skip
     tier = HOST if request.host else DEVICE
     slots = {v: Slot(offsets[v], maps[v], v.shape, v.dtype, v.itemsize, tier) for v in offsets}
-    here, away = (0, arena) if request.host else (arena, 0)
+    here, offloaded = (0, arena) if request.host else (arena, 0)
     if request.fixed is None:  # tasks lie in the same memory
-        fixed += NBYTES * min(TASKS, sum(len(s.grid) for s in steps))
+        fixed += NBYTES * min(TASKS, sum(len(s.grid) for s in stages))
     held = scratch * (KEPT if request.fixed is None else 1)
-    total = Bytes(here, max(0, untiled - scratch), held, outputs, fixed, away)
-    return Plan(graph, labels, steps, draft.early, slots, total, request.budget, request.workers, whole,
-                request.ahead)  # fmt: skip
+    total = Bytes(here, max(0, untiled - scratch), held, outputs, fixed, offloaded)
+    return Plan(graph, tile_axes, stages, draft.early, slots, total, request.budget, request.workers, whole,
+                request.max_in_flight)  # fmt: skip
 
 
-def _turns(draft: Draft, maps: dict[Value, int]) -> dict[Section, bool]:
+def _reversals(draft: Draft, maps: dict[Value, int]) -> dict[Section, bool]:
     """Which sections make their last tile first: the other way round than what made the map they read, whose end may
     still be in a cache. It follows from the sections, not from their order, and so does what sums are rounded to."""
-    maker = {v: s for s in draft.steps for v in s.outputs}
+    maker = {v: s for s in draft.stages for v in s.outputs}
     found: dict[Section, bool] = {}
-    for section in draft.steps:
+    for section in draft.stages:
         read = [v for v in section.loads if v in maps and v in maker]
         latest = max(read, key=lambda v: (maps[v], draft.order.get(maker[v].ops[-1], 0)), default=None)
         found[section] = latest is not None and not found[maker[latest]]
     return found
 
 
-def _scratch(steps: Sequence[Step], workers: int) -> int:
-    """Most bytes of windows and sums while these steps are in work: of as many tiles as there are workers."""
-    windows = [s.window for s in steps for _ in range(min(workers, len(s.grid)))]
-    return sum(sorted(windows)[-workers:]) + sum(sorted(s.sums for s in steps)[-workers:])
+def _scratch(stages: Sequence[Stage], workers: int) -> int:
+    """Most bytes of windows and sums while these stages are in work: of as many tiles as there are workers."""
+    windows = [s.window for s in stages for _ in range(min(workers, len(s.grid)))]
+    return sum(sorted(windows)[-workers:]) + sum(sorted(s.sums for s in stages)[-workers:])
 
 
-def _step(section: Section, labels: Labels, request: Request, away: frozenset[Value]) -> Step:
-    grid = choose_grid(section, labels, request)
-    units = units_of(section, labels, request.fusable)
+def _stage(section: Section, tile_axes: TileAxes, request: Request, offloaded: frozenset[Value]) -> Stage:
+    grid = choose_grid(section, tile_axes, request)
+    groups = fusion_groups(section, tile_axes, request.fusable)
     device = request.fixed is not None
-    window = max(window_bytes(section, units, labels, tile, away, device) for tile in grid.samples())
+    window = max(window_bytes(section, groups, tile_axes, tile, offloaded, device) for tile in grid.samples())
     running = min(request.workers, len(grid))
     waiting = (len(grid) - 1).bit_length()  # nodes of a sum's tree, one a level
     held = 8 * (waiting + running)
-    sums = sum(prod(op.output.shape) * (held if len(grid) > 1 else _alone(op)) for op in section.sums)
-    return Step(section, units, grid, (), window, sums, len(grid) > 1)
+    sums = sum(prod(op.output.shape) * (held if len(grid) > 1 else _result_bytes(op)) for op in section.sums)
+    return Stage(section, groups, grid, (), window, sums, len(grid) > 1)
 
 
-def _alone(op: Op) -> int:
+def _result_bytes(op: Op) -> int:
     """Bytes of each number of a result that is the whole sum: products come in the type of the sum, others wider."""
     return op.output.itemsize if op.rule.heavy else 8

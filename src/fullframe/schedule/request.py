@@ -10,13 +10,13 @@ from fullframe.partition.fusion import Fusable
 
 @dataclass(frozen=True)
 class Request:
-    """What to plan for. ``roots``: the inputs' tileable axes. ``tile``: forced tile as
-    (input value, axis, pixels) triples. ``free``: values not counted (gradients). ``fusable``:
-    whether a pointwise op or a sum has a place in a fused unit. ``window``: bytes that the largest window
-    of a tile may have at least. ``host``: bytes of a second tier, in which the stored maps may live where they do
-    not fit in the budget; 0 where there is none. ``fixed``: bytes that are taken whatever the plan; None: an estimate
-    of what recording, plan and libraries take, which lie in the same memory. ``ahead``: how many steps in a row may
-    be in work at the same time where the budget has room for it."""
+    """What to plan for. ``roots``: the inputs' tileable axes. ``tile``: forced tile as (input value, axis, pixels)
+    triples. ``free``: values not counted (gradients). ``fusable``: whether a pointwise op or a sum has a place in a
+    fusion group. ``window``: bytes that the largest window of a tile may have at least. ``host``: bytes of a second
+    tier, in which the stored maps may live where they do not fit in the budget; 0 where there is none. ``fixed``:
+    bytes that are taken whatever the plan; None: an estimate of what recording, plan and libraries take, which lie in
+    the same memory. ``max_in_flight``: how many stages in a row may be in work at the same time where the budget has
+    room for it."""
 
     budget: int
     workers: int
@@ -27,4 +27,4 @@ class Request:
     window: int = 0
     host: int = 0
     fixed: int | None = None
-    ahead: int = 1
+    max_in_flight: int = 1

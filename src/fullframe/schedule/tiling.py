@@ -8,9 +8,9 @@ from typing import Any
 
 from fullframe.ir import region as box
 from fullframe.ir.graph import Value
-from fullframe.partition.fusion import Unit, work_of
+from fullframe.partition.fusion import FusionGroup, work_of
 from fullframe.partition.sections import Section
-from fullframe.partition.tile_axes import Labels, Tile, tiled
+from fullframe.partition.tile_axes import Tile, TileAxes, tiled
 from fullframe.schedule.plan import Grid
 from fullframe.schedule.request import Request
 
@@ -21,44 +21,48 @@ DENSE = 1 << 9  # unless so many operations are spent on each byte of them
 
 
 ROWS = 8  # nor are strips of fewer rows, mostly halo,
-THICK = 16  # or, where there are many, of fewer than these: wide ones are rather cut along another axis, too
+# or, where there are many, of fewer than these: multi-threaded ones are rather cut along another axis, too
+THICK = 16
 
 
-def window_bytes(section: Section, units: Sequence[Unit], labels: Labels, tile: Tile,
-                 away: Collection[Value] = (), device: bool = False) -> int:  # fmt: skip
+def window_bytes(section: Section, groups: Sequence[FusionGroup], tile_axes: TileAxes, tile: Tile,
+                 offloaded: Collection[Value] = (), device: bool = False) -> int:  # fmt: skip
     """Most bytes of windows alive at once in a tile, with what its ops take beside them while they run.
 
-    Parts of the maps that live ``away`` are windows too. On a ``device`` libraries copy what a convolution reads.
+    Parts of the maps that live ``offloaded`` are windows too. On a ``device`` libraries copy what a convolution
+    reads.
     """
-    works, regions = work_of(units, section.saves, frozenset(section.sums), labels, tile)
-    last = {value: k for k, work in enumerate(works) for value in work.unit.reads}
-    alive = {v: box.size(regions[v]) * v.itemsize for v in section.loads if v in away and v in last}
+    works, regions = work_of(groups, section.saves, frozenset(section.sums), tile_axes, tile)
+    last = {value: k for k, work in enumerate(works) for value in work.group.reads}
+    alive = {v: box.size(regions[v]) * v.itemsize for v in section.loads if v in offloaded and v in last}
     most = 0
     for k, work in enumerate(works):
-        unit = work.unit
-        for value in dict.fromkeys((*unit.makes, *(v for v in unit.saves if v in away))):
-            stored = unit.own and value in unit.saves and value not in away
+        group = work.group
+        for value in dict.fromkeys((*group.makes, *(v for v in group.saves if v in offloaded))):
+            stored = group.own and value in group.saves and value not in offloaded
             alive[value] = 0 if stored or value not in regions else box.size(regions[value]) * value.itemsize
-        single = () if unit.fused else (*unit.ops, *unit.sums)
+        single = () if group.fused else (*group.ops, *group.sums)
         scratch = max((op.rule.scratch(op, work.region) for op in single), default=0)
         if device and any(op.rule.heavy for op in single):
-            scratch = max(scratch, sum(box.size(r) * v.itemsize for v, r in zip(unit.reads, work.reads, strict=True)))
+            scratch = max(
+                scratch, sum(box.size(r) * v.itemsize for v, r in zip(group.reads, work.reads, strict=True))
+            )
         most = max(most, sum(alive.values()) + scratch)
-        for value in (*unit.reads, *(v for v in unit.saves if v in away)):
+        for value in (*group.reads, *(v for v in group.saves if v in offloaded)):
             if last.get(value, k) == k:
                 alive.pop(value, None)
     return most
 
 
-def choose_grid(section: Section, labels: Labels, request: Request) -> Grid:
+def choose_grid(section: Section, tile_axes: TileAxes, request: Request) -> Grid:
     """Tiles of a section: full-width strips of about a window's bytes, or the forced tile."""
-    root = _root(section, labels)
-    if root is None or any(op.rule.kind == "whole" and tiled(op.output, labels) for op in section.ops):
+    root = _root(section, tile_axes)
+    if root is None or any(op.rule.kind == "whole" and tiled(op.output, tile_axes) for op in section.ops):
         return Grid()
-    axes = [(label, n) for label, n in zip(labels[root], root.shape, strict=True) if label is not None]
+    axes = [(tile_axis, n) for tile_axis, n in zip(tile_axes[root], root.shape, strict=True) if tile_axis is not None]
     if request.tile is not None:
-        return _forced(axes, labels, request)
-    largest = max((v for v in (root, *section.loads) if tiled(v, labels)), key=lambda v: v.nbytes)
+        return _forced(axes, tile_axes, request)
+    largest = max((v for v in (root, *section.loads) if tiled(v, tile_axes)), key=lambda v: v.nbytes)
     more = largest.itemsize < 4 or any(op.rule.calls(op) for op in section.ops)
     count = max(1, -(-largest.nbytes // max(int(WINDOW * (MORE if more else 1)), request.window)))
     rows = ROWS if count <= 2 * request.workers else THICK
@@ -69,15 +73,15 @@ def choose_grid(section: Section, labels: Labels, request: Request) -> Grid:
         count, rows = max(count, request.workers), ROWS // 2
     if count == 1:
         return Grid()
-    ratio = _alignment(section, labels, dict(axes))
+    ratio = _alignment(section, tile_axes, dict(axes))
     chosen = []
-    for position, (label, extent) in enumerate(axes):
+    for position, (tile_axis, extent) in enumerate(axes):
         least = 1 if position == 0 and len(axes) > 1 else min(rows, extent)
-        step = max(least, -(-extent // count))
-        align = ratio.get(label, 1)
-        step = min(extent, -(-step // align) * align)
-        chosen.append((label, extent, step))
-        pieces = -(-extent // step)
+        pixels = max(least, -(-extent // count))
+        align = ratio.get(tile_axis, 1)
+        pixels = min(extent, -(-pixels // align) * align)
+        chosen.append((tile_axis, extent, pixels))
+        pieces = -(-extent // pixels)
         count = (count + pieces // 2) // pieces  # what the other axes are still to be cut into, about
         if count <= 1:
             break
@@ -93,30 +97,30 @@ def _dense(section: Section, root: Value) -> bool:
     return spent > DENSE * root.nbytes and all(op.output.nbytes < root.nbytes for op in section.sums)
 
 
-def _root(section: Section, labels: Labels) -> Value | None:
+def _root(section: Section, tile_axes: TileAxes) -> Value | None:
     """The largest tiled map among what a section makes or sums over."""
-    found = [v for v in section.saves if tiled(v, labels)]
+    found = [v for v in section.saves if tiled(v, tile_axes)]
     found += [op.inputs[getattr(op.rule, "driver", 0)] for op in section.sums]
-    found = [v for v in found if tiled(v, labels)]
+    found = [v for v in found if tiled(v, tile_axes)]
     return max(found, key=lambda v: v.nbytes, default=None)
 
 
-def _forced(axes: list[tuple[int, int]], labels: Labels, request: Request) -> Grid:
+def _forced(axes: list[tuple[int, int]], tile_axes: TileAxes, request: Request) -> Grid:
     assert request.tile is not None
     forced = {}
     for value, axis, pixels in request.tile:
-        label = labels[value][axis]
-        if label is not None:
-            forced[label] = (value.shape[axis], min(pixels, value.shape[axis]))
-    return Grid(tuple((label, *forced[label]) for label, _ in axes if label in forced))
+        tile_axis = tile_axes[value][axis]
+        if tile_axis is not None:
+            forced[tile_axis] = (value.shape[axis], min(pixels, value.shape[axis]))
+    return Grid(tuple((tile_axis, *forced[tile_axis]) for tile_axis, _ in axes if tile_axis in forced))
 
 
-def _alignment(section: Section, labels: Labels, extents: dict[int, int]) -> dict[int, int]:
+def _alignment(section: Section, tile_axes: TileAxes, extents: dict[int, int]) -> dict[int, int]:
     """Multiples at which tile boundaries fall on whole pixels of the section's smaller maps."""
     found: dict[int, int] = {}
     for op in section.ops:
         for value in (op.output, *op.inputs):
-            for label, n in zip(labels[value], value.shape, strict=True):
-                if label in extents and n > 0 and extents[label] % n == 0:
-                    found[label] = max(found.get(label, 1), extents[label] // n)
-    return {label: n for label, n in found.items() if n <= 64}
+            for tile_axis, n in zip(tile_axes[value], value.shape, strict=True):
+                if tile_axis in extents and n > 0 and extents[tile_axis] % n == 0:
+                    found[tile_axis] = max(found.get(tile_axis, 1), extents[tile_axis] // n)
+    return {tile_axis: n for tile_axis, n in found.items() if n <= 64}

@@ -39,14 +39,14 @@ def mapped(tight: bool) -> Iterator[None]:
         library.mallopt(TRIM_THRESHOLD, 2 * LARGEST)
 
 
-class Keeper:
+class HeapTrimmer:
     """Gives back what is free once the process has grown by more than ``room`` bytes; None: each time it looks."""
 
     def __init__(self, room: int | None):
         trim()
         self.most = 0 if room is None else resident() + room
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """To be called between pieces of work, by any thread."""
         if resident() > self.most:
             trim()

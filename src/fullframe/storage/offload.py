@@ -85,7 +85,7 @@ def _copy(to: torch.Tensor, source: torch.Tensor) -> None:
     to.copy_(source, non_blocking=run)
 
 
-class Lanes:
+class StreamPool:
     """Streams of a CUDA device over which the tiles of a section take turns."""
 
     def __init__(self, device: torch.device, count: int):

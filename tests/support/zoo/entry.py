@@ -20,10 +20,10 @@ TILES = (8, 13, 24)
 class Entry:
     """A published network, small enough to be compared in float64.
 
-    ``make`` takes the library (see `library`) and returns the network; ``shape`` is its image batch, of
-    sizes that do not divide where the network allows; ``tiles`` are pixels of the image; ``loss`` names one
-    of `zoo.losses`. ``usual`` is the shape it is used with and ``full`` makes it in its published width
-    and depth, for planning only. ``quick`` entries belong to the ordinary tests. ``modes``: those in which plain PyTorch can differentiate it.
+    ``make`` takes the library (see `library`) and returns the network; ``shape`` is its image batch, of sizes that do
+    not divide where the network allows; ``tiles`` are pixels of the image; ``loss`` names one of `zoo.losses`.
+    ``usual`` is the shape it is used with and ``full`` makes it in its published width and depth, for planning only.
+    ``quick`` entries belong to the ordinary tests. ``modes``: those in which plain PyTorch can differentiate it.
     ``refused``: words of the error that refuses it, where one does.
     """
 

@@ -16,8 +16,9 @@ from torch.utils import _pytree as pytree
 class Loss:
     """``make`` builds the criterion; ``kind`` says what its target is.
 
-    "like": random numbers like every output; "unit": in [0, 1] like the first; "labels": class per pixel, a
-    float as MONAI has it, with a channel axis; "pixels": an integer without; "class": per image; "bits": zeros and ones like the first.
+    "like": random numbers like every output; "unit": in [0, 1] like the first; "labels": class per pixel, a float as
+    MONAI has it, with a channel axis; "pixels": an integer without; "class": per image; "bits": zeros and ones like
+    the first.
     """
 
     make: Callable[[], Callable[[Any, Any], torch.Tensor]]

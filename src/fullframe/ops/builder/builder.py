@@ -1,4 +1,4 @@
-"""The builder that lowerings write ops with."""
+"""The builder that decompositions write ops with."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ ALONG = pointwise.Along()
 class Builder:
     """Collects ops; equal ops are made once.
 
-    While one recorded call is lowered, ``target``, ``call``, ``arguments``, ``meta`` (the shape
+    While one recorded call is decomposed, ``target``, ``call``, ``arguments``, ``meta`` (the shape
     and dtype of the call's outputs, a list) and ``layouts`` (strides and offset of each tensor among
     the arguments when it was recorded) describe it.
     """
@@ -219,9 +219,9 @@ class Builder:
         """
         shape, dtype = meta
         lines = [x for x in tensors if len(x.shape) == len(shape)]
-        apart, at, factors = self.side_by_side(lines, axis)
+        separated, at, factors = self.side_by_side(lines, axis)
         if factors is not None:
-            new = dict(zip(lines, apart, strict=True))
+            new = dict(zip(lines, separated, strict=True))
             fine = _with(laid_out(factors), at, shape[axis])
             tensors = [new.get(x, x) for x in tensors]
         else:
@@ -275,7 +275,7 @@ class Builder:
         factors = self.factors(x)
         return self.reshape(x, laid_out(factors)), spans(factors)
 
-    def apart(self, x: Value, axes: Sequence[int]) -> tuple[Value, list[int]]:
+    def unmerged_except(self, x: Value, axes: Sequence[int]) -> tuple[Value, list[int]]:
         """A value with all axes but ``axes`` taken apart, and where ``axes`` are in it.
 
         Where one of ``axes`` is a product itself, the value as it is.
@@ -347,7 +347,7 @@ class Builder:
         if (start, length) == (0, x.shape[axis]):
             return x
         shape = (*x.shape[:axis], length, *x.shape[axis + 1 :])
-        y, (at,) = self.apart(x, [axis])
+        y, (at,) = self.unmerged_except(x, [axis])
         fine = (*y.shape[:at], length, *y.shape[at + 1 :])
         return self.reshape(self.emit("tile.slice", (y,), fine, x.dtype, args=(at, start, step)), shape)
 
@@ -355,12 +355,12 @@ class Builder:
         if (start, extent) == (0, x.shape[axis]):
             return x
         shape = (*x.shape[:axis], extent, *x.shape[axis + 1 :])
-        y, (at,) = self.apart(x, [axis])
+        y, (at,) = self.unmerged_except(x, [axis])
         fine = (*y.shape[:at], extent, *y.shape[at + 1 :])
         return self.reshape(self.emit("tile.embed", (y,), fine, x.dtype, args=(at, start, step, extent)), shape)
 
     def flip(self, x: Value, axes: Sequence[int]) -> Value:
-        y, at = self.apart(x, axes)
+        y, at = self.unmerged_except(x, axes)
         meta = (y.shape, x.dtype)
         made = self.record(
             "aten.flip.default", (y, at), {}, meta, torch.ops.aten.flip.default, RULES["aten.flip.default"]

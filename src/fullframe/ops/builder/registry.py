@@ -10,16 +10,16 @@ import torch
 from fullframe.ir.graph import Value
 from fullframe.ops.builder.builder import Builder
 
-Lowering = Callable[..., Any]
-LOWERINGS: dict[str, Lowering] = {}
+Decomposition = Callable[..., Any]
+DECOMPOSITIONS: dict[str, Decomposition] = {}
 
 
-def lowers(*names: str) -> Callable[[Lowering], Lowering]:
-    """Register a lowering for ATen overloads (``.default`` is implied)."""
+def decomposes(*names: str) -> Callable[[Decomposition], Decomposition]:
+    """Register a decomposition for ATen overloads (``.default`` is implied)."""
 
-    def register(function: Lowering) -> Lowering:
+    def register(function: Decomposition) -> Decomposition:
         for name in names:
-            LOWERINGS[f"aten.{name}" if "." in name else f"aten.{name}.default"] = function
+            DECOMPOSITIONS[f"aten.{name}" if "." in name else f"aten.{name}.default"] = function
         return function
 
     return register

@@ -13,23 +13,23 @@ import torch
 
 from fullframe.ir.graph import Value
 from fullframe.ops.builder.builder import RULES, Builder
-from fullframe.ops.builder.registry import cast, lowers
+from fullframe.ops.builder.registry import cast, decomposes
 from fullframe.ops.decompositions.random import aten, stretched
 
 
-@lowers("detach", "clone", "alias", "lift_fresh_copy")
+@decomposes("detach", "clone", "alias", "lift_fresh_copy")
 def identity(b: Builder, x: Value, *_: Any, **__: Any) -> Value:
     return x
 
 
-@lowers("_to_copy")
+@decomposes("_to_copy")
 def to_copy(b: Builder, x: Any, **kwargs: Any) -> Value:
     if not isinstance(x, Value):  # a number, which autograd has as a tensor
         return b.full(b.meta_shape, x, b.meta_dtype)
     return cast(b, x, **kwargs)
 
 
-@lowers("copy")
+@decomposes("copy")
 def copy(b: Builder, x: Value, source: Value, *_: Any) -> Value:
     return b.expand(cast(b, source, x.dtype), x.shape)
 
@@ -37,14 +37,14 @@ def copy(b: Builder, x: Value, source: Value, *_: Any) -> Value:
 # Activations -------------------------------------------------------------------------------------
 
 
-@lowers("leaky_relu")
+@decomposes("leaky_relu")
 def leaky_relu(b: Builder, x: Value, slope: float = 0.01) -> Value:
     made = b.aten(torch.ops.aten.leaky_relu.default, x, slope)
     b.activated[x, slope] = made
     return made
 
 
-@lowers("leaky_relu_backward")
+@decomposes("leaky_relu_backward")
 def leaky_relu_backward(b: Builder, g: Value, x: Value, slope: float, of_result: bool) -> Value:
     """By the sign of the result, which is that of ``x``: then ``x`` need not be kept besides."""
     made = None if of_result or slope <= 0 else b.activated.get((x, slope))
@@ -55,33 +55,33 @@ def leaky_relu_backward(b: Builder, g: Value, x: Value, slope: float, of_result:
 # Constants ---------------------------------------------------------------------------------------
 
 
-@lowers("full_like", "full", "new_full")
+@decomposes("full_like", "full", "new_full")
 def full_like(b: Builder, *args: Any, **kwargs: Any) -> Value:
     return b.full(b.meta_shape, args[-1], b.meta_dtype)
 
 
-@lowers("zeros_like", "new_zeros", "zeros", "new_empty", "empty_like", "empty.memory_format")
-@lowers("new_empty_strided", "empty_strided")
+@decomposes("zeros_like", "new_zeros", "zeros", "new_empty", "empty_like", "empty.memory_format")
+@decomposes("new_empty_strided", "empty_strided")
 def zeros(b: Builder, *_: Any, **__: Any) -> Value:
     return b.full(b.meta_shape, 0, b.meta_dtype)
 
 
-@lowers("zero")
+@decomposes("zero")
 def zero(b: Builder, x: Value) -> Value:
     return b.full(x.shape, 0, x.dtype)
 
 
-@lowers("ones_like", "new_ones", "ones")
+@decomposes("ones_like", "new_ones", "ones")
 def ones(b: Builder, *_: Any, **__: Any) -> Value:
     return b.full(b.meta_shape, 1, b.meta_dtype)
 
 
-@lowers("scalar_tensor")
+@decomposes("scalar_tensor")
 def scalar_tensor(b: Builder, number: Any, **_: Any) -> Value:
     return b.full((), number, b.meta_dtype)
 
 
-@lowers("fill.Scalar", "fill.Tensor")
+@decomposes("fill.Scalar", "fill.Tensor")
 def fill(b: Builder, x: Value, number: Any) -> Value:
     if isinstance(number, Value):
         return b.expand(cast(b, number, x.dtype), x.shape)
@@ -97,7 +97,7 @@ def _line(b: Builder, *args: Any, **kwargs: Any) -> Value:
 
 
 for _name in ("arange", "arange.start", "arange.start_step", "linspace"):
-    lowers(_name)(_line)
+    decomposes(_name)(_line)
 
 
 def _corner(b: Builder, shape: tuple[int, ...], diagonal: int, lower: bool) -> Value:
@@ -107,19 +107,19 @@ def _corner(b: Builder, shape: tuple[int, ...], diagonal: int, lower: bool) -> V
     return b.aten(torch.ops.aten.le.Tensor if lower else torch.ops.aten.ge.Tensor, columns, limit)
 
 
-@lowers("tril", "triu")
+@decomposes("tril", "triu")
 def triangle(b: Builder, x: Value, diagonal: int = 0) -> Value:
     keep = _corner(b, x.shape, diagonal, b.target == "aten.tril.default")
     return b.aten(torch.ops.aten.where.self, keep, x, b.full((), 0, x.dtype))
 
 
-@lowers("eye", "eye.m")
+@decomposes("eye", "eye.m")
 def eye(b: Builder, *_: Any, **__: Any) -> Value:
     rows, columns = b.iota(b.meta_shape, 0), b.iota(b.meta_shape, 1)
     return cast(b, b.aten(torch.ops.aten.eq.Tensor, rows, columns), b.meta_dtype)
 
 
-@lowers("rrelu_with_noise_functional")
+@decomposes("rrelu_with_noise_functional")
 def rrelu(
     b: Builder, x: Value, noise: Value, low: float = 0.125, high: float = 1 / 3, training: bool = False, *_: Any
 ) -> list[Value]:
@@ -131,7 +131,7 @@ def rrelu(
     return [b.aten(aten.mul.Tensor, x, slope), slope]
 
 
-@lowers("rrelu_with_noise_backward")
+@decomposes("rrelu_with_noise_backward")
 def rrelu_backward(
     b: Builder, g: Value, x: Value, noise: Value, low: float, high: float, training: bool, result: bool
 ) -> Value:
@@ -140,7 +140,7 @@ def rrelu_backward(
     return b.aten(aten.leaky_relu_backward.default, g, x, (low + high) / 2, result)
 
 
-@lowers("_prelu_kernel_backward")
+@decomposes("_prelu_kernel_backward")
 def prelu_backward(b: Builder, g: Value, x: Value, weight: Value) -> list[Value]:
     """Gradients of ``x > 0 ? x : weight * x``: of x, and of the weight element by element."""
     positive = b.aten(aten.gt.Scalar, x, 0)
@@ -151,13 +151,13 @@ def prelu_backward(b: Builder, g: Value, x: Value, weight: Value) -> list[Value]
     ]
 
 
-@lowers("glu")
+@decomposes("glu")
 def glu(b: Builder, x: Value, dim: int = -1) -> Value:
     first, gate = _halves(b, x, dim % len(x.shape))
     return b.aten(aten.mul.Tensor, first, b.aten(aten.sigmoid.default, gate))
 
 
-@lowers("glu_backward")
+@decomposes("glu_backward")
 def glu_backward(b: Builder, g: Value, x: Value, dim: int) -> Value:
     axis = dim % len(x.shape)
     first, gate = _halves(b, x, axis)
@@ -171,7 +171,7 @@ def _halves(b: Builder, x: Value, axis: int) -> list[Value]:
     return [b.slice(x, axis, k * half, half) for k in (0, 1)]
 
 
-@lowers("log_sigmoid_forward")
+@decomposes("log_sigmoid_forward")
 def log_sigmoid(b: Builder, x: Value) -> list[Value]:
     """ATen's second output is a buffer that its backward may do without."""
     minus = b.aten(aten.neg.default, b.aten(aten.abs.default, x))

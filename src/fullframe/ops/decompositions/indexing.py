@@ -10,7 +10,7 @@ import torch
 
 from fullframe.ir.graph import Value
 from fullframe.ops.builder.builder import Builder
-from fullframe.ops.builder.registry import cast, lowers
+from fullframe.ops.builder.registry import cast, decomposes
 from fullframe.ops.decompositions.windows import unpool_gradient
 
 aten = torch.ops.aten
@@ -32,7 +32,7 @@ def first_position(b: Builder, x: Value, best: Value, axis: int) -> Value:
     return b.reduce("tile.amin", where, (axis,), True, torch.int64)
 
 
-@lowers("max.dim", "min.dim")
+@decomposes("max.dim", "min.dim")
 def extreme(b: Builder, x: Value, dim: int, keepdim: bool = False) -> list[Value]:
     axis = dim % max(1, len(x.shape))
     if not x.shape:
@@ -42,7 +42,7 @@ def extreme(b: Builder, x: Value, dim: int, keepdim: bool = False) -> list[Value
     return [b.reshape(v, _without(x.shape, axis, keepdim)) for v in (best, where)]
 
 
-@lowers("argmax", "argmin")
+@decomposes("argmax", "argmin")
 def position(b: Builder, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
     if dim is None or not x.shape:
         x, dim = b.reshape(x, (x_size(x),)), 0
@@ -94,7 +94,7 @@ def _cut(b: Builder, x: Value, index: Value, axis: int) -> Value:
     return x
 
 
-@lowers("gather")
+@decomposes("gather")
 def gather(b: Builder, x: Value, dim: int, index: Value, sparse_grad: bool = False) -> Value:
     axis = dim % max(1, len(x.shape))
     unpooled = unpool_gradient(b, x, index) if len(x.shape) == 3 and axis == 2 else None
@@ -112,7 +112,7 @@ def gather(b: Builder, x: Value, dim: int, index: Value, sparse_grad: bool = Fal
     return b.along(gathered, (x, index), (index.shape, x.dtype), axis)
 
 
-@lowers("scatter.src", "scatter.value", "scatter_add")
+@decomposes("scatter.src", "scatter.value", "scatter_add")
 def scatter(b: Builder, x: Value, dim: int, index: Value, source: Any) -> Value:
     axis = dim % max(1, len(x.shape))
     if (
@@ -183,13 +183,13 @@ def _row_sums(b: Builder, g: Value, index: Value, shape: Sequence[int], dtype: t
     return b.emit("tile.scatter_sum", (g, y), shape, dtype)
 
 
-@lowers("embedding")
+@decomposes("embedding")
 def embedding(b: Builder, table: Value, index: Value, *_: Any) -> Value:
     made = _rows(b, table, index)
     return b.recorded()[0] if made is None else made  # type: ignore[return-value]
 
 
-@lowers("embedding_dense_backward")
+@decomposes("embedding_dense_backward")
 def embedding_backward(b: Builder, g: Value, index: Value, rows: int, padding: int, by_frequency: bool) -> Value:
     if by_frequency:
         return b.recorded()[0]  # type: ignore[return-value]
@@ -199,19 +199,19 @@ def embedding_backward(b: Builder, g: Value, index: Value, rows: int, padding: i
     return _row_sums(b, g, index, b.meta_shape, b.meta_dtype)
 
 
-@lowers("bucketize.Tensor")
+@decomposes("bucketize.Tensor")
 def bucketize(b: Builder, x: Value, edges: Value, *, out_int32: bool = False, right: bool = False) -> Value:
     return cast(b, b.table(searched, (x, edges), x.shape, torch.int64, right), b.meta_dtype)
 
 
-@lowers("searchsorted.Tensor")
+@decomposes("searchsorted.Tensor")
 def searchsorted(b: Builder, edges: Value, x: Value, *, right: bool = False, side: Any = None, **rest: Any) -> Value:
     if len(edges.shape) != 1 or rest.get("sorter") is not None:
         return b.recorded()[0]  # type: ignore[return-value]
     return cast(b, b.table(searched, (x, edges), x.shape, torch.int64, right or side == "right"), b.meta_dtype)
 
 
-@lowers("isin.Tensor_Tensor")
+@decomposes("isin.Tensor_Tensor")
 def isin(b: Builder, x: Value, table: Value, *, assume_unique: bool = False, invert: bool = False) -> Value:
     return b.table(member, (x, table), x.shape, torch.bool, invert)
 
@@ -237,7 +237,7 @@ def _one_list(x: Value, indices: Any) -> int | None:
     return given[0][0]
 
 
-@lowers("index.Tensor", "_unsafe_index.Tensor")
+@decomposes("index.Tensor", "_unsafe_index.Tensor")
 def index_tensor(b: Builder, x: Value, indices: Any) -> Value:
     given = [i for i in indices if i is not None]
     if len(x.shape) == 1 and len(given) == 1 and given[0].dtype in (torch.int64, torch.int32):
@@ -249,14 +249,14 @@ def index_tensor(b: Builder, x: Value, indices: Any) -> Value:
     return b.along(picked, (x, given[0]), (b.meta_shape, x.dtype), axis)
 
 
-@lowers("index_select")
+@decomposes("index_select")
 def index_select(b: Builder, x: Value, dim: int, index: Value) -> Value:
     if len(x.shape) < 2 or not index.shape:
         return b.recorded()[0]  # type: ignore[return-value]
     return b.along(picked, (x, index), (b.meta_shape, x.dtype), dim % len(x.shape))
 
 
-@lowers("index_put", "_unsafe_index_put")
+@decomposes("index_put", "_unsafe_index_put")
 def index_put(b: Builder, x: Value, indices: Any, values: Value, accumulate: bool = False) -> Value:
     mask = _mask_of(b, x, indices)
     if mask is not None and x_size(values) == 1:
@@ -285,7 +285,7 @@ def _table_sums(b: Builder, x: Value, indices: Any, values: Value) -> Value | No
     return b.aten(aten.add.Tensor, x, _row_sums(b, values, index, x.shape, x.dtype))
 
 
-@lowers("index_copy", "index_fill.int_Scalar", "index_fill.int_Tensor")
+@decomposes("index_copy", "index_fill.int_Scalar", "index_fill.int_Tensor")
 def index_copy(b: Builder, x: Value, dim: int, index: Value, values: Any) -> Value:
     if len(x.shape) < 2 or len(index.shape) != 1:
         return b.recorded()[0]  # type: ignore[return-value]
@@ -298,7 +298,7 @@ def index_copy(b: Builder, x: Value, dim: int, index: Value, values: Any) -> Val
     return b.along(put, (x, cast(b, values, x.dtype), index), (x.shape, x.dtype), axis, False)
 
 
-@lowers("index_add")
+@decomposes("index_add")
 def index_add(b: Builder, x: Value, dim: int, index: Value, values: Value, *, alpha: float = 1) -> Value:
     if len(x.shape) < 2 or alpha != 1:
         return b.recorded()[0]  # type: ignore[return-value]
@@ -328,7 +328,7 @@ def _pair(b: Builder, functions: Any, x: Value, axis: int, *rest: Any) -> list[V
     return [b.along(f, (x,), (shape, t), axis, *rest) for f, t in zip(functions, (x.dtype, torch.int64), strict=True)]
 
 
-@lowers("cummax", "cummin", "median.dim", "nanmedian.dim", "mode")
+@decomposes("cummax", "cummin", "median.dim", "nanmedian.dim", "mode")
 def along_axis(b: Builder, x: Value, dim: int = -1, keepdim: bool = False) -> list[Value]:
     axis, name = dim % max(1, len(x.shape)), b.target.split(".")[1]
     if "cum" in name:
@@ -336,7 +336,7 @@ def along_axis(b: Builder, x: Value, dim: int = -1, keepdim: bool = False) -> li
     return [b.reshape(v, b.meta_shape) for v in _kept(b, _functions(name), x, axis, True)]
 
 
-@lowers("kthvalue")
+@decomposes("kthvalue")
 def kthvalue(b: Builder, x: Value, k: int, dim: int = -1, keepdim: bool = False) -> list[Value]:
     made = _kept(b, _functions("kthvalue", 1), x, dim % max(1, len(x.shape)), k, True)
     return [b.reshape(v, b.meta_shape) for v in made]
@@ -352,13 +352,13 @@ def _kept(b: Builder, functions: Any, x: Value, axis: int, *rest: Any) -> list[V
     return [b.along(f, (x,), (shape, t), axis, *rest) for f, t in zip(functions, (x.dtype, torch.int64), strict=True)]
 
 
-@lowers("sort", "sort.stable")
+@decomposes("sort", "sort.stable")
 def sort(b: Builder, x: Value, dim: int = -1, descending: bool = False, **kwargs: Any) -> list[Value]:
     dim, descending = kwargs.get("dim", dim), kwargs.get("descending", descending)
     return _pair(b, _SORTS, x, dim % max(1, len(x.shape)), descending)
 
 
-@lowers("topk")
+@decomposes("topk")
 def topk(b: Builder, x: Value, k: int, dim: int = -1, largest: bool = True, ordered: bool = True) -> list[Value]:
     return _pair(b, _TOPS, x, dim % max(1, len(x.shape)), k, largest, ordered)
 
@@ -378,7 +378,7 @@ def log_summed(x: torch.Tensor, axis: int) -> torch.Tensor:
 _SCANS = {"cumsum": summed, "cumprod": multiplied, "logcumsumexp": log_summed}
 
 
-@lowers(*_SCANS)
+@decomposes(*_SCANS)
 def scan(b: Builder, x: Value, dim: int, dtype: Any = None) -> Value:
     x = cast(b, x, b.meta_dtype)
     return b.along(_SCANS[b.target.split(".")[1]], (x,), (x.shape, x.dtype), dim % max(1, len(x.shape)))

@@ -10,37 +10,37 @@ import torch
 
 from fullframe.ir.graph import Value
 from fullframe.ops.builder.builder import Builder
-from fullframe.ops.builder.registry import cast, lowers
+from fullframe.ops.builder.registry import cast, decomposes
 from fullframe.ops.numerics.interpolate import Spec
 
 aten = torch.ops.aten
 
 
-@lowers("view", "_unsafe_view", "_reshape_alias", "squeeze", "squeeze.dim", "squeeze.dims", "unsqueeze")
+@decomposes("view", "_unsafe_view", "_reshape_alias", "squeeze", "squeeze.dim", "squeeze.dims", "unsqueeze")
 def reshape(b: Builder, x: Value, *_: Any) -> Value:
     return b.reshape(x, b.meta_shape)
 
 
-@lowers("expand")
+@decomposes("expand")
 def expand(b: Builder, x: Value, *_: Any, **__: Any) -> Value:
     return b.expand(x, b.meta_shape)
 
 
-@lowers("slice.Tensor")
+@decomposes("slice.Tensor")
 def slice_(b: Builder, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
     dim, extent = dim % len(x.shape), x.shape[dim]
     start = 0 if start is None else min(max(start + extent if start < 0 else start, 0), extent)
     return b.slice(x, dim, start, b.meta_shape[dim], step)
 
 
-@lowers("select.int")
+@decomposes("select.int")
 def select(b: Builder, x: Value, dim: int, index: int) -> Value:
     dim = dim % len(x.shape)
     part = b.slice(x, dim, index % x.shape[dim], 1)
     return b.reshape(part, (*x.shape[:dim], *x.shape[dim + 1 :]))
 
 
-@lowers("split.Tensor", "split_with_sizes", "unsafe_split.Tensor", "unsafe_split_with_sizes")
+@decomposes("split.Tensor", "split_with_sizes", "unsafe_split.Tensor", "unsafe_split_with_sizes")
 def split(b: Builder, x: Value, sizes: Any, dim: int = 0) -> list[Value]:
     dim = dim % len(x.shape)
     if isinstance(sizes, int):
@@ -50,39 +50,39 @@ def split(b: Builder, x: Value, sizes: Any, dim: int = 0) -> list[Value]:
     return [b.slice(x, dim, start, size) for start, size in zip(starts, sizes, strict=True)]
 
 
-@lowers("unbind.int")
+@decomposes("unbind.int")
 def unbind(b: Builder, x: Value, dim: int = 0) -> list[Value]:
     return [select(b, x, dim, k) for k in range(x.shape[dim])]
 
 
-@lowers("cat")
+@decomposes("cat")
 def cat(b: Builder, xs: Sequence[Value], dim: int = 0) -> Value:
     rank = len(b.meta_shape)
     xs = [cast(b, x, b.meta_dtype) for x in xs if len(x.shape) == rank and 0 not in x.shape]
     return b.cat(xs, dim % rank)
 
 
-@lowers("stack")
+@decomposes("stack")
 def stack(b: Builder, xs: Sequence[Value], dim: int = 0) -> Value:
     dim = dim % len(b.meta_shape)
     return b.cat([b.reshape(x, (*x.shape[:dim], 1, *x.shape[dim:])) for x in xs], dim)
 
 
-@lowers("slice_backward")
+@decomposes("slice_backward")
 def slice_backward(b: Builder, g: Value, sizes: Any, dim: int, start: int, end: int, step: int) -> Value:
     dim = dim % len(sizes)
     start = start + sizes[dim] if start < 0 else start
     return b.embed(g, dim, start, sizes[dim], step)
 
 
-@lowers("select_backward")
+@decomposes("select_backward")
 def select_backward(b: Builder, g: Value, sizes: Any, dim: int, index: int) -> Value:
     dim = dim % len(sizes)
     g = b.reshape(g, (*sizes[:dim], 1, *sizes[dim + 1 :]))
     return b.embed(g, dim, index % sizes[dim], sizes[dim])
 
 
-@lowers("slice_scatter")
+@decomposes("slice_scatter")
 def slice_scatter(
     b: Builder, x: Value, source: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> Value:
@@ -97,14 +97,14 @@ def slice_scatter(
     return b.cat([*before, source, *([b.slice(x, dim, start + length, after)] if after else [])], dim)
 
 
-@lowers("select_scatter")
+@decomposes("select_scatter")
 def select_scatter(b: Builder, x: Value, source: Value, dim: int, index: int) -> Value:
     dim = dim % len(x.shape)
     source = b.reshape(source, (*x.shape[:dim], 1, *x.shape[dim + 1 :]))
     return slice_scatter(b, x, source, dim, index % x.shape[dim])
 
 
-@lowers("roll")
+@decomposes("roll")
 def roll(b: Builder, x: Value, shifts: Any, dims: Any = ()) -> Value:
     shifts = [shifts] if isinstance(shifts, int) else shifts
     dims = [dims] if isinstance(dims, int) else dims
@@ -119,12 +119,12 @@ def roll(b: Builder, x: Value, shifts: Any, dims: Any = ()) -> Value:
     return b.reshape(x, shape)
 
 
-@lowers("flip")
+@decomposes("flip")
 def flip(b: Builder, x: Value, dims: Any) -> Value:
     return b.flip(x, [d % len(x.shape) for d in dims])
 
 
-@lowers("rot90")
+@decomposes("rot90")
 def rot90(b: Builder, x: Value, turns: int = 1, dims: Any = (0, 1)) -> Value:
     first, second = (d % len(x.shape) for d in dims)
     order = list(range(len(x.shape)))
@@ -136,12 +136,12 @@ def rot90(b: Builder, x: Value, turns: int = 1, dims: Any = (0, 1)) -> Value:
     return b.flip(x, [first, second]) if turns % 4 else x
 
 
-@lowers("permute")
+@decomposes("permute")
 def permute(b: Builder, x: Value, dims: Any) -> Value:
     return b.permute(x, [d % len(x.shape) for d in dims])
 
 
-@lowers("transpose.int", "t")
+@decomposes("transpose.int", "t")
 def transpose(b: Builder, x: Value, first: int = -1, second: int = -2) -> Value:
     order = list(range(len(x.shape)))
     if len(order) > 1:
@@ -149,7 +149,7 @@ def transpose(b: Builder, x: Value, first: int = -1, second: int = -2) -> Value:
     return b.permute(x, order)
 
 
-@lowers("repeat")
+@decomposes("repeat")
 def repeat(b: Builder, x: Value, times: Any) -> Value:
     x = b.reshape(x, (*[1] * (len(times) - len(x.shape)), *x.shape))
     for axis, n in enumerate(times):
@@ -162,11 +162,11 @@ def repeat(b: Builder, x: Value, times: Any) -> Value:
     return x
 
 
-@lowers("constant_pad_nd")
+@decomposes("constant_pad_nd")
 def constant_pad(b: Builder, x: Value, pads: Any, number: Any = 0) -> Value:
     rank = len(x.shape)
     axes = [rank - 1 - k for k in range(len(pads) // 2) if tuple(pads[2 * k : 2 * k + 2]) != (0, 0)]
-    y, where = b.apart(x, axes)
+    y, where = b.unmerged_except(x, axes)
     flat = [0] * (2 * len(y.shape))
     for axis, at in zip(axes, where, strict=True):
         k, new = rank - 1 - axis, len(y.shape) - 1 - at
@@ -195,11 +195,11 @@ def edge_pad_backward(b: Builder, g: Value, x: Value, pads: Any) -> Value:
 
 for _rank in (1, 2, 3):
     for _mode in ("reflection", "replication"):
-        lowers(f"{_mode}_pad{_rank}d")(edge_pad)
-        lowers(f"{_mode}_pad{_rank}d_backward")(edge_pad_backward)
+        decomposes(f"{_mode}_pad{_rank}d")(edge_pad)
+        decomposes(f"{_mode}_pad{_rank}d_backward")(edge_pad_backward)
 
 
-@lowers("pixel_shuffle")
+@decomposes("pixel_shuffle")
 def pixel_shuffle(b: Builder, x: Value, r: int) -> Value:
     *lead, c, h, w = x.shape
     n = len(lead)
@@ -207,7 +207,7 @@ def pixel_shuffle(b: Builder, x: Value, r: int) -> Value:
     return b.reshape(b.permute(y, (*range(n), n, n + 3, n + 1, n + 4, n + 2)), b.meta_shape)
 
 
-@lowers("pixel_unshuffle")
+@decomposes("pixel_unshuffle")
 def pixel_unshuffle(b: Builder, x: Value, r: int) -> Value:
     *lead, c, h, w = x.shape
     n = len(lead)
@@ -215,7 +215,7 @@ def pixel_unshuffle(b: Builder, x: Value, r: int) -> Value:
     return b.reshape(b.permute(y, (*range(n), n, n + 2, n + 4, n + 1, n + 3)), b.meta_shape)
 
 
-@lowers("channel_shuffle")
+@decomposes("channel_shuffle")
 def channel_shuffle(b: Builder, x: Value, groups: int) -> Value:
     n, c, *rest = x.shape
     y = b.permute(b.reshape(x, (n, groups, c // groups, *rest)), (0, 2, 1, *range(3, 3 + len(rest))))
@@ -225,7 +225,7 @@ def channel_shuffle(b: Builder, x: Value, groups: int) -> Value:
 # Sliding windows ---------------------------------------------------------------------------------
 
 
-@lowers("unfold")
+@decomposes("unfold")
 def unfold(b: Builder, x: Value, dim: int, size: int, step: int) -> Value:
     if not x.shape:  # a single number
         return b.reshape(x, b.meta_shape) if size else b.full(b.meta_shape, 0, x.dtype)
@@ -234,7 +234,7 @@ def unfold(b: Builder, x: Value, dim: int, size: int, step: int) -> Value:
     return b.cat([b.reshape(p, (*p.shape, 1)) for p in parts], len(x.shape))
 
 
-@lowers("unfold_backward")
+@decomposes("unfold_backward")
 def unfold_backward(b: Builder, g: Value, sizes: Any, dim: int, size: int, step: int) -> Value:
     if not sizes:
         return b.sum(g, (0,), False, b.meta_dtype)
@@ -259,7 +259,7 @@ def _counts(size: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) ->
     return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, d, p, s in axes]
 
 
-@lowers("im2col")
+@decomposes("im2col")
 def im2col(b: Builder, x: Value, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Value:
     counts = _counts(x.shape[-2:], kernel, dilation, padding, stride)
     x = b.reshape(x, (prod(x.shape[:-3]), *x.shape[-3:]))
@@ -272,7 +272,7 @@ def im2col(b: Builder, x: Value, kernel: Any, dilation: Any, padding: Any, strid
     return b.reshape(b.cat([b.reshape(p, (*p.shape[:2], 1, *p.shape[2:])) for p in parts], 2), b.meta_shape)
 
 
-@lowers("col2im")
+@decomposes("col2im")
 def col2im(b: Builder, g: Value, size: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Value:
     counts, places = _counts(size, kernel, dilation, padding, stride), _places(kernel, dilation)
     extents = [n + 2 * p for n, p in zip(size, padding, strict=True)]

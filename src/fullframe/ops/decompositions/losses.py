@@ -9,7 +9,7 @@ import torch
 
 from fullframe.ir.graph import Value
 from fullframe.ops.builder.builder import Builder
-from fullframe.ops.builder.registry import cast, lowers
+from fullframe.ops.builder.registry import cast, decomposes
 
 aten = torch.ops.aten
 
@@ -54,7 +54,7 @@ def _class_axis(b: Builder, scores: Value, target: Value) -> tuple[Value, int]:
     return b.reshape(target, [1 if a == axis else n for a, n in enumerate(scores.shape)]), axis
 
 
-@lowers("nll_loss2d_forward", "nll_loss_forward")
+@decomposes("nll_loss2d_forward", "nll_loss_forward")
 def nll_forward(b: Builder, scores: Value, target: Value, weight: Any, reduction: int, ignore: int) -> list[Value]:
     labels, axis = _class_axis(b, scores, target)
     kind, axes = wide(scores.dtype), tuple(range(len(labels.shape)))
@@ -72,7 +72,7 @@ def nll_forward(b: Builder, scores: Value, target: Value, weight: Any, reduction
     return [cast(b, loss, scores.dtype), cast(b, total, scores.dtype)]
 
 
-@lowers("nll_loss2d_backward", "nll_loss_backward")
+@decomposes("nll_loss2d_backward", "nll_loss_backward")
 def nll_backward(b: Builder, g: Value, scores: Value, target: Value, weight: Any, reduction: int, ignore: int,
                  total: Value) -> Value:  # fmt: skip
     labels, axis = _class_axis(b, scores, target)
@@ -150,4 +150,4 @@ def backward(b: Builder, *given: Any, **_: Any) -> Value:
 
 
 for _loss in _EACH:
-    lowers(_loss)(backward if _loss.endswith("_backward") else forward)
+    decomposes(_loss)(backward if _loss.endswith("_backward") else forward)

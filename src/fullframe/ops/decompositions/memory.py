@@ -15,7 +15,7 @@ import torch
 from fullframe.errors import CaptureError
 from fullframe.ir.graph import Value
 from fullframe.ops.builder.builder import Builder
-from fullframe.ops.builder.registry import lowers
+from fullframe.ops.builder.registry import decomposes
 
 aten = torch.ops.aten
 
@@ -78,7 +78,7 @@ def _placed(b: Builder, line: Value, shape: Sequence[int], order: list[int]) -> 
     return b.permute(b.reshape(line, [shape[a] for a in order]), back)
 
 
-@lowers("as_strided")
+@decomposes("as_strided")
 def as_strided(b: Builder, x: Value, size: Any, stride: Any, offset: Any = None) -> Any:
     """A reshape where all elements come in their order (pooling to one pixel rewrites strides); else made whole."""
     line, _, start = _line(b, x, size, stride, offset)
@@ -87,7 +87,7 @@ def as_strided(b: Builder, x: Value, size: Any, stride: Any, offset: Any = None)
     return b.small(strided, (line,), size, x.dtype, tuple(size), tuple(stride), start)
 
 
-@lowers("as_strided_scatter")
+@decomposes("as_strided_scatter")
 def as_strided_scatter(b: Builder, x: Value, source: Value, size: Any, stride: Any, offset: Any = None) -> Any:
     """All elements replaced in their order (the gradient of the above); else made whole."""
     line, order, start = _line(b, x, size, stride, offset)
@@ -102,7 +102,7 @@ def retyped(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.contiguous().view(dtype)
 
 
-@lowers("view.dtype")
+@decomposes("view.dtype")
 def view_dtype(b: Builder, x: Value, dtype: torch.dtype) -> Value:
     if dtype.itemsize == x.dtype.itemsize:
         return b.point(retyped, (x,), x.shape, dtype, dtype)
@@ -124,31 +124,31 @@ def conjugated(x: torch.Tensor) -> torch.Tensor:
     return x.conj_physical()
 
 
-@lowers("complex")
+@decomposes("complex")
 def complex_(b: Builder, re: Value, im: Value) -> Value:
     return b.point(torch.complex, (re, im), b.meta_shape, b.meta_dtype)
 
 
-@lowers("view_as_complex")
+@decomposes("view_as_complex")
 def view_as_complex(b: Builder, x: Value) -> Value:
     last = len(x.shape) - 1
     parts = [b.reshape(b.slice(x, last, k, 1), x.shape[:-1]) for k in (0, 1)]
     return b.point(torch.complex, parts, b.meta_shape, b.meta_dtype)
 
 
-@lowers("view_as_real")
+@decomposes("view_as_real")
 def view_as_real(b: Builder, x: Value) -> Value:
     parts = [b.point(f, (x,), x.shape, b.meta_dtype) for f in (real_part, imaginary_part)]
     return b.cat([b.reshape(p, (*x.shape, 1)) for p in parts], len(x.shape))
 
 
-@lowers("_conj", "_conj_physical")
+@decomposes("_conj", "_conj_physical")
 def conjugate(b: Builder, x: Any) -> Any:
     if not isinstance(x, Value):
         return x.conjugate()  # a number
     return b.point(conjugated, (x,), x.shape, x.dtype) if x.dtype.is_complex else x
 
 
-@lowers("_neg_view")
+@decomposes("_neg_view")
 def negated(b: Builder, x: Value) -> Value:
     return b.aten(aten.neg.default, x)

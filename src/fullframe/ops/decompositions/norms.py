@@ -14,7 +14,7 @@ import torch
 
 from fullframe.ir.graph import Value
 from fullframe.ops.builder.builder import Builder
-from fullframe.ops.builder.registry import cast, lowers
+from fullframe.ops.builder.registry import cast, decomposes
 from fullframe.ops.decompositions.reductions import average, variance
 
 aten = torch.ops.aten
@@ -124,33 +124,33 @@ def batch_norm(b: Builder, x: Value, w: Any, bias: Any, stats: tuple[Any, Any], 
     return [y, *flat, new_mean, new_var]
 
 
-@lowers("_native_batch_norm_legit_functional")
+@decomposes("_native_batch_norm_legit_functional")
 def batch_norm_functional(b: Builder, x: Value, w: Any, bias: Any, mean: Any, var: Any,
                           training: bool, momentum: float, eps: float) -> list[Value]:  # fmt: skip
     return batch_norm(b, x, w, bias, (mean, var), training, momentum, eps)
 
 
-@lowers("native_batch_norm")
+@decomposes("native_batch_norm")
 def native_batch_norm(b: Builder, x: Value, w: Any, bias: Any, mean: Any, var: Any,
                       training: bool, momentum: float, eps: float) -> list[Value]:  # fmt: skip
     return batch_norm(b, x, w, bias, (mean, var), training, momentum, eps)[:3]
 
 
-@lowers("_native_batch_norm_legit.no_stats")
+@decomposes("_native_batch_norm_legit.no_stats")
 def batch_norm_no_stats(
     b: Builder, x: Value, w: Any, bias: Any, training: bool, momentum: float, eps: float
 ) -> list[Value]:
     return batch_norm(b, x, w, bias, (None, None), True, momentum, eps)
 
 
-@lowers("_native_batch_norm_legit_no_training")
+@decomposes("_native_batch_norm_legit_no_training")
 def batch_norm_eval(
     b: Builder, x: Value, w: Any, bias: Any, mean: Value, var: Value, momentum: float, eps: float
 ) -> list[Value]:
     return batch_norm(b, x, w, bias, (mean, var), False, momentum, eps)[:3]
 
 
-@lowers("native_batch_norm_backward")
+@decomposes("native_batch_norm_backward")
 def batch_norm_backward(b: Builder, dy: Value, x: Value, w: Any, mean: Any, var: Any, save_mean: Any,
                         save_invstd: Any, training: bool, eps: float, mask: Any) -> list[Value]:  # fmt: skip
     rank, channels = len(x.shape), (x.shape[1],)
@@ -175,7 +175,7 @@ def batch_norm_backward(b: Builder, dy: Value, x: Value, w: Any, mean: Any, var:
     return [dx, dw, cast(b, b.reshape(first, channels), kind)]
 
 
-@lowers("native_group_norm")
+@decomposes("native_group_norm")
 def group_norm(
     b: Builder, x: Value, w: Any, bias: Any, n: int, c: int, size: int, groups: int, eps: float
 ) -> list[Value]:
@@ -190,7 +190,7 @@ def group_norm(
     return [y, b.reshape(centre, (n, groups)), b.reshape(invstd, (n, groups))]
 
 
-@lowers("native_group_norm_backward")
+@decomposes("native_group_norm_backward")
 def group_norm_backward(b: Builder, dy: Value, x: Value, mean: Value, rstd: Value, w: Any, n: int, c: int,
                         size: int, groups: int, mask: Any) -> list[Value]:  # fmt: skip
     split = (n, groups, c // groups, *x.shape[2:])
@@ -217,7 +217,7 @@ def _affine_grads(b: Builder, g: Value, x: Value, centre: Value, invstd: Value, 
     return [cast(b, b.reshape(v, shape), out) for v in (dw, db)]
 
 
-@lowers("native_layer_norm")
+@decomposes("native_layer_norm")
 def layer_norm(b: Builder, x: Value, shape: Any, w: Any, bias: Any, eps: float) -> list[Value]:
     rank = len(x.shape)
     axes = tuple(range(rank - len(shape), rank))
@@ -225,7 +225,7 @@ def layer_norm(b: Builder, x: Value, shape: Any, w: Any, bias: Any, eps: float) 
     return [normalise(b, x, centre, invstd, w, bias), centre, invstd]
 
 
-@lowers("native_layer_norm_backward")
+@decomposes("native_layer_norm_backward")
 def layer_norm_backward(b: Builder, dy: Value, x: Value, shape: Any, centre: Value, invstd: Value, w: Any,
                         bias: Any, mask: Any) -> list[Value]:  # fmt: skip
     rank = len(x.shape)
@@ -236,7 +236,7 @@ def layer_norm_backward(b: Builder, dy: Value, x: Value, shape: Any, centre: Val
     return [cast(b, dx, x.dtype), *_affine_grads(b, dy, x, centre, invstd, tuple(range(cut)), tuple(shape), w)]
 
 
-@lowers("_fused_rms_norm")
+@decomposes("_fused_rms_norm")
 def rms_norm(b: Builder, x: Value, shape: Any, w: Any, eps: Any) -> list[Value]:
     rank = len(x.shape)
     axes, kind = tuple(range(rank - len(shape), rank)), wide(x.dtype)
@@ -254,7 +254,7 @@ def inverse_root(total: torch.Tensor, count: int, eps: float) -> torch.Tensor:
     return torch.rsqrt(total / count + eps)
 
 
-@lowers("_fused_rms_norm_backward")
+@decomposes("_fused_rms_norm_backward")
 def rms_norm_backward(b: Builder, dy: Value, x: Value, shape: Any, inverse: Value, w: Any, mask: Any) -> list[Any]:
     rank = len(x.shape)
     axes, kind = tuple(range(rank - len(shape), rank)), wide(x.dtype)

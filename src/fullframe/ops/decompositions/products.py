@@ -6,7 +6,7 @@ import torch
 
 from fullframe.ir.graph import Value
 from fullframe.ops.builder.builder import Builder
-from fullframe.ops.builder.registry import lowers
+from fullframe.ops.builder.registry import decomposes
 
 aten = torch.ops.aten
 
@@ -24,7 +24,7 @@ def product(b: Builder, x: Value, y: Value) -> Value:
 
 
 for _name in EQUATIONS:
-    lowers(_name)(product)
+    decomposes(_name)(product)
 
 
 def scaled(b: Builder, x: Value, number: float) -> Value:
@@ -39,10 +39,10 @@ def added_product(b: Builder, base: Value, x: Value, y: Value, *, beta: float = 
 
 
 for _name in ("addmm", "baddbmm", "addmv", "addbmm"):
-    lowers(_name)(added_product)
+    decomposes(_name)(added_product)
 
 
-@lowers("addr")
+@decomposes("addr")
 def addr(b: Builder, base: Value, x: Value, y: Value, *, beta: float = 1, alpha: float = 1) -> Value:
     made = scaled(b, b.contract(x, y, "m,n->mn", b.meta_dtype), alpha)
     return made if beta == 0 else b.aten(aten.add.Tensor, made, scaled(b, base, beta))

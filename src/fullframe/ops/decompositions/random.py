@@ -9,7 +9,7 @@ import torch
 
 from fullframe.ir.graph import Value
 from fullframe.ops.builder.builder import Builder
-from fullframe.ops.builder.registry import cast, lowers
+from fullframe.ops.builder.registry import cast, decomposes
 
 aten = torch.ops.aten
 
@@ -18,17 +18,17 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@lowers("rand", "rand_like")
+@decomposes("rand", "rand_like")
 def rand(b: Builder, *_: Any, **__: Any) -> Value:
     return b.draw(b.meta_shape, b.meta_dtype, "uniform")
 
 
-@lowers("randn", "randn_like")
+@decomposes("randn", "randn_like")
 def randn(b: Builder, *_: Any, **__: Any) -> Value:
     return b.draw(b.meta_shape, b.meta_dtype, "normal")
 
 
-@lowers("uniform")
+@decomposes("uniform")
 def uniform(b: Builder, x: Value, low: float = 0.0, high: float = 1.0, **_: Any) -> Value:
     return stretched(b, b.draw(x.shape, x.dtype, "uniform"), low, high)
 
@@ -38,13 +38,13 @@ def stretched(b: Builder, x: Value, low: float, high: float) -> Value:
     return b.aten(aten.add.Scalar, x, low) if low else x
 
 
-@lowers("normal_functional")
+@decomposes("normal_functional")
 def normal(b: Builder, x: Value, mean: float = 0.0, std: float = 1.0, **_: Any) -> Value:
     made = b.aten(aten.mul.Scalar, b.draw(x.shape, x.dtype, "normal"), std)
     return b.aten(aten.add.Scalar, made, mean)
 
 
-@lowers("normal.float_float", "normal.Tensor_float", "normal.float_Tensor", "normal.Tensor_Tensor")
+@decomposes("normal.float_float", "normal.Tensor_float", "normal.float_Tensor", "normal.Tensor_Tensor")
 def normal_of(b: Builder, mean: Any, std: Any = 1.0, *_: Any, **__: Any) -> Value:
     """Normal numbers with means and deviations that are numbers or tensors."""
     made = b.draw(b.meta_shape, b.meta_dtype, "normal")
@@ -80,7 +80,7 @@ DISTRIBUTIONS = {
 """For each in-place method of tensors: the function, and the method's own defaults."""
 
 
-@lowers(*DISTRIBUTIONS)
+@decomposes(*DISTRIBUTIONS)
 def distributed(b: Builder, x: Value, *numbers: Any, **_: Any) -> Value:
     name = b.target.split(".")[1]
     function, defaults = DISTRIBUTIONS[name]
@@ -92,12 +92,12 @@ def ranked(x: torch.Tensor) -> torch.Tensor:
     return x.argsort()
 
 
-@lowers("randperm")
+@decomposes("randperm")
 def randperm(b: Builder, n: int, **_: Any) -> Value:
     return cast(b, b.small(ranked, (b.draw((n,), torch.float64, "uniform"),), (n,), torch.int64), b.meta_dtype)
 
 
-@lowers("randint", "randint_like", "randint.low", "randint_like.low_dtype")
+@decomposes("randint", "randint_like", "randint.low", "randint_like.low_dtype")
 def randint(b: Builder, *args: Any, **_: Any) -> Value:
     bounds = [a for a in args if isinstance(a, int)]
     low, high = (0, bounds[0]) if "low" not in b.target else bounds[:2]
@@ -105,7 +105,7 @@ def randint(b: Builder, *args: Any, **_: Any) -> Value:
     return cast(b, b.aten(aten.add.Scalar, b.aten(aten.floor.default, made), low), b.meta_dtype)
 
 
-@lowers("bernoulli", "bernoulli.p", "bernoulli.Tensor")
+@decomposes("bernoulli", "bernoulli.p", "bernoulli.Tensor")
 def bernoulli(b: Builder, x: Value, p: Any = None, **_: Any) -> Value:
     """1 with the probability given by a number, a tensor or x itself."""
     p = x if p is None else p
@@ -117,7 +117,7 @@ def bernoulli(b: Builder, x: Value, p: Any = None, **_: Any) -> Value:
     return cast(b, hit, b.meta_dtype)
 
 
-@lowers("native_dropout")
+@decomposes("native_dropout")
 def native_dropout(b: Builder, x: Value, p: float, train: Any = True) -> list[Value]:
     if not train or p == 0:
         return [x, b.full(x.shape, True, torch.bool)]
@@ -126,6 +126,6 @@ def native_dropout(b: Builder, x: Value, p: float, train: Any = True) -> list[Va
     return [scaled, keep]
 
 
-@lowers("native_dropout_backward")
+@decomposes("native_dropout_backward")
 def native_dropout_backward(b: Builder, g: Value, mask: Value, scale: float) -> Value:
     return b.aten(aten.mul.Scalar, b.aten(aten.mul.Tensor, g, mask), scale)

@@ -9,17 +9,17 @@ import torch
 
 from fullframe.ir.graph import Value
 from fullframe.ops.builder.builder import Builder
-from fullframe.ops.builder.registry import cast, dims_of, lowers
+from fullframe.ops.builder.registry import cast, decomposes, dims_of
 
 aten = torch.ops.aten
 
 
-@lowers("sum", "sum.dim_IntList")
+@decomposes("sum", "sum.dim_IntList")
 def sum_(b: Builder, x: Value, dims: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
     return b.sum(x, dims_of(x, dims), keepdim, b.meta_dtype)
 
 
-@lowers("mean", "mean.dim")
+@decomposes("mean", "mean.dim")
 def mean(b: Builder, x: Value, dims: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
     axes = dims_of(x, dims)
     count = prod(x.shape[a] for a in axes)
@@ -27,12 +27,12 @@ def mean(b: Builder, x: Value, dims: Any = None, keepdim: bool = False, dtype: A
     return cast(b, b.aten(aten.div.Scalar, total, count), b.meta_dtype)
 
 
-@lowers("amax", "max")
+@decomposes("amax", "max")
 def amax(b: Builder, x: Value, dims: Any = None, keepdim: bool = False) -> Value:
     return b.reduce("tile.amax", x, dims_of(x, dims), keepdim, x.dtype)
 
 
-@lowers("amin", "min")
+@decomposes("amin", "min")
 def amin(b: Builder, x: Value, dims: Any = None, keepdim: bool = False) -> Value:
     return b.reduce("tile.amin", x, dims_of(x, dims), keepdim, x.dtype)
 
@@ -55,23 +55,23 @@ def average(m: torch.Tensor) -> torch.Tensor:
     return m[1].clone()
 
 
-@lowers("var.correction")
+@decomposes("var.correction")
 def var(b: Builder, x: Value, dims: Any = None, *, correction: Any = None, keepdim: bool = False) -> Value:
     return cast(b, _spread_of(b, x, dims, correction, keepdim)[0], x.dtype)
 
 
-@lowers("std.correction")
+@decomposes("std.correction")
 def std(b: Builder, x: Value, dims: Any = None, *, correction: Any = None, keepdim: bool = False) -> Value:
     spread = _spread_of(b, x, dims, correction, keepdim)[0]
     return cast(b, b.aten(aten.sqrt.default, spread), x.dtype)
 
 
-@lowers("var_mean.correction")
+@decomposes("var_mean.correction")
 def var_mean(b: Builder, x: Value, dims: Any = None, *, correction: Any = None, keepdim: bool = False) -> Any:
     return [cast(b, v, x.dtype) for v in _spread_of(b, x, dims, correction, keepdim)]
 
 
-@lowers("any", "any.dim", "any.dims", "all", "all.dim", "all.dims")
+@decomposes("any", "any.dim", "any.dims", "all", "all.dim", "all.dims")
 def any_all(b: Builder, x: Value, dims: Any = None, keepdim: bool = False) -> Value:
     target = "tile.amax" if ".any." in b.target else "tile.amin"
     holds = cast(b, x, torch.bool)
@@ -80,12 +80,12 @@ def any_all(b: Builder, x: Value, dims: Any = None, keepdim: bool = False) -> Va
     return cast(b, b.reduce(target, holds, dims_of(x, dims), keepdim, torch.bool), b.meta_dtype)
 
 
-@lowers("prod", "prod.dim_int")
+@decomposes("prod", "prod.dim_int")
 def product(b: Builder, x: Value, dims: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
     return b.reduce("tile.prod", cast(b, x, b.meta_dtype), dims_of(x, dims), keepdim, b.meta_dtype)
 
 
-@lowers("linalg_vector_norm")
+@decomposes("linalg_vector_norm")
 def vector_norm(
     b: Builder, x: Value, order: float = 2, dims: Any = None, keepdim: bool = False, dtype: Any = None
 ) -> Value:
@@ -106,23 +106,23 @@ def vector_norm(
     return cast(b, total, kind)
 
 
-@lowers("norm.Scalar", "norm.ScalarOpt_dim", "norm.ScalarOpt_dim_dtype", "norm.ScalarOpt_dtype")
+@decomposes("norm.Scalar", "norm.ScalarOpt_dim", "norm.ScalarOpt_dim_dtype", "norm.ScalarOpt_dtype")
 def norm(b: Builder, x: Value, order: Any = 2, dims: Any = None, keepdim: bool = False, **_: Any) -> Value:
     return vector_norm(b, x, 2 if order is None else order, dims, keepdim)
 
 
-@lowers("aminmax")
+@decomposes("aminmax")
 def aminmax(b: Builder, x: Value, *, dim: Any = None, keepdim: bool = False) -> list[Value]:
     return [b.reduce(t, x, dims_of(x, dim), keepdim, x.dtype) for t in ("tile.amin", "tile.amax")]
 
 
-@lowers("nansum")
+@decomposes("nansum")
 def nansum(b: Builder, x: Value, dims: Any = None, keepdim: bool = False, **_: Any) -> Value:
     x = b.aten(aten.where.self, b.aten(aten.isnan.default, x), b.full((), 0, x.dtype), x)
     return b.sum(cast(b, x, b.meta_dtype), dims_of(x, dims), keepdim, b.meta_dtype)
 
 
-@lowers("count_nonzero", "count_nonzero.dim_IntList")
+@decomposes("count_nonzero", "count_nonzero.dim_IntList")
 def count_nonzero(b: Builder, x: Value, dims: Any = None) -> Value:
     return b.sum(b.aten(aten.ne.Scalar, x, 0), dims_of(x, dims), False, torch.int64)
 
@@ -132,7 +132,7 @@ def finite_or_zero(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x.isinf(), 0, x)
 
 
-@lowers("logsumexp")
+@decomposes("logsumexp")
 def logsumexp(b: Builder, x: Value, dims: Any, keepdim: bool = False) -> Value:
     axes = dims_of(x, dims)
     top = b.reduce("tile.amax", x, axes, True, x.dtype)
@@ -145,7 +145,7 @@ def logsumexp(b: Builder, x: Value, dims: Any, keepdim: bool = False) -> Value:
 # barriers where that axis is tiled.
 
 
-@lowers("_softmax", "_log_softmax")
+@decomposes("_softmax", "_log_softmax")
 def softmax(b: Builder, x: Value, dim: int, half_to_float: bool) -> Value:
     x, back = _line(b, x), x.shape
     return b.reshape(_softmax(b, x, dim % len(x.shape)), back)
@@ -170,7 +170,7 @@ def _softmax(b: Builder, x: Value, axis: int) -> Value:
     return cast(b, made, b.meta_dtype)
 
 
-@lowers("_safe_softmax")
+@decomposes("_safe_softmax")
 def safe_softmax(b: Builder, x: Value, dim: int, dtype: Any = None) -> Value:
     """Softmax along an axis; zero where all of it is minus infinity."""
     x, back = _line(b, x), x.shape
@@ -185,7 +185,7 @@ def safe_softmax(b: Builder, x: Value, dim: int, dtype: Any = None) -> Value:
     return b.reshape(cast(b, b.aten(aten.div.Tensor, powers, total), b.meta_dtype), back)
 
 
-@lowers("_softmax_backward_data", "_log_softmax_backward_data")
+@decomposes("_softmax_backward_data", "_log_softmax_backward_data")
 def softmax_backward(b: Builder, g: Value, out: Value, dim: int, dtype: torch.dtype) -> Value:
     g, out, back = _line(b, g), _line(b, out), g.shape
     return b.reshape(_softmax_backward(b, g, out, dim % len(g.shape)), back)

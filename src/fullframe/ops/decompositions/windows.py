@@ -13,7 +13,7 @@ from fullframe.ir.graph import Op, Value
 from fullframe.native.convolution import for_convolution, suits
 from fullframe.native.winograd import for_winograd, suits_winograd
 from fullframe.ops.builder.builder import Builder
-from fullframe.ops.builder.registry import cast, lowers
+from fullframe.ops.builder.registry import cast, decomposes
 from fullframe.ops.builder.views import solid
 from fullframe.ops.numerics.interpolate import Spec, disputed, rescaled, settled
 from fullframe.ops.primitives.pooling import choice_dtype
@@ -21,32 +21,32 @@ from fullframe.ops.primitives.pooling import choice_dtype
 aten = torch.ops.aten
 
 
-@lowers("convolution", "_convolution")
+@decomposes("convolution", "_convolution")
 def convolution(b: Builder, x: Value, w: Value, bias: Any, *geometry: Any) -> Value:
     stride, padding, dilation, transposed, _, groups = geometry[:6]
     geometry = (stride, padding, dilation, groups)
     target, w = ("tile.conv_transpose", w) if transposed else _ordered(b, w, w.shape, geometry)
-    if bias is None or not bias_apart(b.device):
+    if bias is None or not separate_bias(b.device):
         return b.emit(target, (x, w, bias), b.meta_shape, b.meta_dtype, args=geometry)
     made = b.emit(target, (x, w, None), b.meta_shape, b.meta_dtype, args=geometry)
     return b.aten(aten.add.Tensor, made, b.reshape(bias, (bias.shape[0], *[1] * (len(made.shape) - 2))))
 
 
-def _ordered(b: Builder, w: Value, shape: Sequence[int], geometry: Any, turned: bool = False) -> tuple[str, Value]:
+def _ordered(b: Builder, w: Value, shape: Sequence[int], geometry: Any, flipped: bool = False) -> tuple[str, Value]:
     """The op of a convolution, and its weight of this ``shape`` as a kernel wants it.
 
-    ``turned``: it is that of an input gradient.
+    ``flipped``: it is that of an input gradient.
     """
     stride, _, dilation, groups = geometry
     here = b.device.type == "cpu"
     if here and suits_winograd(shape, w.dtype, groups, stride, dilation):
-        return "tile.winograd", b.small(for_winograd, (w,), (*shape[:-1], shape[-1] + 1), w.dtype, turned)
+        return "tile.winograd", b.small(for_winograd, (w,), (*shape[:-1], shape[-1] + 1), w.dtype, flipped)
     if here and suits(shape, w.dtype, groups):
-        return "tile.conv", b.small(for_convolution, (w,), shape, w.dtype, turned)
-    return "tile.conv", b.small(flip_weight, (w,), shape, w.dtype, groups) if turned else w
+        return "tile.conv", b.small(for_convolution, (w,), shape, w.dtype, flipped)
+    return "tile.conv", b.small(flip_weight, (w,), shape, w.dtype, groups) if flipped else w
 
 
-def bias_apart(device: torch.device) -> bool:
+def separate_bias(device: torch.device) -> bool:
     """Whether the library would add the bias in a pass of its own; then it belongs to what follows."""
     return device.type == "cuda"
 
@@ -61,7 +61,7 @@ def flip_weight(w: torch.Tensor, groups: int) -> torch.Tensor:
     return w.reshape(groups * per, out // groups, *w.shape[3:]).flip(list(range(2, w.dim() - 1)))
 
 
-@lowers("convolution_backward")
+@decomposes("convolution_backward")
 def convolution_backward(b: Builder, g: Value, x: Value, w: Value, _: Any, *rest: Any) -> Any:
     mask = rest[6]
     return [
@@ -106,7 +106,7 @@ def conv_input_grad(b: Builder, g: Value, x: Value, w: Value, geometry: Any) -> 
     reach = [d * (k - 1) - p for d, k, p in zip(dilation, w.shape[2:], padding, strict=True)]
     if all(s == 1 for s in stride) and min(reach) >= 0:
         shape, geometry = (x.shape[1], w.shape[0] // groups, *w.shape[2:]), (stride, reach, dilation, groups)
-        target, flipped = _ordered(b, w, shape, geometry, turned=True)
+        target, flipped = _ordered(b, w, shape, geometry, flipped=True)
         return b.emit(target, (g, flipped), x.shape, x.dtype, args=(None, *geometry))
     args = (None, stride, padding, dilation, groups)
     return b.emit("tile.conv_transpose", (g, w), x.shape, x.dtype, args=args)
@@ -119,7 +119,7 @@ def conv_weight_grad(b: Builder, g: Value, x: Value, w: Value, geometry: Any) ->
     return b.emit("tile.conv_weight_grad", tensors, w.shape, w.dtype, args=args)
 
 
-@lowers("max_pool2d_with_indices", "max_pool3d_with_indices")
+@decomposes("max_pool2d_with_indices", "max_pool3d_with_indices")
 def max_pool(
     b: Builder, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, *_: Any
 ) -> Any:
@@ -137,7 +137,7 @@ def _pool_args(kernel: Any, stride: Any, padding: Any, dilation: Any) -> tuple[A
     return kernel, stride or kernel, padding, dilation
 
 
-@lowers("max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward")
+@decomposes("max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward")
 def max_pool_backward(
     b: Builder, g: Value, x: Value, kernel: Any, stride: Any, padding: Any, dilation: Any, _: Any, indices: Value
 ) -> Value:
@@ -159,26 +159,26 @@ def _average_specs(x: Value, out: Sequence[int], kernel: Any, rest: Sequence[Any
     )
 
 
-@lowers("avg_pool2d", "avg_pool3d")
+@decomposes("avg_pool2d", "avg_pool3d")
 def avg_pool(b: Builder, x: Value, kernel: Any, *rest: Any) -> Value:
     specs = _average_specs(x, b.meta_shape, kernel, rest)
     return b.emit("tile.resample", (x,), b.meta_shape, x.dtype, args=(specs,))
 
 
-@lowers("avg_pool2d_backward", "avg_pool3d_backward")
+@decomposes("avg_pool2d_backward", "avg_pool3d_backward")
 def avg_pool_backward(b: Builder, g: Value, x: Value, kernel: Any, *rest: Any) -> Value:
     specs = _average_specs(x, g.shape, kernel, rest)
     return b.emit("tile.resample_grad", (g,), x.shape, x.dtype, args=(specs,))
 
 
-@lowers("_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
+@decomposes("_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
 def adaptive_avg_pool(b: Builder, x: Value, size: Any) -> Value:
     n = len(size)
     specs = tuple(Spec("adaptive", s, t) for s, t in zip(x.shape[-n:], b.meta_shape[-n:], strict=True))
     return b.emit("tile.resample", (x,), b.meta_shape, x.dtype, args=(specs,))
 
 
-@lowers("_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward")
+@decomposes("_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward")
 def adaptive_avg_pool_backward(b: Builder, g: Value, x: Value) -> Value:
     n = 2 if "2d" in b.target else 3
     specs = tuple(Spec("adaptive", s, t) for s, t in zip(x.shape[-n:], g.shape[-n:], strict=True))
@@ -191,7 +191,7 @@ def _plane(b: Builder, x: Value) -> tuple[int, ...]:
     return tuple(range(len(x.shape) - rank, len(x.shape)))
 
 
-@lowers("adaptive_max_pool2d", "adaptive_max_pool3d")
+@decomposes("adaptive_max_pool2d", "adaptive_max_pool3d")
 def adaptive_max_pool(b: Builder, x: Value, size: Any) -> list[Value]:
     axes = _plane(b, x)
     if all(b.meta_shape[a] == 1 for a in axes):
@@ -202,7 +202,7 @@ def adaptive_max_pool(b: Builder, x: Value, size: Any) -> list[Value]:
     return [b.emit("tile.adaptive_max", (x,), b.meta_shape, x.dtype, args=args), choice]
 
 
-@lowers("adaptive_max_pool2d_backward", "adaptive_max_pool3d_backward")
+@decomposes("adaptive_max_pool2d_backward", "adaptive_max_pool3d_backward")
 def adaptive_max_pool_backward(b: Builder, g: Value, x: Value, indices: Value) -> Value:
     axes = _plane(b, x)
     if not all(g.shape[a] == 1 for a in axes):
@@ -246,7 +246,7 @@ def _pooled_shape(indices: Op) -> tuple[int, ...]:
     return (*indices.output.shape[: -len(plane)], *plane)
 
 
-@lowers("max_unpool2d", "max_unpool3d")
+@decomposes("max_unpool2d", "max_unpool3d")
 def max_unpool(b: Builder, x: Value, indices: Value, *_: Any) -> Value:
     """Tiled where the plane is the one that was pooled, axes of extent 1 aside."""
     op = _indices_of(b, indices)
@@ -368,5 +368,5 @@ def upsample_backward(b: Builder, g: Value, out_size: Any, in_size: Any, *rest: 
 
 
 for _name in MODES:
-    lowers(_name)(upsample)
-    lowers(f"{_name}_backward")(upsample_backward)
+    decomposes(_name)(upsample)
+    decomposes(f"{_name}_backward")(upsample_backward)

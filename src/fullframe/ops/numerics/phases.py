@@ -94,9 +94,9 @@ def _outputs(
     for remainders in product(*(c.remainders for c in part)):
         some = weight
         for k, (axis, c, (_, first)) in enumerate(zip(axes, part, remainders, strict=True)):
-            apart = axis.stride // gcd(axis.stride, axis.dilation)
-            last = axis.kernel - 1 - first - (c.taps - 1) * apart
-            some = some[(slice(None),) * (3 + k) + (slice(last, axis.kernel - first, apart),)]
+            spacing = axis.stride // gcd(axis.stride, axis.dilation)
+            last = axis.kernel - 1 - first - (c.taps - 1) * spacing
+            some = some[(slice(None),) * (3 + k) + (slice(last, axis.kernel - first, spacing),)]
         taps.append(some)
     count = len(taps)
     if bias is not None and count > 1:

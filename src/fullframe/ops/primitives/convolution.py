@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fullframe.bytecode.libtorch import taping
+from fullframe.bytecode.libtorch import bytecode_available
 from fullframe.ir import region as box
 from fullframe.ir.graph import Kind, Link, Op
 from fullframe.ir.region import Interval, Region
@@ -108,7 +108,7 @@ class Conv(BaseRule):
         return 2 * elements * prod(op.inputs[1].shape[1:])
 
     def scratch(self, op: Op, region: Region) -> int:
-        if not self.calls(op) and taping():
+        if not self.calls(op) and bytecode_available():
             return 0
         read = self.footprint(op, region)[0]
         copies = 2 * box.size(read) * op.inputs[0].itemsize + made_of(op, region)  # padded, and in another layout
@@ -274,7 +274,7 @@ class ConvWeightGrad(Reduction):
         return 2 * elements * prod(op.output.shape[1:])
 
     def scratch(self, op: Op, region: Region) -> int:
-        if not self.calls(op) and taping():
+        if not self.calls(op) and bytecode_available():
             return 0
         g, x = self.footprint(op, region)
         return nbytes_of(op, (g, x)) + _library(op, x, g, op.output.shape[2:])

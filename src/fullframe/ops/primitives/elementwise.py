@@ -196,7 +196,7 @@ SUMS = {"tile.sum": "sum", "tile.moments": "moments"}
 
 
 def fusable(op: Op) -> bool:
-    """Whether an op has a place in a fused unit."""
+    """Whether an op has a place in a fusion group."""
     if op.target in SUMS:
         return op.inputs[0].dtype.is_floating_point and bool(op.args[1])
     if type(op.rule) is not Pointwise or not op.inputs or len(op.output.shape) == 0:

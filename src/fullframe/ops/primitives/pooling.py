@@ -47,7 +47,7 @@ class Pool(BaseRule):
     kind: Kind = "window"
 
     def selects(self, op: Op) -> bool:
-        return not self.once
+        return not self.pinned
 
     def axes(self, op: Op) -> list[Axis]:
         return geometry(op.args[1:5])
@@ -73,7 +73,7 @@ class Pool(BaseRule):
         pads = outside(self.reads(op, region), op.inputs[0].shape[lead:])
         if _small(windows[0], axes) and not any(n for pair in pads for n in pair):
             parts = picks.taps(windows[0], axes, box.shape_of(region[lead:]))
-            return picks.maximum(parts, op.output.dtype if self.once else None)
+            return picks.maximum(parts, op.output.dtype if self.pinned else None)
         x = pad_window(windows[0], pads, lowest(windows[0].dtype))
         kernel, stride, dilation = ([a[k] for a in axes] for k in (0, 1, 3))
         rank = len(axes)
@@ -90,7 +90,7 @@ class Pool(BaseRule):
 class PoolChoice(Pool):
     """``tile.max_pool_choice``: which position of its window each maximum is at, counted row by row."""
 
-    once = True
+    pinned = True
 
     def pooled(self, op: Op, region: Region, made: Sequence[torch.Tensor]) -> torch.Tensor:
         lead, axes, spans = self.lead(op), self.axes(op), self.reads(op, region)
@@ -297,7 +297,7 @@ class AdaptiveMax(BaseRule):
     kind: Kind = "window"
 
     def selects(self, op: Op) -> bool:
-        return not self.once
+        return not self.pinned
 
     def specs(self, op: Op) -> list[Spec]:
         rank = op.args[-1]
@@ -350,7 +350,7 @@ def adaptive_max(
 class AdaptiveMaxChoice(AdaptiveMax):
     """``tile.adaptive_max_choice(x)``: the flat position of the first maximum of each cell in the whole plane."""
 
-    once = True
+    pinned = True
 
     def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
         return adaptive_max(windows[0], self.specs(op), region[len(region) - op.args[-1] :])[1]

@@ -28,7 +28,7 @@ class BaseRule:
 
     kind: Kind = "whole"
     heavy = False
-    once = False
+    pinned = False
 
     def links(self, op: Op) -> Sequence[Link]:
         return ()

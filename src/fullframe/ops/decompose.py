@@ -12,10 +12,10 @@ from fullframe.capture.trace import own_generator
 from fullframe.errors import CaptureError
 from fullframe.ir.graph import Graph, Value, live_ops, verify
 from fullframe.ops.builder.builder import Builder
-from fullframe.ops.builder.registry import LOWERINGS
+from fullframe.ops.builder.registry import DECOMPOSITIONS
 
 
-def lower_graph(module: Any, names: Sequence[str], device: torch.device) -> Graph:
+def decompose_graph(module: Any, names: Sequence[str], device: torch.device) -> Graph:
     builder = Builder()
     builder.device = device
     made: dict[Node, Any] = {}
@@ -40,7 +40,7 @@ def lower_graph(module: Any, names: Sequence[str], device: torch.device) -> Grap
             meta = node.meta["val"]
             made[node] = builder.value(meta.shape, meta.dtype, f"grad_output{late.index(node)}")
         else:
-            made[node] = _lower_call(builder, node, made)
+            made[node] = _decompose_call(builder, node, made)
     outputs = [_as_recorded(builder, made[n], n) if isinstance(n, Node) else None for n in results]
     later = [made[n] for n in late]
     wanted = [v for v in outputs if v is not None]
@@ -60,7 +60,7 @@ def _as_recorded(builder: Builder, value: Value, node: Node) -> Value:
     return builder.aten(torch.ops.aten._to_copy.default, value, dtype=dtype)
 
 
-def _lower_call(builder: Builder, node: Node, made: dict[Node, Any]) -> Any:
+def _decompose_call(builder: Builder, node: Node, made: dict[Node, Any]) -> Any:
     args = tuple(_values(a, made) for a in node.args)
     kwargs = {k: _values(v, made) for k, v in node.kwargs.items()}
     if getattr(node.target, "__name__", "") == "getitem":
@@ -86,8 +86,8 @@ def _lower_call(builder: Builder, node: Node, made: dict[Node, Any]) -> Any:
             f"in {builder.path or 'the step'}, {builder.target} makes a sparse tensor, and a recorded step computes "
             "with dense ones only; stay with dense tensors, or do that outside the step"
         )
-    lowering = LOWERINGS.get(builder.target)
-    result = builder.recorded() if lowering is None else lowering(builder, *args, **kwargs)
+    decomposition = DECOMPOSITIONS.get(builder.target)
+    result = builder.recorded() if decomposition is None else decomposition(builder, *args, **kwargs)
     _refuse_misshapen(builder, result)
     if single:
         return result[0] if isinstance(result, list) else result

@@ -1,4 +1,4 @@
-"""Tapes: the same bits as in Python, and what has no instruction."""
+"""Bytecode: the same bits as in Python, and what has no instruction."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fullframe.bytecode.libtorch import taping
-from fullframe.bytecode.recorder import Tape
+from fullframe.bytecode.libtorch import bytecode_available
+from fullframe.bytecode.recorder import Recorder
 from fullframe.codegen.group import Group, Operand, Reduction, Ref
 from fullframe.codegen.kernel import build
 
 pytestmark = pytest.mark.skipif(
-    not taping(), reason="no compiler, or a PyTorch without the functions that tapes call"
+    not bytecode_available(), reason="no compiler, or a PyTorch without the functions that bytecode call"
 )
 
 
@@ -22,13 +22,13 @@ ATEN = torch.ops.aten
 
 
 def _run(work, *bases):
-    """What a function makes of arrays in Python, and from its tape."""
-    tape = Tape([torch.empty(0), *bases])
-    with torch.no_grad(), tape:
+    """What a function makes of arrays in Python, and from its bytecode."""
+    recorder = Recorder([torch.empty(0), *bases])
+    with torch.no_grad(), recorder:
         made = work(*bases)
-    taped = tape.finish([made])
-    assert taped is not None, tape.refused
-    again = taped.run([0, *(b.data_ptr() for b in bases)])
+    bytecode = recorder.finish([made])
+    assert bytecode is not None, recorder.refused
+    again = bytecode.run([0, *(b.data_ptr() for b in bases)])
     assert again is not None
     return made, again[0]
 
@@ -65,7 +65,7 @@ def _packed(*shape):
         lambda x, w: ATEN._unsafe_view(x.contiguous(), (2, 36, 12)).sin(),
     ],
 )
-def test_calls_on_tape(work):
+def test_calls_in_bytecode(work):
     x, w = _packed(2, 4, 9, 12), _packed(5, 4, 3, 3)
     made, again = _run(work, x, w)
     assert torch.equal(made, again)
@@ -73,7 +73,7 @@ def test_calls_on_tape(work):
 
 @pytest.mark.parametrize("mask", [[True, False, False], [False, True, False]])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_gradients_on_tape(mask, transposed):
+def test_gradients_in_bytecode(mask, transposed):
     x, w = _packed(2, 4, 9, 12), _packed(4, 4, 3, 3)
     rest = ([1, 1], [1, 1], [1, 1], transposed, [0, 0], 1)
     g = torch.randn_like(torch.convolution(x, w, None, *rest))
@@ -106,11 +106,11 @@ def test_gradients_on_tape(mask, transposed):
 )
 def test_what_has_no_word_is_refused(work, why):
     x = torch.randn(3, 4)
-    tape = Tape([x])
-    with torch.no_grad(), tape:
+    recorder = Recorder([x])
+    with torch.no_grad(), recorder:
         made = work(x)
-    assert tape.finish([made]) is None
-    assert why in tape.refused
+    assert recorder.finish([made]) is None
+    assert why in recorder.refused
 
 
 OTHER = torch.randn(3, 4)
@@ -118,23 +118,23 @@ OTHER = torch.randn(3, 4)
 
 def test_arrays_that_share_memory_are_refused():
     x = torch.randn(4, 4)
-    assert Tape([x, x[1:]]).refused
+    assert Recorder([x, x[1:]]).refused
 
 
 def test_many_axes_are_refused():
     x = torch.randn([2] * 12)
-    tape = Tape([x])
-    with torch.no_grad(), tape:
+    recorder = Recorder([x])
+    with torch.no_grad(), recorder:
         made = x.permute(*reversed(range(12))).contiguous()
-    assert tape.finish([made]) is None and "12 axes" in tape.refused
+    assert recorder.finish([made]) is None and "12 axes" in recorder.refused
 
 
 @pytest.mark.parametrize("how", ["conjugate", "negative", "inference", "new"])
 def test_what_looks_like_a_copy_and_is_not(how):
     with torch.inference_mode(how == "inference"):
         x = torch.randn(4, 6, dtype=torch.complex64 if how == "conjugate" else torch.float32)
-    tape = Tape([x])
-    with torch.no_grad(), tape:
+    recorder = Recorder([x])
+    with torch.no_grad(), recorder:
         if how == "conjugate":
             made = x.conj().clone()
         elif how == "negative":
@@ -143,7 +143,7 @@ def test_what_looks_like_a_copy_and_is_not(how):
             made = x.t().contiguous()
         else:
             made = x.clone().add_(torch.tensor(1.0))
-    assert tape.finish([made]) is None
+    assert recorder.finish([made]) is None
 
 
 def test_a_sum_that_nobody_kept_is_forgotten():
@@ -151,17 +151,17 @@ def test_a_sum_that_nobody_kept_is_forgotten():
     kernel: Any = build(group)
     x, w = torch.randn(7, 4096, dtype=torch.float64), torch.randn(4096, dtype=torch.float64)
     for _ in range(20):  # until the library gives out the same memory again
-        tape = Tape([x, w])
+        recorder = Recorder([x, w])
         call, places = kernel.call([x], []), [x.data_ptr()]
         sums = call(places)
-        tape.kernel(call, [x], places, [], sums)
+        recorder.kernel(call, [x], places, [], sums)
         address = sums[0].data_ptr()
         del sums
-        with torch.no_grad(), tape:
+        with torch.no_grad(), recorder:
             made = w.clone()
-        taped = tape.finish([made])
-        assert taped is not None
-        again = taped.run([x.data_ptr(), w.data_ptr()])
+        bytecode = recorder.finish([made])
+        assert bytecode is not None
+        again = bytecode.run([x.data_ptr(), w.data_ptr()])
         assert again is not None and torch.equal(again[0], made)
         if made.data_ptr() == address:
             return
@@ -169,11 +169,11 @@ def test_a_sum_that_nobody_kept_is_forgotten():
 
 def test_small_results_do_not_keep_large_ones():
     x = torch.randn(200, 300)
-    tape = Tape([x])
-    with torch.no_grad(), tape:
+    recorder = Recorder([x])
+    with torch.no_grad(), recorder:
         made = [x.clone(), x[:3, :4].clone()]
-    taped = tape.finish(made)
-    assert taped is not None
-    large, small = taped.run([x.data_ptr()]) or made
+    bytecode = recorder.finish(made)
+    assert bytecode is not None
+    large, small = bytecode.run([x.data_ptr()]) or made
     assert torch.equal(large, made[0]) and torch.equal(small, made[1])
     assert small.untyped_storage().nbytes() == small.nbytes < large.nbytes

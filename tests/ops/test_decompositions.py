@@ -1,4 +1,4 @@
-"""What lowering spares a step: sums that are zero, maps that another one stands for."""
+"""What decomposition spares a step: sums that are zero, maps that another one stands for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that are played outside of Python: the same bits as in Python, whatever fails or changes in between."""
+"""Steps that are replayed outside of Python: the same bits as in Python, whatever fails or changes in between."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import fullframe
-from fullframe.bytecode.libtorch import taping
+from fullframe.bytecode.libtorch import bytecode_available
 from fullframe.runtime import executor
 from fullframe.runtime import workers as threads
 from fullframe.runtime.executor import Run, runtime_of
 from fullframe.runtime.replay_cpu import Schedule
 
 pytestmark = pytest.mark.skipif(
-    not taping(), reason="no compiler, or a PyTorch without the functions that tapes call"
+    not bytecode_available(), reason="no compiler, or a PyTorch without the functions that bytecode call"
 )
 STEPS = 7
 
@@ -60,7 +60,7 @@ def _step(net: nn.Module, step: Any, image: torch.Tensor, target: torch.Tensor, 
             *(b.clone() for b in net.buffers())]  # fmt: skip
 
 
-def _reels(step: Any) -> list[Schedule]:
+def _replays(step: Any) -> list[Schedule]:
     (program,) = step._fullframe["programs"].values()
     return [s for s in runtime_of(program.plan, torch.device("cpu")).schedules.values() if s.native]
 
@@ -69,23 +69,23 @@ def _reels(step: Any) -> list[Schedule]:
 def test_same_bits_as_in_python(monkeypatch, workers):
     net, step, image, target = _setup(workers)
     found = [_step(net, step, image, target, seed) for seed in range(STEPS)]
-    assert _reels(step)
-    steps = sum(len(r.steps) for r in _reels(step))
-    assert steps > sum(len(r.native) for r in _reels(step)) > steps / 2
-    monkeypatch.setattr(executor, "taping", lambda: False)
+    assert _replays(step)
+    steps = sum(len(r.stage_range) for r in _replays(step))
+    assert steps > sum(len(r.native) for r in _replays(step)) > steps / 2
+    monkeypatch.setattr(executor, "bytecode_available", lambda: False)
     net, step, image, target = _setup(workers)
     for seed, made in enumerate(found):
         assert all(map(torch.equal, made, _step(net, step, image, target, seed)))
-    assert not _reels(step)
+    assert not _replays(step)
 
 
 def _played(workers: int = 2) -> tuple[Any, ...]:
-    """A step that is played, and what it makes."""
+    """A step that is replayed, and what it makes."""
     case = _setup(workers)
     for _ in range(STEPS):
         buffers = copy.deepcopy(dict(case[0].named_buffers()))
         made = _step(*case)
-    assert _reels(case[1])
+    assert _replays(case[1])
     for name, buffer in case[0].named_buffers():
         buffer.copy_(buffers[name])
     return case, buffers, made
@@ -97,21 +97,21 @@ def _same(case: Any, buffers: Any, made: list[torch.Tensor]) -> None:
     assert all(map(torch.equal, made, _step(*case)))
 
 
-def test_a_tile_whose_tape_fails_is_made_in_python():
+def test_a_tile_whose_bytecode_fails_is_made_in_python():
     case, buffers, made = _played()
-    for reel in _reels(case[1]):
-        for tapes in reel.native.values():
-            tapes[-1].tape.words[0] = 99  # no instruction
+    for replay in _replays(case[1]):
+        for recorded in replay.native.values():
+            recorded[-1].bytecode.words[0] = 99  # no instruction
     _same(case, buffers, made)
 
 
-def test_sums_whose_tape_fails_are_an_error():
+def test_sums_whose_bytecode_fails_are_an_error():
     case, buffers, made = _played()
     broken = [
-        s.after.tape.words
-        for reel in _reels(case[1])
-        for s in reel.stages.list
-        if s.after is not None and len(s.after.tape.words) > 1
+        s.after.bytecode.words
+        for replay in _replays(case[1])
+        for s in replay.stages.list
+        if s.after is not None and len(s.after.bytecode.words) > 1
     ]
     kept = [(words, words[0]) for words in broken]
     for words in broken:
@@ -245,7 +245,7 @@ def test_untiled_values_of_every_kind():
     step = fullframe.tile(net, loss=loss, tile=[24, 24], workers=2)
     image, target = torch.randn(1, 3, 72, 60), torch.randn(1, 1, 72, 60)
     found = [_step(net, step, image, target) for _ in range(STEPS)]
-    assert _reels(step)
+    assert _replays(step)
     assert all(all(map(torch.equal, found[0], other)) for other in found)
     plain = loss(net(image), target)
     assert torch.allclose(found[0][0], plain, rtol=0.02)

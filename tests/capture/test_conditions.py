@@ -14,7 +14,7 @@ from torch import nn
 
 import fullframe
 import fullframe.tiled
-from fullframe.capture.questions import WAYS
+from fullframe.capture.conditions import MAX_PATHS
 
 L = torch.linalg
 
@@ -266,7 +266,7 @@ def test_what_a_condition_compares_with_stays_out_of_the_key():
 
 def test_more_ways_than_a_few_are_refused():
     def function(net: Any, h: torch.Tensor) -> torch.Tensor:
-        for k in range(2 * WAYS):
+        for k in range(2 * MAX_PATHS):
             if h.flatten()[k] > 0:
                 h = h * 1.5
         return h
@@ -277,7 +277,7 @@ def test_more_ways_than_a_few_are_refused():
         pytest.raises(fullframe.CaptureError, match=r"test_questions.py:\d+ .*torch.where"),
     ):
         warnings.simplefilter("ignore")
-        for _ in range(4 * WAYS):
+        for _ in range(4 * MAX_PATHS):
             step(image())
 
 
@@ -351,10 +351,21 @@ def test_distributions_check_their_arguments():
         net.offset.fill_(0)
     step(image())
     D = torch.distributions
-    both(lambda net, h: D.Bernoulli(logits=h).log_prob((h > 0).double()) + D.Gamma(h.exp(), h.exp()).entropy()
-         + D.Categorical(logits=h.movedim(1, -1)).log_prob(torch.zeros(1, 10, 9)).unsqueeze(1), [image()])  # fmt: skip
-    both(lambda net, h: D.Independent(D.Laplace(h, h.exp()), 1).log_prob(h * 0.5)
-         + D.MultivariateNormal(h.mean((0, 2, 3)), net.k @ net.k.T).log_prob(h.movedim(1, -1)).sum(), [image()])  # fmt: skip
+    both(
+        lambda net, h: (
+            D.Bernoulli(logits=h).log_prob((h > 0).double())
+            + D.Gamma(h.exp(), h.exp()).entropy()
+            + D.Categorical(logits=h.movedim(1, -1)).log_prob(torch.zeros(1, 10, 9)).unsqueeze(1)
+        ),
+        [image()],
+    )
+    both(
+        lambda net, h: (
+            D.Independent(D.Laplace(h, h.exp()), 1).log_prob(h * 0.5)
+            + D.MultivariateNormal(h.mean((0, 2, 3)), net.k @ net.k.T).log_prob(h.movedim(1, -1)).sum()
+        ),
+        [image()],
+    )
 
 
 def test_losses_that_check_their_arguments():
@@ -400,19 +411,34 @@ def positive(m: torch.Tensor) -> torch.Tensor:
 
 
 ALGEBRA: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "inv": L.inv, "inverse": torch.inverse, "det": L.det, "slogdet": lambda m: L.slogdet(m)[1], "pinv": L.pinv,
-    "cholesky": lambda m: L.cholesky(positive(m)), "torch.cholesky": lambda m: torch.cholesky(positive(m)),
+    "inv": L.inv,
+    "inverse": torch.inverse,
+    "det": L.det,
+    "slogdet": lambda m: L.slogdet(m)[1],
+    "pinv": L.pinv,
+    "cholesky": lambda m: L.cholesky(positive(m)),
+    "torch.cholesky": lambda m: torch.cholesky(positive(m)),
     "cholesky_inverse": lambda m: torch.cholesky_inverse(L.cholesky(positive(m))),
     "cholesky_solve": lambda m: torch.cholesky_solve(m, L.cholesky(positive(m))),
-    "solve": lambda m: L.solve(m, m[..., 0]) , "solve right": lambda m: L.solve(m, m.mT, left=False),
-    "eigh": lambda m: L.eigh(positive(m))[1].abs(), "eigvalsh": lambda m: L.eigvalsh(positive(m)),
-    "svd": lambda m: L.svd(m)[0].abs(), "svdvals": L.svdvals, "qr": lambda m: L.qr(m)[1].abs(), "matrix_exp": L.matrix_exp,
-    "lu": lambda m: L.lu(m)[2], "lu_solve": lambda m: L.lu_solve(*L.lu_factor(m), m), "cond": L.cond,
-    "solve_triangular": lambda m: L.solve_triangular(m.tril(), m, upper=False), "inv_ex": lambda m: L.inv_ex(m)[0],
-    "power": lambda m: L.matrix_power(m, -2) + L.matrix_power(m, 0) + L.matrix_power(m, 3), "tensorinv": lambda m: L.tensorinv(m[0, 0], 1),
-    "multi_dot": lambda m: L.multi_dot([m[0, 0], m[0, 1], m[0, 0]]), "logdet": lambda m: torch.logdet(positive(m)),
+    "solve": lambda m: L.solve(m, m[..., 0]),
+    "solve right": lambda m: L.solve(m, m.mT, left=False),
+    "eigh": lambda m: L.eigh(positive(m))[1].abs(),
+    "eigvalsh": lambda m: L.eigvalsh(positive(m)),
+    "svd": lambda m: L.svd(m)[0].abs(),
+    "svdvals": L.svdvals,
+    "qr": lambda m: L.qr(m)[1].abs(),
+    "matrix_exp": L.matrix_exp,
+    "lu": lambda m: L.lu(m)[2],
+    "lu_solve": lambda m: L.lu_solve(*L.lu_factor(m), m),
+    "cond": L.cond,
+    "solve_triangular": lambda m: L.solve_triangular(m.tril(), m, upper=False),
+    "inv_ex": lambda m: L.inv_ex(m)[0],
+    "power": lambda m: L.matrix_power(m, -2) + L.matrix_power(m, 0) + L.matrix_power(m, 3),
+    "tensorinv": lambda m: L.tensorinv(m[0, 0], 1),
+    "multi_dot": lambda m: L.multi_dot([m[0, 0], m[0, 1], m[0, 0]]),
+    "logdet": lambda m: torch.logdet(positive(m)),
     "norms": lambda m: L.matrix_norm(m, 2) + L.matrix_norm(m, "nuc") + L.norm(m, 1, dim=(-2, -1)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ALGEBRA)

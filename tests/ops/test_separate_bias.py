@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from networks import agree
 from torch import nn
 
-from fullframe.ops.decompositions import windows as lower_window
+from fullframe.ops.decompositions import windows as windows
 
 
 class Both(nn.Module):
@@ -27,6 +27,6 @@ class Both(nn.Module):
 
 @pytest.mark.parametrize("tile", [7, 100])
 def test_a_bias_apart_gives_the_same_numbers(monkeypatch, tile):
-    monkeypatch.setattr(lower_window, "bias_apart", lambda device: True)
+    monkeypatch.setattr(windows, "separate_bias", lambda device: True)
     agree(Both(), torch.randn(2, 1, 24, 20), tile=tile)
     agree(nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.ConvTranspose1d(4, 2, 3)), torch.randn(2, 1, 30), tile=tile)

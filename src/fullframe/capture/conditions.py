@@ -26,7 +26,7 @@ from fullframe.errors import CaptureError, FullframeError
 
 aten = torch.ops.aten
 MOST = 256  # conditions of one step; a loop until something holds would ask for ever
-WAYS = 8  # that a step may take; beyond them it would be recorded anew too often
+MAX_PATHS = 8  # that a step may take; beyond them it would be recorded anew too often
 OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 # Of ops whose result is a condition those that hold where nothing is wrong: ``assert (x >= 0).all()``.
 HOLD = frozenset(("aten.all.default", "aten.all.dim", "aten.isfinite.default", "aten.logical_not.default",
@@ -36,7 +36,7 @@ Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
-class Asked:
+class Condition:
     """A condition: the answer that was assumed, or what raises where a check fails; and where the code asks."""
 
     where: str
@@ -52,13 +52,13 @@ class Diverged(Exception):
         self.answers, self.where = answers, where
 
 
-def settle(asked: Sequence[Asked], flags: Sequence[torch.Tensor | None]) -> bool:
+def settle(noted: Sequence[Condition], flags: Sequence[torch.Tensor | None]) -> bool:
     """Look at the conditions of a step that has run; raises what the first that is otherwise asks for.
 
     Returns whether all were there.
     """
     answers: list[bool] = []
-    for it, flag in zip(asked, flags, strict=True):
+    for it, flag in zip(noted, flags, strict=True):
         if flag is None:
             return False
         if it.check is not None:
@@ -70,7 +70,7 @@ def settle(asked: Sequence[Asked], flags: Sequence[torch.Tensor | None]) -> bool
     return True
 
 
-class Questions(TorchDispatchMode):
+class Conditions(TorchDispatchMode):
     """Answers conditions while a step is recorded; the first of them as ``answers`` says."""
 
     supports_higher_order_operators = True
@@ -80,7 +80,7 @@ class Questions(TorchDispatchMode):
         self.answers = answers
         self.path: Callable[[], str] = str  # of the module at work
         self.rewind: Callable[[], None] = lambda: None  # puts back what the code has done in Python
-        self.asked: list[Asked] = []
+        self.noted: list[Condition] = []
         self.flags: list[torch.Tensor] = []
         self.given: list[bool] = []  # the answers so far
         self.held: dict[int, torch.Tensor] = {}  # conditions that hold where nothing is wrong
@@ -100,19 +100,19 @@ class Questions(TorchDispatchMode):
         number = len(self.given)
         if number >= MOST:
             raise CaptureError(
-                f"in {self.path() or 'the step'}, {place()} asks for the numbers of a tensor more than {MOST} times, "
+                f"in {self.path() or 'the step'}, {location()} asks for the numbers of a tensor more than {MOST} times, "
                 "as a loop does that goes on until something holds; give it a fixed number of turns"
             )
         answer = self.answers[number] if number < len(self.answers) else id(condition) in self.held
-        self._note(condition, partial(Asked, answer=answer))
+        self._note(condition, partial(Condition, answer=answer))
         self.given.append(answer)
         return answer
 
     def check(self, tensor: torch.Tensor, check: Callable[[torch.Tensor], Any]) -> None:
         """Have something raised of a tensor when the step has run."""
-        self._note(tensor, partial(Asked, check=check))
+        self._note(tensor, partial(Condition, check=check))
 
-    def _note(self, tensor: torch.Tensor, asked: Callable[[str], Asked]) -> None:
+    def _note(self, tensor: torch.Tensor, noted: Callable[[str], Condition]) -> None:
         if self.late:
             raise CaptureError(
                 f"in {self.path() or 'the step'}, the backward checks the numbers of a tensor, which a tiled module "
@@ -120,31 +120,31 @@ class Questions(TorchDispatchMode):
             )
         with torch.no_grad():
             self.flags.append(tensor.detach().clone())
-        self.asked.append(asked(place()))
+        self.noted.append(noted(location()))
 
 
-def recorded_as(answers: tuple[bool, ...], record: Callable[[Questions], Made]) -> Made:
+def recorded_as(answers: tuple[bool, ...], record: Callable[[Conditions], Made]) -> Made:
     """What is recorded with these answers to the first conditions.
 
     Where the code raises after a condition whose answer was a guess, the other answer is tried.
     """
     first: Exception | None = None
     while True:
-        questions = Questions(answers)
+        conditions = Conditions(answers)
         try:
-            return record(questions)
+            return record(conditions)
         except FullframeError:
             raise
         except Exception as error:
-            given = questions.given
+            given = conditions.given
             if len(given) <= len(answers):  # the code raises whatever the last answer is, or all answers are known
-                raise in_words(first or error) from None
+                raise renamed_error(first or error) from None
             first = first or error
             answers = (*given[:-1], not given[-1])
-            questions.rewind()
+            conditions.rewind()
 
 
-def place(frame: FrameType | None = None) -> str:
+def location(frame: FrameType | None = None) -> str:
     """Where the code at work is, outside of torch and of this package: file, line and its text."""
     frame = frame or sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith((*OWN, "<")):
@@ -157,7 +157,7 @@ def shown(file: str, line: int) -> str:
     return f"{Path(file).name}:{line}" + (f" ({text})" if text else "")
 
 
-def place_of(error: BaseException) -> str:
+def location_of(error: BaseException) -> str:
     """The innermost line outside of torch and of this package that an error came through, if there is one."""
     found, trace = "", error.__traceback__
     while trace is not None:
@@ -168,7 +168,7 @@ def place_of(error: BaseException) -> str:
     return found
 
 
-def in_words(error: Exception) -> Exception:
+def renamed_error(error: Exception) -> Exception:
     """An error of the code's own that tells of tensors, as plain PyTorch would name them."""
     error.args = tuple(a.replace("FunctionalTensor", "Tensor") if isinstance(a, str) else a for a in error.args)
     return error
@@ -177,9 +177,9 @@ def in_words(error: Exception) -> Exception:
 # What is answered ----------------------------------------------------------------------------------
 
 
-def _scalar(questions: Questions, tensor: torch.Tensor) -> Any:
+def _scalar(conditions: Conditions, tensor: torch.Tensor) -> Any:
     if tensor.dtype == torch.bool and recorded(tensor):
-        return questions.ask(tensor)
+        return conditions.ask(tensor)
     return aten._local_scalar_dense.default(tensor)
 
 
@@ -188,40 +188,40 @@ def recorded(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, (FunctionalTensor, FakeTensor))
 
 
-def _equal(questions: Questions, a: torch.Tensor, b: torch.Tensor) -> bool:
+def _equal(conditions: Conditions, a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape:
         return False
-    return questions.ask(_holding(questions, torch.eq(a, b).all()))
+    return conditions.ask(_holding(conditions, torch.eq(a, b).all()))
 
 
-def _allclose(questions: Questions, a: torch.Tensor, b: torch.Tensor, *tolerances: Any, **named: Any) -> bool:
-    return questions.ask(_holding(questions, torch.isclose(a, b, *tolerances, **named).all()))
+def _allclose(conditions: Conditions, a: torch.Tensor, b: torch.Tensor, *tolerances: Any, **named: Any) -> bool:
+    return conditions.ask(_holding(conditions, torch.isclose(a, b, *tolerances, **named).all()))
 
 
-def _holding(questions: Questions, condition: torch.Tensor) -> torch.Tensor:
-    questions.held[id(condition)] = condition
+def _holding(conditions: Conditions, condition: torch.Tensor) -> torch.Tensor:
+    conditions.held[id(condition)] = condition
     return condition
 
 
-def _matrix(questions: Questions, info: torch.Tensor, api_name: str, *, is_matrix: bool) -> None:
-    questions.check(info, partial(torch._linalg_check_errors, api_name=api_name, is_matrix=is_matrix))
+def _matrix(conditions: Conditions, info: torch.Tensor, api_name: str, *, is_matrix: bool) -> None:
+    conditions.check(info, partial(torch._linalg_check_errors, api_name=api_name, is_matrix=is_matrix))
 
 
-def _assertion(questions: Questions, condition: torch.Tensor, message: str = "") -> None:
-    questions.check(condition.all(), partial(_asserted, message=message))
+def _assertion(conditions: Conditions, condition: torch.Tensor, message: str = "") -> None:
+    conditions.check(condition.all(), partial(_asserted, message=message))
 
 
 def _asserted(condition: torch.Tensor, message: str) -> None:
     torch._assert_async(condition.cpu(), message) if message else torch._assert_async(condition.cpu())
 
 
-def _polygamma_(questions: Questions, tensor: torch.Tensor, order: int) -> torch.Tensor:
+def _polygamma_(conditions: Conditions, tensor: torch.Tensor, order: int) -> torch.Tensor:
     return tensor.copy_(torch.polygamma(order, tensor))
 
 
 def _refused(name: str, instead: str) -> Callable[..., Any]:
-    def refuse(questions: Questions, *_: Any, **__: Any) -> Any:
-        raise CaptureError(f"in {questions.path() or 'the step'}, {name} cannot be recorded; {instead}")
+    def refuse(conditions: Conditions, *_: Any, **__: Any) -> Any:
+        raise CaptureError(f"in {conditions.path() or 'the step'}, {name} cannot be recorded; {instead}")
 
     return refuse
 

@@ -1,4 +1,4 @@
-"""Recorded runs, played on the processor by a stand-in for CUDA graphs: who is recorded, when, and what is read."""
+"""Recorded runs, replayed on the processor by a substitute for CUDA graphs: who is recorded, when, and what is read."""
 
 import contextlib
 import copy
@@ -26,7 +26,7 @@ class Graph:
         run = self.owner.run
         values = dict(zip((f.value for f in self.feeds), self.owner.fed, strict=True))
         run.values, run.position = {**run.runtime.constants, **values}, 0
-        run.advance(len(run.plan.steps))
+        run.advance(len(run.plan.stages))
         self.played += 1
 
 
@@ -41,14 +41,19 @@ def recording(monkeypatch):
         yield
 
     cuda = types.SimpleNamespace(
-        CUDAGraph=Graph, Event=lambda: types.SimpleNamespace(record=lambda s: None), Stream=lambda d: nothing,
-        current_stream=lambda d: nothing, stream=no_context, graph=no_context, is_current_stream_capturing=lambda: False,
-    )  # fmt: skip
+        CUDAGraph=Graph,
+        Event=lambda: types.SimpleNamespace(record=lambda s: None),
+        Stream=lambda d: nothing,
+        current_stream=lambda d: nothing,
+        stream=no_context,
+        graph=no_context,
+        is_current_stream_capturing=lambda: False,
+    )
     shim = types.SimpleNamespace(
         **{k: getattr(torch, k) for k in ("no_grad", "backends", "OutOfMemoryError", "Tensor")}
     )
     shim.cuda = cuda
-    start = replay.Replay.__init__
+    start = replay.CudaReplay.__init__
 
     def noted(self, program, arena, device, feeds):
         start(self, program, arena, device, feeds)
@@ -57,7 +62,7 @@ def recording(monkeypatch):
 
     monkeypatch.setattr(replay, "torch", shim)
     monkeypatch.setattr(replay, "KIND", "cpu")
-    monkeypatch.setattr(replay.Replay, "__init__", noted)
+    monkeypatch.setattr(replay.CudaReplay, "__init__", noted)
     return made
 
 
@@ -124,7 +129,7 @@ def test_weights_whose_storage_moves_are_recorded_anew(recording):
     assert len(recording) == 2
 
 
-def test_draws_are_new_in_every_play(recording):
+def test_draws_are_new_in_every_replay(recording):
     net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Dropout(0.5), nn.Conv2d(4, 3, 1)).double()
     plain = copy.deepcopy(net)
     step = fullframe.tile(net, loss=F.cross_entropy)
@@ -197,7 +202,7 @@ def test_what_fails_while_it_is_recorded_runs_as_it_did(recording, monkeypatch):
     def fails(self, *args):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(replay.Replay, "__init__", fails)
+    monkeypatch.setattr(replay.CudaReplay, "__init__", fails)
     for seed in range(4):
         both(ours, plain, step, *case(seed))
 

@@ -1,4 +1,4 @@
-"""Steps whose tiles run from tape: the same bits whatever changes between them, and tapes that fail."""
+"""Steps whose tiles run from bytecode: the same bits whatever changes between them, and bytecode that fail."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import fullframe
-from fullframe.bytecode.libtorch import taping
-from fullframe.bytecode.program import Taped
+from fullframe.bytecode.libtorch import bytecode_available
+from fullframe.bytecode.program import Bytecode
 from fullframe.runtime import executor
 from fullframe.runtime.executor import runtime_of
 
 pytestmark = pytest.mark.skipif(
-    not taping(), reason="no compiler, or a PyTorch without the functions that tapes call"
+    not bytecode_available(), reason="no compiler, or a PyTorch without the functions that bytecode call"
 )
 
 
@@ -59,7 +59,7 @@ def test_same_bits_as_in_python(monkeypatch, rank, dtype, half):
     (program,) = step._fullframe["programs"].values()
     tiles = [t for kept in runtime_of(program.plan, torch.device("cpu")).tiles.kept for t in kept or () if t]
     assert sum(bool(t.recorded) for t in tiles) > len(tiles) / 4
-    monkeypatch.setattr(executor, "taping", lambda: False)
+    monkeypatch.setattr(executor, "bytecode_available", lambda: False)
     _, truth = _steps(rank, dtype, half)
     for made, wanted in zip(found, truth, strict=True):
         assert all(map(torch.equal, made, wanted))
@@ -74,14 +74,14 @@ def test_a_map_in_another_layout_is_seen():
         assert torch.allclose(tiled(image), net(image), rtol=0, atol=1e-14)
 
 
-def test_a_tape_that_fails_runs_in_python(monkeypatch):
+def test_bytecode_that_fails_runs_in_python(monkeypatch):
     torch.manual_seed(0)
     net = nn.Conv2d(3, 4, 3, padding=1).double()
     tiled = fullframe.tile(net, tile=16)
     x = torch.randn(1, 3, 40, 40).double()
     truth = tiled(x)
     tiled(x)
-    monkeypatch.setattr(Taped, "run", lambda self, bases: None)
+    monkeypatch.setattr(Bytecode, "run", lambda self, bases: None)
     assert torch.equal(tiled(x), truth)
 
 
@@ -93,7 +93,9 @@ LOSSES: tuple[Any, ...] = (
 
 
 def test_gradients_in_changing_layouts():
-    """A kernel that ran on another layout than the one known was missing from the tape that was written meanwhile."""
+    """A kernel that ran on another layout than the one known was missing from the bytecode that was written
+    meanwhile.
+    """
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Sigmoid()).double()
     twin = copy.deepcopy(net)
     tiled = fullframe.tile(twin, tile=16)
@@ -110,6 +112,6 @@ def test_gradients_in_changing_layouts():
             torch.testing.assert_close(ours, plain, rtol=0, atol=1e-11)
 
 
-def test_tapes_written_at_the_same_time_leave_torch_as_it_was():
+def test_bytecode_recorded_at_the_same_time_leave_torch_as_it_was():
     _steps(2, torch.float32, False)
     assert not torch.utils._python_dispatch.is_in_torch_dispatch_mode()

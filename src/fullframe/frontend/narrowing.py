@@ -10,11 +10,11 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fullframe.frontend.guards import Survey
+from fullframe.frontend.guards import GuardSnapshot
 from fullframe.frontend.inputs import Call
+from fullframe.frontend.outputs import Tree, renumbered
 from fullframe.frontend.reads import Reads
-from fullframe.frontend.returned import Tree, renumbered
-from fullframe.frontend.sources import Given, Holder, Made, Place, viewed
+from fullframe.frontend.sources import Given, Holder, Made, SideEffect, viewed
 from fullframe.ir.graph import Graph
 
 
@@ -30,35 +30,35 @@ class Terms:
     alive: dict[int, int]
     numbers: tuple[int, ...]
     unused: frozenset[int]
-    places: tuple[Place, ...]
+    effects: tuple[SideEffect, ...]
     returned: Tree
 
 
 def narrowed(
-    call: Call, survey: Survey, reads: Reads, terms: Terms, needed: Collection[int]
+    call: Call, snapshot: GuardSnapshot, reads: Reads, terms: Terms, needed: Collection[int]
 ) -> tuple[Terms, list[int]]:
     """A recording's terms for a call that is looked at by ``reads``, and the former numbers of its tensors in order.
 
     ``needed`` are the former numbers that must be among them. Raises `LookupError` where something is not found, and
     leaves the call as it was.
     """
-    old, before = call.tensors, call.survey
+    old, before = call.tensors, call.snapshot
     fixed, given = len(call.parameters) + len(call.buffers), len(call.inputs)
     known = {id(t): fixed + k for k, t in enumerate(call.others)}
-    call.look(reads, survey)
+    call.take_snapshot(reads, snapshot)
     try:
         order = [*range(fixed), *(known[id(t)] for t in call.others), *range(len(old) - given, len(old))]
         new = {k: number for number, k in enumerate(order)}
         found = Terms(
             tuple(new[k] for k in terms.wanted), {new[k]: v for k, v in terms.alive.items()},
             tuple(new[k] for k in terms.numbers), frozenset(new[k] for k in terms.unused if k in new),
-            tuple(_place(p, before, survey, new) for p in terms.places),
-            renumbered(terms.returned, lambda k: _index(before.holders[k], survey.holders)),
+            tuple(_effect(p, before, snapshot, new) for p in terms.effects),
+            renumbered(terms.returned, lambda k: _index(before.holders[k], snapshot.holders)),
         )  # fmt: skip
         if not new.keys() >= set(needed):
             raise LookupError("a tensor was read in a way that nobody has seen")
     except LookupError:
-        call.look(reads, before)
+        call.take_snapshot(reads, before)
         raise
     return found, order
 
@@ -69,14 +69,14 @@ def reorder(graph: Graph, start: int, order: list[int], count: int) -> None:
     graph.outputs[start : start + count] = [graph.outputs[start + k] for k in order]
 
 
-def _place(place: Place, old: Survey, new: Survey, numbers: dict[int, int]) -> Place:
-    kind, number, name = place.address
-    address = kind, _position(kind, number, name, old, new), name
-    return Place(address, _recipe(place.key, old, new, numbers), _recipe(place.recipe, old, new, numbers))
+def _effect(effect: SideEffect, old: GuardSnapshot, new: GuardSnapshot, numbers: dict[int, int]) -> SideEffect:
+    kind, number, name = effect.source
+    source = kind, _position(kind, number, name, old, new), name
+    return SideEffect(source, _recipe(effect.key, old, new, numbers), _recipe(effect.recipe, old, new, numbers))
 
 
-def _position(kind: str, number: int, name: str, old: Survey, new: Survey) -> int:
-    """Where the new survey has what the old one has at this position."""
+def _position(kind: str, number: int, name: str, old: GuardSnapshot, new: GuardSnapshot) -> int:
+    """Where the new snapshot has what the old one has at this position."""
     if kind == "container":
         thing: Any = old.containers[number]
         return _index(thing, new.containers)
@@ -98,7 +98,7 @@ def _index(thing: Any, things: list[Any]) -> int:
     raise LookupError("a place that is not read")
 
 
-def _recipe(recipe: Any, old: Survey, new: Survey, numbers: dict[int, int]) -> Any:
+def _recipe(recipe: Any, old: GuardSnapshot, new: GuardSnapshot, numbers: dict[int, int]) -> Any:
     if isinstance(recipe, Given):
         return Given(numbers[recipe.number])
     if isinstance(recipe, Holder):

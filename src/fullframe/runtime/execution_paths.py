@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from fullframe.capture.questions import WAYS, Diverged
+from fullframe.capture.conditions import MAX_PATHS, Diverged
 from fullframe.compiler.program import Program
 from fullframe.errors import CaptureError
-from fullframe.frontend.changes import outside
 from fullframe.frontend.inputs import Call
 from fullframe.frontend.reads import Reads
+from fullframe.frontend.recapture_reasons import outside
 from fullframe.runtime.executor import Run
 
 Answers = tuple[bool, ...]
@@ -30,7 +30,7 @@ Programs = dict[tuple[Reads, Any, Answers], Program]  # the latest used is last
 def keys(call: Call, programs: Iterable[Key]) -> Iterator[Key]:
     """The call's key in the terms of each recording, for they have read different things."""
     for reads in dict.fromkeys(reads for reads, _ in reversed(list(programs))):
-        call.look(reads)
+        call.take_snapshot(reads)
         yield reads, call.key(reads)
 
 
@@ -54,11 +54,11 @@ def keep(programs: Programs, key: Key, program: Program, most: int) -> None:
             del programs[k]
 
 
-def tell(known: int, where: str) -> None:
+def warn_of_paths(known: int, where: str) -> None:
     """Say that a call goes several ways, once one was ``known`` and another has been recorded; refuse too many."""
-    if known >= WAYS:
+    if known >= MAX_PATHS:
         raise CaptureError(
-            f"the course of the computation depends on the data, at {where} and elsewhere, and has gone {WAYS} ways "
+            f"the course of the computation depends on the data, at {where} and elsewhere, and has gone {MAX_PATHS} ways "
             "by now, each of which is recorded and planned; use torch.where in place of an if"
         )
     if known == 1:

@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 VALUES = (int, float, complex, str, bytes, PurePath, datetime.date, datetime.time, datetime.timedelta)
-ASKED = """
+SPECIAL_METHODS = """
 abs add aenter aexit and await bool bytes call ceil complex contains delattr delitem dir divmod enter eq exit float
 floor floordiv format fspath ge getattribute getitem gt hash iadd iand ifloordiv ilshift imatmul imod imul index int
 invert ior ipow irshift isub iter itruediv ixor le len length_hint lshift lt matmul mod mul ne neg next or pos pow
@@ -21,27 +21,27 @@ rsub rtruediv rxor set_name setattr setitem sizeof str sub truediv trunc xor
 """.split()  # noqa: SIM905  (a table of names reads best as words)
 
 
-class Asked(Exception):
+class LeafRead(Exception):
     """Something was asked of a leaf that was to be only handed on."""
 
 
-class Handed:
+class OpaqueLeaf:
     """In the place of a leaf: whatever is asked of it is noted, and fails."""
 
-    __slots__ = ("_asked", "_number")
+    __slots__ = ("_number", "_read")
 
-    def __init__(self, number: int, asked: set[int]):
+    def __init__(self, number: int, read: set[int]):
         object.__setattr__(self, "_number", number)
-        object.__setattr__(self, "_asked", asked)
+        object.__setattr__(self, "_read", read)
 
 
-def _ask(leaf: Handed, *_args: Any, **_kwargs: Any) -> Any:
-    object.__getattribute__(leaf, "_asked").add(object.__getattribute__(leaf, "_number"))
-    raise Asked("a leaf of the arguments was read")
+def _note(leaf: OpaqueLeaf, *_args: Any, **_kwargs: Any) -> Any:
+    object.__getattribute__(leaf, "_read").add(object.__getattribute__(leaf, "_number"))
+    raise LeafRead("a leaf of the arguments was read")
 
 
-for _name in ASKED:
-    setattr(Handed, f"__{_name}__", _ask)
+for _name in SPECIAL_METHODS:
+    setattr(OpaqueLeaf, f"__{_name}__", _note)
 
 
 def value(leaf: Any) -> bool:

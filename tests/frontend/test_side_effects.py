@@ -17,7 +17,7 @@ from torch import nn
 
 import fullframe
 import fullframe.tiled
-from fullframe.frontend.guards import Survey
+from fullframe.frontend.guards import GuardSnapshot
 from fullframe.frontend.side_effects import recorded
 
 TILES = (4, 7, 13)
@@ -62,11 +62,11 @@ def sides(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
 def left_in(net: nn.Module) -> list[torch.Tensor]:
     """The tensors in reach that are no parameters or buffers."""
     known = {id(t) for t in (*net.parameters(), *net.buffers())}
-    return [t for t in Survey([net]).tensors if id(t) not in known]
+    return [t for t in GuardSnapshot([net]).tensors if id(t) not in known]
 
 
 def clean(net: nn.Module) -> bool:
-    return not any(recorded(t) for t in Survey([net]).tensors)
+    return not any(recorded(t) for t in GuardSnapshot([net]).tensors)
 
 
 def same(a: Any, b: Any) -> None:

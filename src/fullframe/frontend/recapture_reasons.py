@@ -1,7 +1,7 @@
 """What makes steps be recorded anew, in words, and a warning where it goes on.
 
-A place is where a survey has found something: an attribute, an entry of a table, a global, a leaf of the arguments.
-Where one that was read has had three values, each recorded, the user is told once.
+A place is where a guard snapshot has found something: an attribute, an entry of a table, a global, a leaf of the
+arguments. Where one that was read has had three values, each recorded, the user is told once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fullframe.frontend.guards import Survey
+from fullframe.frontend.guards import GuardSnapshot
 from fullframe.frontend.inputs import Call
 from fullframe.frontend.reads import Reads
 
@@ -53,7 +53,7 @@ class Changes:
                         f"the tensor {name}, whose numbers are read in Python,", other[4][new[0]], key[4][new[0]]
                     )
         if same and all(other[0] != key[0] for other in same):
-            named = Survey(call.roots, reads.choice(), call.entries(reads.passed), ROOTS)
+            named = GuardSnapshot(call.roots, reads.choice(), call.entries(reads.passed), ROOTS)
             for found in (difference(named, other[0]) for other in same):
                 if found is not None:
                     self._add(*found)
@@ -79,8 +79,8 @@ def outside() -> int:
     return level
 
 
-def difference(new: Survey, old: Sequence[Any]) -> tuple[str, int, int] | None:
-    """The place in which alone a survey differs from the parts of another, and what each has there."""
+def difference(new: GuardSnapshot, old: Sequence[Any]) -> tuple[str, int, int] | None:
+    """The place in which alone a guard snapshot differs from the parts of another, and what each has there."""
     parts = new.parts
     least = min(len(parts), len(old))
     first = next((k for k in range(least) if parts[k] != old[k]), least)

@@ -1,4 +1,4 @@
-"""Several steps in flight: what they wait for, the order of sums, errors, and the order and memory of the plan."""
+"""Several stages in flight: what they wait for, the order of sums, errors, and the order and memory of the plan."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import fullframe
-from fullframe.bytecode.libtorch import taping
-from fullframe.bytecode.scheduler import NativeFlow, Stage, Stages
+from fullframe.bytecode.libtorch import bytecode_available
+from fullframe.bytecode.scheduler import NativeScheduler, Stage, Stages
 from fullframe.ir.graph import Value
 from fullframe.runtime import executor
-from fullframe.schedule.dependencies import waits_of
+from fullframe.schedule.dependencies import dependencies_of
 from fullframe.schedule.memory import Lifetimes, lifetimes
-from fullframe.schedule.order import alternate
+from fullframe.schedule.order import interleave
 from fullframe.schedule.plan import Plan
 
 
@@ -44,7 +44,7 @@ class _Log:
         self.threads: dict[int, set[int]] = {}
         self.added: dict[int, list[int]] = {}
         self.most = 0  # tiles that one was begun after the first whose result was not there
-        self.look: Any = lambda: None
+        self.take_snapshot: Any = lambda: None
 
     def begin(self, number: int) -> None:
         self.events.append(("begin", number, 0))
@@ -65,36 +65,40 @@ class _Log:
     def free(self, number: int) -> None:
         self.events.append(("free", number, 0))
 
-    def run(self, steps: range, ahead: int, most: int, others: int) -> None:
-        calls = (self.begin, self.tile, self.add, self.end, self.free, lambda _: None, lambda: self.look())
+    def run(self, steps: range, max_in_flight: int, most: int, others: int) -> None:
+        calls = (self.begin, self.tile, self.add, self.end, self.free, lambda _: None, lambda: self.take_snapshot())
         stages = Stages([self.stages[k] for k in steps])
-        flow = NativeFlow(stages, steps, ahead, most, (ctypes.c_void_p * 1)(), calls)
-        threads = [threading.Thread(target=flow.run, args=(False,)) for _ in range(others)]
+        scheduler = NativeScheduler(stages, steps, max_in_flight, most, (ctypes.c_void_p * 1)(), calls)
+        threads = [threading.Thread(target=scheduler.run, args=(False,)) for _ in range(others)]
         for t in threads:
             t.start()
-        flow.run(own=True)
+        scheduler.run(own=True)
         for t in threads:
             t.join(30)
             assert not t.is_alive()
-        flow.close()
-        flow.check()
+        scheduler.close()
+        scheduler.check()
 
 
-needs_compiler = pytest.mark.skipif(not taping(), reason="no compiler: no scheduler, but the loop that it is held to")
+needs_compiler = pytest.mark.skipif(
+    not bytecode_available(), reason="no compiler: no scheduler, but the loop that it is held to"
+)
 
 
 @needs_compiler
 @pytest.mark.parametrize("seed", range(8))
 def test_every_tile_once_and_none_before_what_it_waits_for(seed):
     draws = random.Random(seed)
-    steps, ahead, others = 60, draws.choice([1, 2, 5, 8]), draws.choice([0, 1, 3])
+    steps, max_in_flight, others = 60, draws.choice([1, 2, 5, 8]), draws.choice([0, 1, 3])
     stages = []
     for k in range(steps):
-        recent, tiles = range(max(0, k - ahead + 1), k), draws.choice([1, 1, 3, 9])
+        recent, tiles = range(max(0, k - max_in_flight + 1), k), draws.choice([1, 1, 3, 9])
         before = [j for j in recent if draws.random() < 0.4]
-        stages.append(Stage(before, tiles, room=False, frees=True, wide=tiles == 1 and draws.random() < 0.2))
+        stages.append(
+            Stage(before, tiles, room=False, frees=True, multi_threaded=tiles == 1 and draws.random() < 0.2)
+        )
     log, start = _Log(stages, seed), 5
-    log.run(range(start, steps), ahead, 4, others)
+    log.run(range(start, steps), max_in_flight, 4, others)
     assert log.most <= 4
     when: dict[tuple[str, int, int], int] = {event: n for n, event in enumerate(log.events)}
     assert len(when) == len(log.events) == sum(s.tiles for s in stages[start:]) + 3 * (steps - start)
@@ -102,9 +106,9 @@ def test_every_tile_once_and_none_before_what_it_waits_for(seed):
         begun, stage = when["begin", k, 0], stages[k]
         assert log.added[k] == list(range(stage.tiles)), "added up in another order"
         assert all(when["end", j, 0] < begun for j in stage.before if j >= start)
-        assert all(when["end", j, 0] < begun for j in range(start, k - ahead + 1))
+        assert all(when["end", j, 0] < begun for j in range(start, k - max_in_flight + 1))
         assert all(when["end", j, 0] < when["free", k, 0] for j in range(start, k + 1))
-        assert not stage.wide or log.threads[k] == {threading.get_ident()}
+        assert not stage.multi_threaded or log.threads[k] == {threading.get_ident()}
 
 
 @needs_compiler
@@ -128,7 +132,7 @@ def test_an_error_in_any_thread_stops_the_rest_and_is_raised(mine):
     assert len(done) < 10
 
 
-# In a step -----------------------------------------------------------------------------------------
+# In a stage -----------------------------------------------------------------------------------------
 
 
 class _Planes(nn.Module):
@@ -162,9 +166,9 @@ def _step(workers: int) -> tuple[Plan, list[torch.Tensor]]:
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_same_bits_as_the_reference_loop(monkeypatch, workers):
-    """Four steps: made by calls back, recorded, and played."""
+    """Four stages: made by calls back, recorded, and replayed."""
     with monkeypatch.context() as patch:
-        patch.setattr(executor, "taping", lambda: False)
+        patch.setattr(executor, "bytecode_available", lambda: False)
         _, truth = _step(1)
     draws, make = random.Random(0), executor.Run.make
 
@@ -174,20 +178,22 @@ def test_same_bits_as_the_reference_loop(monkeypatch, workers):
 
     monkeypatch.setattr(executor.Run, "make", slow)
     plan, found = _step(workers)
-    assert workers == 1 or plan.ahead > 1
+    assert workers == 1 or plan.max_in_flight > 1
     assert all(map(torch.equal, found, truth))
 
 
 def test_what_a_step_reads_or_overwrites_is_waited_for():
     plan, _ = _step(2)
-    waits = waits_of(plan, [False] * len(plan.steps))
-    assert sum(len(b) < min(k, plan.ahead - 1) for k, b in enumerate(waits.before)) > len(plan.steps) / 2
+    dependencies = dependencies_of(plan, [False] * len(plan.stages))
+    assert (
+        sum(len(b) < min(k, plan.max_in_flight - 1) for k, b in enumerate(dependencies.before)) > len(plan.stages) / 2
+    )
     after: list[set[int]] = []
-    for k, step in enumerate(plan.steps):
-        after.append(set(waits.before[k]).union(*(after[j] for j in waits.before[k])))
+    for k, step in enumerate(plan.stages):
+        after.append(set(dependencies.before[k]).union(*(after[j] for j in dependencies.before[k])))
         made, read = set(step.section.outputs), set(step.section.loads)
-        for j in range(max(0, k - plan.ahead + 1), k):
-            other = plan.steps[j].section
+        for j in range(max(0, k - plan.max_in_flight + 1), k):
+            other = plan.stages[j].section
             reads = read & set(other.outputs)
             shared = any(
                 _overlap(plan, v, w) for v in made for w in (*other.outputs, *other.loads)
@@ -202,7 +208,7 @@ def _overlap(plan: Plan, v: Value, w: Value) -> bool:
     return a.offset < b.offset + b.nbytes and b.offset < a.offset + a.nbytes
 
 
-def test_steps_in_flight_do_not_outlive_the_arena():
+def test_stages_in_flight_do_not_outlive_the_arena():
     plan, _ = _step(2)
     one, _ = _step(1)
     assert plan.bytes.arena <= one.bytes.arena + sum(v.nbytes for v in plan.graph.inputs)
@@ -226,10 +232,10 @@ def _sections(seed: int) -> tuple[list[Any], dict[Value, int]]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_alternating_keeps_the_order_runnable_and_the_peak(seed):
+def test_interleaving_keeps_the_order_runnable_and_the_peak(seed):
     sections, sizes = _sections(seed)
     early, kept = seed % 40, [sections[-1].outputs[0]]
-    order = alternate(sections, early, kept, sizes)
+    order = interleave(sections, early, kept, sizes)
     assert sorted(map(id, order)) == sorted(map(id, sections))
     assert {id(s) for s in order[:early]} == {id(s) for s in sections[:early]}
     done: set[Value] = set()
@@ -248,7 +254,7 @@ def test_alternating_keeps_the_order_runnable_and_the_peak(seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_is_slight_and_waits_for_nothing_comes_just_before_its_reader(seed):
+def test_what_is_trivial_and_waits_for_nothing_comes_just_before_its_reader(seed):
     draws = random.Random(seed)
     sections, sizes = _sections(seed)
     readers, lone = [*sections], []
@@ -260,7 +266,7 @@ def test_what_is_slight_and_waits_for_nothing_comes_just_before_its_reader(seed)
             reader.loads = (*reader.loads, value)
         sections.insert(min(sections.index(r) for r in sections if value in r.loads), lone[-1])
     kept = [sections[-1].outputs[0]]
-    order = alternate(sections, 0, kept, sizes, lambda s: any(s is one for one in lone))
+    order = interleave(sections, 0, kept, sizes, lambda s: any(s is one for one in lone))
     assert sorted(map(id, order)) == sorted(map(id, sections))
     done: set[Value] = set()
     for section in order:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fullframe.errors import CaptureError
-from fullframe.frontend.guards import Survey, slots_of
+from fullframe.frontend.guards import GuardSnapshot, slots_of
 from fullframe.frontend.side_effects import PLAIN
 from fullframe.frontend.sources import fields_of
 
@@ -40,8 +40,8 @@ class Numbered:
 
 
 @dataclass(frozen=True)
-class Known:
-    """An object that was there before the call, by its position in the survey."""
+class Existing:
+    """An object that was there before the call, by its position in the guard snapshot."""
 
     number: int
 
@@ -68,9 +68,9 @@ class Copy:
     fields: tuple[tuple[str, Any], ...] = ()
 
 
-def take_apart(thing: Any, survey: Survey) -> tuple[Tree, list[torch.Tensor]]:
+def flatten(thing: Any, snapshot: GuardSnapshot) -> tuple[Tree, list[torch.Tensor]]:
     """How to make a thing again, and the tensors in it, each once."""
-    taking = _Taking({id(h): Known(k) for k, h in enumerate(survey.holders)})
+    taking = _Taking({id(h): Existing(k) for k, h in enumerate(snapshot.holders)})
     return taking.tree(thing), taking.tensors
 
 
@@ -116,8 +116,8 @@ class _Taking:
 
 def renumbered(part: Any, number: Callable[[int], int]) -> Any:
     """The same with other positions for the objects that were there before the call."""
-    if isinstance(part, Known):
-        return Known(number(part.number))
+    if isinstance(part, Existing):
+        return Existing(number(part.number))
     if isinstance(part, Tree):
         return Tree(part.spec, tuple(renumbered(p, number) for p in part.parts))
     if isinstance(part, Copy):
@@ -126,14 +126,14 @@ def renumbered(part: Any, number: Callable[[int], int]) -> Any:
     return part
 
 
-def put_together(tree: Tree, tensors: Sequence[torch.Tensor], survey: Survey) -> Any:
+def unflatten(tree: Tree, tensors: Sequence[torch.Tensor], snapshot: GuardSnapshot) -> Any:
     """What a step returns, of its own tensors and its call's objects."""
-    return _Making(tensors, survey).tree(tree)
+    return _Making(tensors, snapshot).tree(tree)
 
 
 class _Making:
-    def __init__(self, tensors: Sequence[torch.Tensor], survey: Survey):
-        self.tensors, self.survey = tensors, survey
+    def __init__(self, tensors: Sequence[torch.Tensor], snapshot: GuardSnapshot):
+        self.tensors, self.snapshot = tensors, snapshot
         self.made: dict[int, Any] = {}
 
     def tree(self, tree: Tree) -> Any:
@@ -144,8 +144,8 @@ class _Making:
             return part.value
         if isinstance(part, Numbered):
             return self.tensors[part.number]
-        if isinstance(part, Known):
-            return self.survey.holders[part.number]
+        if isinstance(part, Existing):
+            return self.snapshot.holders[part.number]
         return self.made[part.name] if part.name in self.made else self._copy(part)
 
     def _copy(self, part: Copy) -> Any:

@@ -28,7 +28,7 @@ def sources(graph: Graph, values: Iterable[Value]) -> set[Value]:
     return found - {op.output for op in graph.ops}
 
 
-def asked_of(graph: Graph, used: Collection[Value], device: torch.device, at_once: bool = False) -> Graph:
+def restricted_to(graph: Graph, used: Collection[Value], device: torch.device, at_once: bool = False) -> Graph:
     """A graph that is given only the gradients ``used``; or, ``at_once``, none, for they are one.
 
     What follows from the other gradients alone is not made. Where autograd adds it to something, it is left out, and
