@@ -100,9 +100,9 @@ def main() -> None:
     rest = ", ".join(f"{name} ({classes[name]})" for name in ("Pointwise", "Table", "Along", "Stacked"))
     parts.append(
         f"{networks} small networks. Besides the ops above there are functions of our own and whatever ATen tags "
-        f"as pointwise, under the rules {rest}: in brackets, networks that have one. {len(DECOMPOSITIONS)} recorded calls "
-        "have a decomposition into these ops; any other runs whole, and the plan says so, or is refused where it does "
-        "not fit."
+        f"as pointwise, under the rules {rest}: in brackets, networks that have one. {len(DECOMPOSITIONS)} "
+        "recorded calls have a decomposition into these ops; any other runs whole, and the plan says so, or is "
+        "refused where it does not fit."
     )
     file = RESULTS / "zoo.json"
     if file.exists():

@@ -164,9 +164,9 @@ def main() -> None:
     precision = "bfloat16" if given.bfloat16 else "float32"
     rows, columns = image.shape[2:]
     head = (
-        f"UResNet, 3 x {rows} x {columns}, batch 1, {precision}, {plan.workers} workers, {len(plan.stages)} sections, "
-        f"{sum(len(s.grid) for s in plan.stages)} tiles. The middle one of five steps, {wall:.2f} s "
-        f"(others {', '.join(f'{w:.2f}' for w, _ in runs)})."
+        f"UResNet, 3 x {rows} x {columns}, batch 1, {precision}, {plan.workers} workers, "
+        f"{len(plan.stages)} sections, {sum(len(s.grid) for s in plan.stages)} tiles. The middle one of five steps, "
+        f"{wall:.2f} s (others {', '.join(f'{w:.2f}' for w, _ in runs)})."
     )
     text = "\n\n".join([head, by_kind(spent, whole), by_section(spent, plan, given.sections)])
     write(f"profile-{precision}-{rows}", f"{text}\n\nbench/profile_step.py, {setting()}")

@@ -1,4 +1,4 @@
-"""Ranges of stages whose tiles are in bytecode, for the C++ that replays them with several threads (scheduler.cpp)."""
+"""Ranges of stages whose tiles are in bytecode, for the C++ that replays them on several threads (scheduler.cpp)."""
 
 from __future__ import annotations
 

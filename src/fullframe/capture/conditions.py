@@ -100,8 +100,8 @@ class Conditions(TorchDispatchMode):
         number = len(self.given)
         if number >= MOST:
             raise CaptureError(
-                f"in {self.path() or 'the step'}, {location()} asks for the numbers of a tensor more than {MOST} times, "
-                "as a loop does that goes on until something holds; give it a fixed number of turns"
+                f"in {self.path() or 'the step'}, {location()} asks for the numbers of a tensor more than {MOST} "
+                "times, as a loop does that goes on until something holds; give it a fixed number of turns"
             )
         answer = self.answers[number] if number < len(self.answers) else id(condition) in self.held
         self._note(condition, partial(Condition, answer=answer))

@@ -367,8 +367,8 @@ def _placeholder_class(cls: type, made: bool) -> Any:
         return kind(cls.__name__, (FunctionalTensor, cls), own)
     except TypeError as error:
         raise CaptureError(
-            f"no placeholder for a tensor of class {cls.__name__} can be made ({error}); give the step a plain tensor "
-            "(.as_subclass(torch.Tensor))"
+            f"no placeholder for a tensor of class {cls.__name__} can be made ({error}); give the step a plain "
+            "tensor (.as_subclass(torch.Tensor))"
         ) from error
 
 

@@ -316,20 +316,21 @@ def record(recording: Recording) -> Any:
         if "effect" not in str(error):
             raise
         raise CaptureError(
-            f"in {recording.capture_mode.current or 'the step'}, an op talks to other processes or has another effect "
-            "beside its result, which cannot be recorded; wrap the tiled module in DistributedDataParallel, not the "
-            "other way round"
+            f"in {recording.capture_mode.current or 'the step'}, an op talks to other processes or has another "
+            "effect beside its result, which cannot be recorded; wrap the tiled module in "
+            "DistributedDataParallel, not the other way round"
         ) from error
     except RuntimeError as error:
         if "use_reentrant" in str(error):
             raise CaptureError(
-                f"in {recording.capture_mode.current or 'the step'}, torch.utils.checkpoint with use_reentrant=True cannot "
-                "be recorded; use use_reentrant=False, or no checkpoint: a tiled step stores what fits its budget"
+                f"in {recording.capture_mode.current or 'the step'}, torch.utils.checkpoint with use_reentrant=True "
+                "cannot be recorded; use use_reentrant=False, or no checkpoint: a tiled step stores what fits its "
+                "budget"
             ) from error
         if "already associated to a python object" in str(error):
             raise CaptureError(
-                f"in {recording.capture_mode.current or 'the step'}, a tensor of a subclass is made by calling the class, "
-                "which cannot be recorded; use tensor.as_subclass(...)"
+                f"in {recording.capture_mode.current or 'the step'}, a tensor of a subclass is made by calling the "
+                "class, which cannot be recorded; use tensor.as_subclass(...)"
             ) from error
         if not reads_data(error):
             raise
@@ -355,9 +356,9 @@ def _control_flow(capture_mode: CaptureMode) -> Iterator[None]:
         if found is None:
             raise
         raise CaptureError(
-            f"in {capture_mode.current or 'the step'}, torch's {found} makes the course of the computation depend on the "
-            "data, so it cannot be recorded once for all inputs; use torch.where, or Python's own if and for over "
-            "what is known"
+            f"in {capture_mode.current or 'the step'}, torch's {found} makes the course of the computation depend on "
+            "the data, so it cannot be recorded once for all inputs; use torch.where, or Python's own if and for "
+            "over what is known"
         ) from error
 
 

@@ -58,8 +58,8 @@ def warn_of_paths(known: int, where: str) -> None:
     """Say that a call goes several ways, once one was ``known`` and another has been recorded; refuse too many."""
     if known >= MAX_PATHS:
         raise CaptureError(
-            f"the course of the computation depends on the data, at {where} and elsewhere, and has gone {MAX_PATHS} ways "
-            "by now, each of which is recorded and planned; use torch.where in place of an if"
+            f"the course of the computation depends on the data, at {where} and elsewhere, and has gone {MAX_PATHS} "
+            "ways by now, each of which is recorded and planned; use torch.where in place of an if"
         )
     if known == 1:
         warnings.warn(
