@@ -118,12 +118,11 @@ HOOKS = {
     "numpy": lambda: saved_tensors_hooks(lambda t: t.detach().numpy().copy(), torch.from_numpy),
     "cpu": save_on_cpu,
     "float32": lambda: saved_tensors_hooks(
-        lambda t: (t.float() if t.is_floating_point() else t).clone(),
-        lambda t: t.double() if t.is_floating_point() else t,
+        lambda t: (t.float() if t.is_floating_point() else t).clone(), lambda t: t.double() if t.is_floating_point() else t
     ),
     "zeros": lambda: saved_tensors_hooks(lambda t: t, torch.zeros_like),
     "anomaly": lambda: torch.autograd.set_detect_anomaly(True),
-}
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly")

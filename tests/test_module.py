@@ -566,21 +566,9 @@ def test_bad_input_is_named():
 
 @pytest.mark.parametrize(
     ("text", "nbytes"),
-    [
-        ("8 GB", 8 * 10**9),
-        ("7.5 GiB", int(7.5 * 2**30)),
-        ("100", 100),
-        (2048, 2048),
-        (" 64mib ", 64 << 20),
-        ("1e9", None),
-        ("-3 GB", None),
-        ("8 Gb ram", None),
-        (0, None),
-        (True, None),
-        (1.5e9, 1_500_000_000),
-        (float("nan"), None),
-    ],
-)
+    [("8 GB", 8 * 10**9), ("7.5 GiB", int(7.5 * 2**30)), ("100", 100), (2048, 2048), (" 64mib ", 64 << 20), ("1e9", None),
+     ("-3 GB", None), ("8 Gb ram", None), (0, None), (True, None), (1.5e9, 1_500_000_000), (float("nan"), None)],
+)  # fmt: skip
 def test_budgets(text, nbytes):
     from fullframe.budget import parse_bytes
 

@@ -199,15 +199,10 @@ def _dual(step: Any) -> Any:
         return step(forward_ad.make_dual(image(), image()))
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        _dual,
-        lambda step: torch.func.vmap(step)(image()[None]),
-        lambda step: torch.func.grad(lambda x: step(x).sum())(image()),
-        lambda step: torch.func.jvp(step, (image(),), (image(),)),
-    ],
-)
+@pytest.mark.parametrize("use", [
+    _dual, lambda step: torch.func.vmap(step)(image()[None]), lambda step: torch.func.grad(lambda x: step(x).sum())(image()),
+    lambda step: torch.func.jvp(step, (image(),), (image(),)),
+])  # fmt: skip
 def test_transforms_are_refused(use):
     net = Net(lambda net, x: net.conv(x))
     tiled = fullframe.tile(net, tile=6)

@@ -53,33 +53,18 @@ REFUSED: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "item": (lambda s, x: x * x.mean().item(), (PLACE, "_local_scalar_dense", "compute that value outside")),
     "selection": (lambda s, x: x[x > 0].mean() * x, (PLACE, "nonzero", "mask of fixed shape")),
     "unique": (lambda s, x: x * len(torch.unique(x.detach())), (PLACE, "unique", "compute that value outside")),
-    "counts": (
-        lambda s, x: x * torch.bincount(x.long().flatten().abs())[0],
-        (PLACE, "bincount", "compute that value"),
-    ),
+    "counts": (lambda s, x: x * torch.bincount(x.long().flatten().abs())[0], (PLACE, "bincount", "compute that value")),
     "numpy": (lambda s, x: x * float(x.detach().numpy().mean()), (PLACE, "numpy", "torch's own functions")),
     "python random": (lambda s, x: x * random.random(), ("Python's or NumPy's random", "torch's random functions")),
     "poisson": (lambda s, x: x + torch.poisson(x.abs()), (PLACE, "aten.poisson", "draw them with")),
-    "multinomial": (
-        lambda s, x: x + x.abs().flatten(1).multinomial(1)[0],
-        (PLACE, "aten.multinomial", "draw them with"),
-    ),
-    "generator": (
-        lambda s, x: x + torch.rand_like(x, generator=torch.Generator()),
-        (PLACE, "rand_like", "leave generator= out"),
-    ),
-    "strides": (
-        lambda s, x: x[:, :1].as_strided((1, 1, 12, 11), (264, 132, 11, 1), 132) + x,
-        (PLACE, "as_strided", "use slices"),
-    ),
-    "reentrant": (
-        lambda s, x: torch.utils.checkpoint.checkpoint(s.conv, x, use_reentrant=True),
-        ("checkpoint", "use_reentrant=False"),
-    ),
+    "multinomial": (lambda s, x: x + x.abs().flatten(1).multinomial(1)[0], (PLACE, "aten.multinomial", "draw them with")),
+    "generator": (lambda s, x: x + torch.rand_like(x, generator=torch.Generator()), (PLACE, "rand_like", "leave generator= out")),
+    "strides": (lambda s, x: x[:, :1].as_strided((1, 1, 12, 11), (264, 132, 11, 1), 132) + x, (PLACE, "as_strided", "use slices")),
+    "reentrant": (lambda s, x: torch.utils.checkpoint.checkpoint(s.conv, x, use_reentrant=True), ("checkpoint", "use_reentrant=False")),
     "kept": (kept, (PLACE, "features", "return it as an output")),
     "grown": (grown, ("block.count", "its final shape")),
     "set": (lambda s, x: {"a": x, "b": slice(0, 1)}, ("slice", "tuples, lists, dicts or dataclasses")),
-}
+}  # fmt: skip
 
 
 def state(net: nn.Module) -> dict[str, torch.Tensor]:
@@ -137,17 +122,9 @@ CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "budget negative": (lambda n: fullframe.tile(n, budget=-5), ValueError, "positive"),
     "no target": (lambda n: fullframe.tile(n, loss=F.mse_loss)(IMAGE), TypeError, "step\\(input, target\\)"),
     "no elements": (lambda n: fullframe.tile(n)(IMAGE[:0]), ValueError, "leave that batch out"),
-    "no loss": (
-        lambda n: fullframe.tile(n, loss=lambda y, t: 1.0)(IMAGE, IMAGE),
-        ValueError,
-        "must return a loss.*got float",
-    ),
-    "no image": (
-        lambda n: fullframe.tile(nn.Flatten(), tile=3)(torch.ones(2, 3)),
-        ValueError,
-        "needs an image input",
-    ),
-}
+    "no loss": (lambda n: fullframe.tile(n, loss=lambda y, t: 1.0)(IMAGE, IMAGE), ValueError, "must return a loss.*got float"),
+    "no image": (lambda n: fullframe.tile(nn.Flatten(), tile=3)(torch.ones(2, 3)), ValueError, "needs an image input"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CALLS)

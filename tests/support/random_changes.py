@@ -240,32 +240,10 @@ def nothing(p: Draws, s: Side) -> None:
 
 
 CHANGES: list[Change] = [
-    nothing,
-    training,
-    whole_training,
-    attribute,
-    join,
-    forward_hook,
-    pre_hook,
-    backward_hook,
-    gradient_hook,
-    remove_hooks,
-    frozen,
-    replaced_parameter,
-    parameter_data,
-    bias_taken_away,
-    loaded,
-    assigned,
-    buffer,
-    extra_buffer,
-    replaced_module,
-    forward_method,
-    precision,
-    memory_format,
-    autocast,
-    no_grad,
-    criterion,
-]
+    nothing, training, whole_training, attribute, join, forward_hook, pre_hook, backward_hook, gradient_hook, remove_hooks,
+    frozen, replaced_parameter, parameter_data, bias_taken_away, loaded, assigned, buffer, extra_buffer, replaced_module,
+    forward_method, precision, memory_format, autocast, no_grad, criterion,
+]  # fmt: skip
 
 
 # A network and its steps ---------------------------------------------------------------------------

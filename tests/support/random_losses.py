@@ -209,25 +209,9 @@ def l1_and_ssim(y, t):
 
 
 MAPS: list[Callable[..., Any]] = [
-    F.mse_loss,
-    F.l1_loss,
-    F.smooth_l1_loss,
-    F.huber_loss,
-    bce,
-    bce_of_sigmoid,
-    total_variation,
-    gradient,
-    charbonnier,
-    masked,
-    ssim,
-    spectrum_free_cosine,
-    kl,
-    pyramid_l1,
-    weighted_sum,
-    l1_and_ssim,
-    F.poisson_nll_loss,
-    F.soft_margin_loss,
-]
+    F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, bce, bce_of_sigmoid, total_variation, gradient, charbonnier,
+    masked, ssim, spectrum_free_cosine, kl, pyramid_l1, weighted_sum, l1_and_ssim, F.poisson_nll_loss, F.soft_margin_loss,
+]  # fmt: skip
 
 
 # Several outputs -----------------------------------------------------------------------------------
@@ -282,13 +266,10 @@ class Criterion(nn.Module):
 def torch_modules(p: Draws) -> Callable[..., Any]:
     """One of torch.nn's criteria for class scores."""
     w = torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)
-    return p.pick(
-        [
-            nn.CrossEntropyLoss(weight=w, ignore_index=IGNORED),
-            nn.CrossEntropyLoss(ignore_index=IGNORED, label_smoothing=0.1),
-            nn.CrossEntropyLoss(ignore_index=IGNORED),
-        ]
-    )
+    return p.pick([
+        nn.CrossEntropyLoss(weight=w, ignore_index=IGNORED), nn.CrossEntropyLoss(ignore_index=IGNORED, label_smoothing=0.1),
+        nn.CrossEntropyLoss(ignore_index=IGNORED),
+    ])  # fmt: skip
 
 
 def labels(shape: Sequence[int], generator: torch.Generator, ignored: bool) -> torch.Tensor:

@@ -71,46 +71,18 @@ def normalised(p: Draws, d: int, c: int) -> nn.Module:
 
 
 NORMS = {
-    "batch norm": batch,
-    "batch norm ": batch,
-    "instance norm": instance,
-    "group norm": group,
-    "layer norm over channels": layer,
-    "RMS norm": rms,
-    "norm by hand": hand_made,
-    "synchronised batch norm": synchronised,
-    "local response norm": response,
-    "global response norm": global_response,
-    "normalize": normalised,
-}
+    "batch norm": batch, "batch norm ": batch, "instance norm": instance, "group norm": group,
+    "layer norm over channels": layer, "RMS norm": rms, "norm by hand": hand_made, "synchronised batch norm": synchronised,
+    "local response norm": response, "global response norm": global_response, "normalize": normalised,
+}  # fmt: skip
 
 
 # Activations ---------------------------------------------------------------------------------------
 
 SIMPLE = [
-    "ReLU",
-    "LeakyReLU",
-    "ELU",
-    "GELU",
-    "SiLU",
-    "Sigmoid",
-    "Tanh",
-    "Softplus",
-    "Hardswish",
-    "Hardtanh",
-    "Mish",
-    "SELU",
-    "CELU",
-    "ReLU6",
-    "Softsign",
-    "LogSigmoid",
-    "Hardsigmoid",
-    "PReLU",
-    "Tanhshrink",
-    "Hardshrink",
-    "Softshrink",
-    "RReLU",
-]
+    "ReLU", "LeakyReLU", "ELU", "GELU", "SiLU", "Sigmoid", "Tanh", "Softplus", "Hardswish", "Hardtanh", "Mish", "SELU",
+    "CELU", "ReLU6", "Softsign", "LogSigmoid", "Hardsigmoid", "PReLU", "Tanhshrink", "Hardshrink", "Softshrink", "RReLU",
+]  # fmt: skip
 INPLACE = ("ReLU", "LeakyReLU", "ELU", "SiLU", "Hardswish", "Mish", "SELU", "CELU", "ReLU6", "Hardsigmoid", "RReLU")
 
 
@@ -229,14 +201,6 @@ def standardise(p: Draws, d: int, c: int) -> nn.Module:
     return Apply(standardised)
 
 
-GATES = {
-    "squeeze and excite": squeeze_excite,
-    "squeeze and excite, linear": squeeze_linear,
-    "ECA": eca,
-    "spatial gate": spatial_gate,
-    "channel gate": channel_gate,
-    "coordinate gate": coordinate_gate,
-    "global context": global_context,
-    "channel attention": channel_attention,
-    "standardise": standardise,
-}
+GATES = {"squeeze and excite": squeeze_excite, "squeeze and excite, linear": squeeze_linear, "ECA": eca, "spatial gate": spatial_gate,
+         "channel gate": channel_gate, "coordinate gate": coordinate_gate, "global context": global_context,
+         "channel attention": channel_attention, "standardise": standardise}  # fmt: skip

@@ -297,27 +297,12 @@ def smoothing_pool(p: Draws, d: int, a: int, b: int) -> nn.Module:
 
 
 LAYERS = {
-    "conv": conv,
-    "transposed conv, stride 1": transposed_keep,
-    "separable conv": separable,
-    "asymmetric conv": asymmetric,
-    "linear over channels": linear,
-    "einsum": einsum_channels,
-    "ConvNeXt": convnext,
-    "weight norms": reparametrized,
-    "branches": several,
-    "dilated pyramid": pyramid,
-    "pooled bins": bins,
-    "part of the channels": partial,
-    "shift": shift,
-    "shuffle": in_blocks,
-    "assign": assigned,
-    "transposed axes": transposed_axes,
-    "repeat": repeat,
-    "coordinates": coord_conv,
-    "pad": pad,
-    "pool, stride 1": smoothing_pool,
-}
+    "conv": conv, "transposed conv, stride 1": transposed_keep, "separable conv": separable,
+    "asymmetric conv": asymmetric, "linear over channels": linear, "einsum": einsum_channels, "ConvNeXt": convnext,
+    "weight norms": reparametrized, "branches": several, "dilated pyramid": pyramid, "pooled bins": bins,
+    "part of the channels": partial, "shift": shift, "shuffle": in_blocks, "assign": assigned,
+    "transposed axes": transposed_axes, "repeat": repeat, "coordinates": coord_conv, "pad": pad, "pool, stride 1": smoothing_pool,
+}  # fmt: skip
 
 
 # Down ----------------------------------------------------------------------------------------------

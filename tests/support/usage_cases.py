@@ -52,21 +52,12 @@ layer("adaptive avg 1d up", lambda: nn.AdaptiveAvgPool1d(31), shape=LINE)
 layer("global avg 1d", lambda: nn.AdaptiveAvgPool1d(1), nn.Flatten, lambda: nn.Linear(4, 3), shape=LINE)
 layer("global avg 3d", lambda: nn.AdaptiveAvgPool3d(1), nn.Flatten, lambda: nn.Linear(4, 3), shape=SOLID)
 layer("global max 3d", lambda: nn.AdaptiveMaxPool3d(1), nn.Flatten, lambda: nn.Linear(4, 3), shape=SOLID)
-layer(
-    "fractional pool",
-    lambda: nn.FractionalMaxPool2d(2, output_ratio=0.6, _random_samples=torch.rand(2, 4, 2, dtype=torch.float64)),
-    whole=("fractional",),
-)
+layer("fractional pool", lambda: nn.FractionalMaxPool2d(2, output_ratio=0.6, _random_samples=torch.rand(2, 4, 2, dtype=torch.float64)),
+      whole=("fractional",))  # fmt: skip
 layer("pool mixed", lambda: nn.MaxPool2d(2), lambda: nn.Upsample(size=(9, 11)), lambda: nn.AvgPool2d(3, 1, 1))
 layer("pixel shuffle 3", lambda: nn.Conv2d(4, 9, 1), lambda: nn.PixelShuffle(3))
-layer(
-    "pad modules",
-    lambda: nn.ReflectionPad2d((1, 2, 3, 0)),
-    lambda: nn.ZeroPad2d(1),
-    lambda: nn.ReplicationPad2d(2),
-    lambda: nn.ConstantPad2d((1, 0, 2, 1), 0.7),
-    lambda: nn.CircularPad2d((2, 1, 0, 3)),
-)
+layer("pad modules", lambda: nn.ReflectionPad2d((1, 2, 3, 0)), lambda: nn.ZeroPad2d(1), lambda: nn.ReplicationPad2d(2),
+      lambda: nn.ConstantPad2d((1, 0, 2, 1), 0.7), lambda: nn.CircularPad2d((2, 1, 0, 3)))  # fmt: skip
 layer(
     "pad modules 1d",
     lambda: nn.ReflectionPad1d(3),
@@ -145,14 +136,8 @@ layer("tied", Tied)
 
 # Every activation of torch.nn ----------------------------------------------------------------------
 
-ARGUMENTS: dict[str, tuple[Any, ...]] = {
-    "Threshold": (0.1, 2.0),
-    "Softmax": (1,),
-    "LogSoftmax": (1,),
-    "Softmin": (1,),
-    "GLU": (1,),
-    "MultiheadAttention": (4, 2),
-}
+ARGUMENTS: dict[str, tuple[Any, ...]] = {"Threshold": (0.1, 2.0), "Softmax": (1,), "LogSoftmax": (1,), "Softmin": (1,), "GLU": (1,),
+                                         "MultiheadAttention": (4, 2)}  # fmt: skip
 SPECIAL = {"MultiheadAttention", "RReLU"}  # attention over pixels runs whole; the other draws random slopes
 for _name in torch.nn.modules.activation.__all__:
     if f"activation {_name}" not in CASES and _name not in SPECIAL:
@@ -339,99 +324,32 @@ case(
         + torch.fmod(x, 0.5)
     ),
 )
-case(
-    "special functions",
-    lambda x: (
-        torch.special.expit(x)
-        + torch.erfc(x)
-        + torch.special.log_ndtr(x)
-        + torch.special.ndtr(x)
-        + torch.sinc(x)
-        + torch.logaddexp(x, x.sin())
-        + torch.hypot(x, x.cos())
-        + torch.special.erfcx(x)
-        + torch.i0(x)
-    ),
-)
-case(
-    "special gradients",
-    lambda x: (
-        torch.lgamma(x.abs() + 1)
-        + torch.digamma(x.abs() + 1)
-        + torch.xlogy(x.abs(), x.abs() + 1)
-        + torch.special.xlog1py(x, x.abs())
-        + torch.special.entr(x.sigmoid())
-        + torch.logit(x.sigmoid())
-    ),
-)
-case(
-    "trigonometry",
-    lambda x: (
-        torch.asin(x.tanh() * 0.9)
-        + torch.acosh(x.abs() + 1.1)
-        + torch.tan(x * 0.3)
-        + torch.asinh(x)
-        + torch.atanh(x.tanh() * 0.9)
-        + torch.deg2rad(x)
-        + torch.rad2deg(x)
-        + x.sinh()
-        + x.cosh()
-        + torch.acos(0.9 * x.tanh())
-    ),
-)
+case("special functions", lambda x: torch.special.expit(x) + torch.erfc(x) + torch.special.log_ndtr(x) + torch.special.ndtr(x)
+     + torch.sinc(x) + torch.logaddexp(x, x.sin()) + torch.hypot(x, x.cos()) + torch.special.erfcx(x) + torch.i0(x))  # fmt: skip
+case("special gradients", lambda x: torch.lgamma(x.abs() + 1) + torch.digamma(x.abs() + 1) + torch.xlogy(x.abs(), x.abs() + 1)
+     + torch.special.xlog1py(x, x.abs()) + torch.special.entr(x.sigmoid()) + torch.logit(x.sigmoid()))  # fmt: skip
+case("trigonometry", lambda x: torch.asin(x.tanh() * 0.9) + torch.acosh(x.abs() + 1.1) + torch.tan(x * 0.3) + torch.asinh(x)
+     + torch.atanh(x.tanh() * 0.9) + torch.deg2rad(x) + torch.rad2deg(x) + x.sinh() + x.cosh() + torch.acos(0.9 * x.tanh()))  # fmt: skip
 case(
     "rounding",
     lambda x: (
         x + x.round() + x.floor() + x.ceil() + x.trunc() + x.frac() + x.sign() + x.sgn() + torch.round(x, decimals=1)
     ),
 )
-case(
-    "logic",
-    lambda x: (
-        x * torch.logical_xor(x > 0, x > 1) * x.isfinite()
-        + x.nan_to_num() * torch.signbit(x)
-        + torch.copysign(x, x.sin())
-        + torch.heaviside(x.detach(), x.detach().cos())
-        + torch.ldexp(x, torch.tensor(2))
-    ),
-)
+case("logic", lambda x: x * torch.logical_xor(x > 0, x > 1) * x.isfinite() + x.nan_to_num() * torch.signbit(x) + torch.copysign(x, x.sin())
+     + torch.heaviside(x.detach(), x.detach().cos()) + torch.ldexp(x, torch.tensor(2)))  # fmt: skip
 case(
     "addcdiv",
     lambda x: (
         torch.addcdiv(x, x.sin(), x.abs() + 1, value=0.3) + torch.lerp(x, x.cos(), x.sigmoid()) + torch.rsub(x, 2)
     ),
 )
-case(
-    "comparisons",
-    lambda x: (
-        x * torch.isclose(x, x.round(), atol=0.2)
-        + torch.gt(x, 0) * x
-        + x.ne(0) * x
-        + torch.isin((x * 2).long(), torch.tensor([0, 1])) * x
-    ),
-    whole=("isin",),
-)
-case(
-    "statistics",
-    lambda x: (
-        x.std(1, keepdim=True)
-        + x.var((2, 3), keepdim=True, correction=0)
-        + x.mean(0, True)
-        + torch.var_mean(x, 1, keepdim=True)[1]
-        + x.nanmean(1, True)
-        + x.nansum((2, 3), True)
-    ),
-)
-case(
-    "norm kinds",
-    lambda x: (
-        x.norm(dim=1, keepdim=True)
-        + torch.linalg.norm(x, dim=(2, 3), keepdim=True)
-        + F.normalize(x, p=1, dim=(2, 3))
-        + torch.linalg.vector_norm(x, 4, 1, True)
-        + x.norm(p="fro", dim=(2, 3), keepdim=True)
-    ),
-)
+case("comparisons", lambda x: x * torch.isclose(x, x.round(), atol=0.2) + torch.gt(x, 0) * x + x.ne(0) * x + torch.isin((x * 2).long(), torch.tensor([0, 1])) * x,
+     whole=("isin",))  # fmt: skip
+case("statistics", lambda x: x.std(1, keepdim=True) + x.var((2, 3), keepdim=True, correction=0) + x.mean(0, True) + torch.var_mean(x, 1, keepdim=True)[1]
+     + x.nanmean(1, True) + x.nansum((2, 3), True))  # fmt: skip
+case("norm kinds", lambda x: x.norm(dim=1, keepdim=True) + torch.linalg.norm(x, dim=(2, 3), keepdim=True) + F.normalize(x, p=1, dim=(2, 3))
+     + torch.linalg.vector_norm(x, 4, 1, True) + x.norm(p="fro", dim=(2, 3), keepdim=True))  # fmt: skip
 case(
     "distances",
     lambda x: (
@@ -493,43 +411,16 @@ case(
     lambda: nn.Conv2d(1, 1, 1),
     whole=("fft",),
 )
-case(
-    "grid sample",
-    lambda x: F.grid_sample(
-        x,
-        F.affine_grid(
-            torch.tensor([[[0.9, 0.1, 0], [0, 1.1, 0.1]]] * 2, dtype=x.dtype), x.shape, align_corners=False
-        ),
-        align_corners=False,
-    ),
-    whole=("grid_sampler",),
-)
-case(
-    "attention over pixels",
-    lambda x, a: (lambda t: a(t, t, t)[0])(x.flatten(2).transpose(1, 2)).transpose(1, 2).view_as(x),
-    lambda: nn.MultiheadAttention(4, 2, batch_first=True),
-    whole=("attention",),
-)
-case(
-    "scaled dot product",
-    lambda x: (lambda t: F.scaled_dot_product_attention(t, t.sin(), t.cos()))(x.flatten(2).transpose(1, 2)[:, None]),
-    whole=("attention",),
-)
-case(
-    "axial attention",
-    lambda x: (lambda t: F.scaled_dot_product_attention(t, t.sin(), t.cos()))(x.permute(0, 2, 3, 1)).permute(
-        0, 3, 1, 2
-    ),
-    whole=("attention",),
-)
-case(
-    "einsum batch",
-    lambda x, l: (
-        torch.einsum("bchw,kc->bkhw", x, l.weight)
-        + torch.einsum("bchw,bkhw->bck", x, x[:, :3]).mean((1, 2)).view(2, 1, 1, 1)
-    ),
-    lambda: nn.Linear(4, 3),
-)
+case("grid sample", lambda x: F.grid_sample(x, F.affine_grid(torch.tensor([[[0.9, 0.1, 0], [0, 1.1, 0.1]]] * 2, dtype=x.dtype), x.shape, align_corners=False),
+     align_corners=False), whole=("grid_sampler",))  # fmt: skip
+case("attention over pixels", lambda x, a: (lambda t: a(t, t, t)[0])(x.flatten(2).transpose(1, 2)).transpose(1, 2).view_as(x),
+     lambda: nn.MultiheadAttention(4, 2, batch_first=True), whole=("attention",))  # fmt: skip
+case("scaled dot product", lambda x: (lambda t: F.scaled_dot_product_attention(t, t.sin(), t.cos()))(x.flatten(2).transpose(1, 2)[:, None]),
+     whole=("attention",))  # fmt: skip
+case("axial attention", lambda x: (lambda t: F.scaled_dot_product_attention(t, t.sin(), t.cos()))(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
+     whole=("attention",))  # fmt: skip
+case("einsum batch", lambda x, l: torch.einsum("bchw,kc->bkhw", x, l.weight) + torch.einsum("bchw,bkhw->bck", x, x[:, :3]).mean((1, 2)).view(2, 1, 1, 1),
+     lambda: nn.Linear(4, 3))  # fmt: skip
 case("einsum ellipsis", lambda x, l: torch.einsum("bc...,dc->bd...", x, l.weight), lambda: nn.Linear(4, 3))
 case(
     "einsum three",
@@ -543,31 +434,12 @@ case(
     lambda: nn.Bilinear(4, 4, 3),
     whole=("trilinear",),
 )
-case(
-    "dynamic filter",
-    lambda x, l: F.conv2d(x.reshape(1, 8, 9, 11), l(x.mean((2, 3))).view(8, 1, 3, 3), padding=1, groups=8).view(
-        2, 4, 9, 11
-    ),
-    lambda: nn.Linear(4, 36),
-)
-case(
-    "conv bank",
-    lambda x, a, b: sum(w[:, k : k + 1] * c(x) for w in [a(x).softmax(1)] for k, c in enumerate([b, a])),
-    lambda: nn.Conv2d(4, 4, 3, padding=1),
-    lambda: nn.Conv2d(4, 4, 5, padding=2),
-)
-case(
-    "blur pool",
-    lambda x: F.conv2d(
-        F.pad(x, (1, 1, 1, 1), mode="reflect"),
-        torch.tensor([1.0, 2, 1], dtype=x.dtype)
-        .outer(torch.tensor([1.0, 2, 1], dtype=x.dtype))
-        .div(16)
-        .expand(4, 1, 3, 3),
-        stride=2,
-        groups=4,
-    ),
-)
+case("dynamic filter", lambda x, l: F.conv2d(x.reshape(1, 8, 9, 11), l(x.mean((2, 3))).view(8, 1, 3, 3), padding=1, groups=8).view(2, 4, 9, 11),
+     lambda: nn.Linear(4, 36))  # fmt: skip
+case("conv bank", lambda x, a, b: sum(w[:, k : k + 1] * c(x) for w in [a(x).softmax(1)] for k, c in enumerate([b, a])), lambda: nn.Conv2d(4, 4, 3, padding=1),
+     lambda: nn.Conv2d(4, 4, 5, padding=2))  # fmt: skip
+case("blur pool", lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), torch.tensor([1.0, 2, 1], dtype=x.dtype).outer(torch.tensor([1.0, 2, 1], dtype=x.dtype))
+     .div(16).expand(4, 1, 3, 3), stride=2, groups=4))  # fmt: skip
 case(
     "sobel",
     lambda x: (
@@ -604,11 +476,8 @@ case(
     lambda: nn.Conv2d(4, 4, 3),
 )
 case("straight through", lambda x: x + (x.round() - x).detach())
-case(
-    "checkpointed",
-    lambda x, c: checkpoint(lambda t: c(t).relu(), x, use_reentrant=False) + checkpoint(c, x, use_reentrant=False),
-    lambda: nn.Conv2d(4, 4, 3),
-)
+case("checkpointed", lambda x, c: checkpoint(lambda t: c(t).relu(), x, use_reentrant=False) + checkpoint(c, x, use_reentrant=False),
+     lambda: nn.Conv2d(4, 4, 3))  # fmt: skip
 case("vmap", lambda x: torch.vmap(lambda t: t * t.mean())(x))
 case(
     "vmap conv",
@@ -632,15 +501,8 @@ class Squash(torch.autograd.Function):
 
 
 case("own backward", lambda x, c: Squash.apply(c(x)), lambda: nn.Conv2d(4, 4, 3))
-case(
-    "gradient inside",
-    lambda x, c: (
-        x + torch.autograd.grad(c(x).square().sum(), x, create_graph=True)[0]
-        if torch.is_grad_enabled() and x.requires_grad
-        else x + torch.func.grad(lambda t: c(t).square().sum())(x)
-    ),
-    lambda: nn.Conv2d(4, 2, 1),
-)
+case("gradient inside", lambda x, c: x + torch.autograd.grad(c(x).square().sum(), x, create_graph=True)[0] if torch.is_grad_enabled() and x.requires_grad
+     else x + torch.func.grad(lambda t: c(t).square().sum())(x), lambda: nn.Conv2d(4, 2, 1))  # fmt: skip
 case(
     "gradient reversal",
     lambda x: (lambda y: (y.register_hook(lambda g: -0.3 * g), y)[1])(x * 1.0) if x.requires_grad else x * 1.0,
@@ -710,16 +572,8 @@ case(
 )
 case("call randperm", lambda x: x[:, torch.randperm(4)])
 case("call count", lambda x: x + torch.count_nonzero(x > 0, dim=(2, 3))[..., None, None])
-case(
-    "call constants",
-    lambda x: (
-        x.new_full((11,), 3.0) * x
-        + torch.full_like(x, 2.0)
-        + torch.eye(9, dtype=x.dtype)[:, :1]
-        + torch.empty_strided((2, 4, 9, 11), (396, 99, 11, 1), dtype=x.dtype).copy_(x)
-        + at.lift_fresh(x)
-    ),
-)
+case("call constants", lambda x: x.new_full((11,), 3.0) * x + torch.full_like(x, 2.0) + torch.eye(9, dtype=x.dtype)[:, :1]
+     + torch.empty_strided((2, 4, 9, 11), (396, 99, 11, 1), dtype=x.dtype).copy_(x) + at.lift_fresh(x))  # fmt: skip
 case("call index fill", lambda x: x.index_fill(1, FEW, 0.5) + x.index_fill(2, FEW, torch.tensor(0.3, dtype=x.dtype)))
 case("call mode nanmedian", lambda x: (x.round().mode(1).values, x.nanmedian(1).values))
 case("call native batch norm", lambda x: at.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)[0])
@@ -909,32 +763,11 @@ def kl_students(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     )
 
 
-for _loss in (
-    jaccard,
-    focal_tversky,
-    generalised_jaccard,
-    focal_alpha,
-    lovasz_hinge,
-    boundary,
-    soft_skeleton,
-    normalised_by_valid,
-    batch_balanced,
-    ohem,
-    lovasz,
-):
+for _loss in (jaccard, focal_tversky, generalised_jaccard, focal_alpha, lovasz_hinge, boundary, soft_skeleton, normalised_by_valid,
+              batch_balanced, ohem, lovasz):  # fmt: skip
     loss_case(_loss.__name__, _loss, PIXELS)
-for _loss in (
-    focal_bce,
-    ms_ssim,
-    sobel_loss,
-    laplacian_pyramid,
-    total_variation,
-    charbonnier,
-    gram_style,
-    perceptual,
-    several_terms,
-    kl_students,
-):
+for _loss in (focal_bce, ms_ssim, sobel_loss, laplacian_pyramid, total_variation, charbonnier, gram_style, perceptual, several_terms,
+              kl_students):  # fmt: skip
     loss_case(_loss.__name__, _loss, like())
 loss_case(
     "modules",
@@ -944,30 +777,10 @@ loss_case(
     ),
     PIXELS,
 )
-loss_case(
-    "modules of maps",
-    lambda x, y: (
-        nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0, dtype=x.dtype))(x, y)
-        + nn.HuberLoss(delta=0.3)(x, y)
-        + nn.SmoothL1Loss(beta=0.5)(x, y)
-        + nn.MSELoss()(x, y)
-        + nn.L1Loss()(x, y)
-        + nn.KLDivLoss(reduction="batchmean")(x.log_softmax(1), y)
-        + nn.PoissonNLLLoss()(x, y)
-        + nn.SoftMarginLoss()(x, y.sign())
-    ),
-    like(),
-)
-loss_case(
-    "margin",
-    lambda x, y: (
-        F.margin_ranking_loss(x[:, :2], x[:, 2:], y[:, :2].round() * 2 - 1)
-        + F.hinge_embedding_loss(x, y.round() * 2 - 1)
-        + F.triplet_margin_loss(x[:, 0], x[:, 1], x[:, 2])
-        + F.cosine_embedding_loss(x.mean((2, 3)), y.mean((2, 3)), torch.ones(2))
-    ),
-    like(),
-)
+loss_case("modules of maps", lambda x, y: nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0, dtype=x.dtype))(x, y) + nn.HuberLoss(delta=0.3)(x, y) + nn.SmoothL1Loss(beta=0.5)(x, y)
+          + nn.MSELoss()(x, y) + nn.L1Loss()(x, y) + nn.KLDivLoss(reduction="batchmean")(x.log_softmax(1), y) + nn.PoissonNLLLoss()(x, y) + nn.SoftMarginLoss()(x, y.sign()), like())  # fmt: skip
+loss_case("margin", lambda x, y: F.margin_ranking_loss(x[:, :2], x[:, 2:], y[:, :2].round() * 2 - 1) + F.hinge_embedding_loss(x, y.round() * 2 - 1)
+          + F.triplet_margin_loss(x[:, 0], x[:, 1], x[:, 2]) + F.cosine_embedding_loss(x.mean((2, 3)), y.mean((2, 3)), torch.ones(2)), like())  # fmt: skip
 loss_case("multilabel", lambda x, y: F.multilabel_soft_margin_loss(x.mean((2, 3)), y[:, :, 0, 0].round()), like())
 loss_case(
     "cross entropy 3d smooth",
@@ -987,19 +800,8 @@ loss_case(
     ),
     like(),
 )
-loss_case(
-    "dice 3d",
-    lambda x, t: (
-        1
-        - (
-            2
-            * (x.softmax(1) * F.one_hot(t, 4).movedim(-1, 1)).sum((2, 3, 4))
-            / (x.softmax(1) + F.one_hot(t, 4).movedim(-1, 1)).sum((2, 3, 4))
-        ).mean()
-    ),
-    lambda: torch.randint(0, 4, (1, 5, 6, 7)),
-    SOLID,
-)
+loss_case("dice 3d", lambda x, t: 1 - (2 * (x.softmax(1) * F.one_hot(t, 4).movedim(-1, 1)).sum((2, 3, 4)) / (x.softmax(1) + F.one_hot(t, 4).movedim(-1, 1)).sum((2, 3, 4))).mean(),
+          lambda: torch.randint(0, 4, (1, 5, 6, 7)), SOLID)  # fmt: skip
 loss_case(
     "line",
     lambda x, y: F.mse_loss(x, y) + (x.diff() - y.diff()).abs().mean() + F.cosine_similarity(x, y, dim=2).mean(),
