@@ -5,7 +5,7 @@
 
 Two processes take the same steps in turns, one with the engine of the other checkout's ``src``, so that whatever else
 the machine does meets both alike. The interval is that of the sign test: of so many pairs, the median of all lies
-between the ranked ratios that are printed with at least 95 % confidence (Conover, Practical Nonparametric Statistics).
+between the ranked ratios printed with at least 95 % confidence (Conover, Practical Nonparametric Statistics).
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def ask(process: subprocess.Popen[str]) -> tuple[float, float]:
 
 
 def interval(ratios: list[float]) -> tuple[float, float]:
-    """Ranked ratios between which the median lies with at least 95 % confidence, or all of them where they are few."""
+    """Ranked ratios between which the median lies with at least 95 % confidence; all where they are few."""
     n, ranked = len(ratios), sorted(ratios)
     below, k = 0.0, 0
     while (below := below + comb(n, k) / 2**n) <= 0.025:
