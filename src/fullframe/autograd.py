@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch._C._functorch import is_legacy_batchedtensor
 
 from fullframe.capture.ambient import PendingBackward, find_pending
 from fullframe.capture.threads import ForkSafeLock
@@ -20,6 +19,7 @@ from fullframe.runtime.executor import Run
 from fullframe.runtime.replay_cuda import CudaReplays, Feed
 from fullframe.storage.arena import laid_out
 from fullframe.storage.pool import Pool, Stores
+from fullframe.torch_compat import is_batched
 
 Grads = list["torch.Tensor | None"]
 
@@ -228,7 +228,7 @@ class TiledFunction(torch.autograd.Function):
 def _backward(ctx: Any, *upstream: Any) -> Any:
     if all(g is None for g in upstream):  # of what an earlier call left in a buffer, and nothing has used
         return (None,) * len(ctx.needs_input_grad)
-    if any(g is not None and is_legacy_batchedtensor(g) for g in upstream):
+    if any(g is not None and is_batched(g) for g in upstream):
         raise RuntimeError(
             "is_grads_batched=True asks for several gradients at once, which a tiled module does not have; ask "
             "for them one after the other"

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fullframe.frontend.guards import GuardSnapshot
 from fullframe.oracle import drawn
 from fullframe.schedule.plan import Plan
 from fullframe.tiled import Tiled, tile
+from fullframe.torch_compat import pytree
 
 
 @dataclass(frozen=True)

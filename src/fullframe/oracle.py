@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fullframe.capture.rng_state import State, States
 from fullframe.ir import region as box
 from fullframe.ops.decompositions.random import DISTRIBUTIONS
 from fullframe.ops.primitives import random as noise
+from fullframe.torch_compat import TorchDispatchMode
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from fullframe.autograd import Kept, LostGraph, TiledFunction, fresh_leaf, revive, run_forward
@@ -28,6 +27,7 @@ from fullframe.runtime.execution_paths import Idle, Key, Programs, keep, keys, m
 from fullframe.runtime.replay_cuda import CudaReplays
 from fullframe.schedule.plan import Plan
 from fullframe.storage.pool import Pool
+from fullframe.torch_compat import current_transform, forward_mode
 
 
 class Tiled(nn.Module):
@@ -209,8 +209,8 @@ class Values:
 
 def _refuse_transforms(call: Call) -> None:
     """Refuse torch.func's transforms and forward-mode gradients, which a recorded step would leave out."""
-    transformed = peek_interpreter_stack() is not None
-    if not transformed and forward_ad._current_level >= 0:
+    transformed = current_transform() is not None
+    if not transformed and forward_mode():
         transformed = any(forward_ad.unpack_dual(t).tangent is not None for t in call.tensors)
     if transformed:
         raise CaptureError(

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fullframe
+from fullframe import torch_compat
 from fullframe.codegen import group as kernels
 from fullframe.codegen.kernel import build
 from fullframe.ops.numerics import convolve
@@ -41,7 +42,7 @@ def test_bias_before_a_norm_is_not_the_rounding_of_its_terms(seed):
 
 @pytest.mark.parametrize("native", [False, True])
 def test_a_bfloat16_convolution_rounds_once(native, monkeypatch):
-    monkeypatch.setattr(convolve, "_has_bfloat16", lambda: native)
+    monkeypatch.setattr(torch_compat, "has_bfloat16", lambda: native)
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(s).bfloat16() for s in ((1, 16, 12, 14), (8, 16, 3, 3), (8,)))
     made = convolve.convolve(x, weight, bias, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)

@@ -18,13 +18,14 @@ from threading import local
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
+from fullframe import torch_compat
 from fullframe.bytecode.libtorch import FORMATS, codes
 from fullframe.bytecode.program import Bytecode, Result
 from fullframe.codegen.group import Call
 from fullframe.codegen.kernel import HostCall, Kernel, Plain
 from fullframe.codegen.loop_layout import contiguous, merged
+from fullframe.torch_compat import TorchDispatchMode, pop_mode, push_mode
 
 END, KERNEL, NEW, DROP, CALL, COPY, ADD, OWN, KEPT, PLUS = range(10)
 PLAIN, TENSOR, LIST, OPTIONAL, STRING = range(5)  # what an argument of a call is
@@ -81,12 +82,12 @@ class Recorder(TorchDispatchMode):
 
     def __enter__(self) -> Any:
         _CURRENT.recorder = self
-        _push_mode(self)
+        push_mode(self)
         return self
 
     def __exit__(self, *error: Any) -> None:
         _CURRENT.recorder = None
-        _pop_mode()
+        pop_mode()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -95,7 +96,7 @@ class Recorder(TorchDispatchMode):
         return made
 
     def _note(self, func: Any, args: Any, kwargs: Any, made: Any) -> None:
-        if not isinstance(func, torch._ops.OpOverload):
+        if not isinstance(func, torch_compat.OpOverload):
             raise _Unknown("an operator of another kind")
         if func in MADE:
             self._new(made, MADE[func])

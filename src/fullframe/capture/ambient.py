@@ -10,7 +10,6 @@ import functools
 import itertools
 import logging
 import os
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,30 +17,29 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch._C import _autograd
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fullframe.errors import CaptureError
+from fullframe.torch_compat import dispatch_modes, dynamo, pop_saved_hooks, push_saved_hooks, top_saved_hooks
 
 
 @contextmanager
 def unhooked() -> Iterator[None]:
     """Inside, the caller's hooks on saved tensors do not see what is saved; such as are set inside do."""
     kept: list[Any] = []
-    while (hooks := _autograd._top_saved_tensors_default_hooks(True)) is not None:
+    while (hooks := top_saved_hooks(True)) is not None:
         kept.append(hooks)
-        _autograd._pop_saved_tensors_default_hooks()
+        pop_saved_hooks()
     try:
         yield
     finally:
         for pack, unpack in reversed(kept):
-            _autograd._push_saved_tensors_default_hooks(pack, unpack)
+            push_saved_hooks(pack, unpack)
 
 
 def refuse_modes() -> None:
     """Refuse modes that see every op, and may change it: a tiled call has the engine's, in threads of its own."""
     # `drawn`, which draws as the engine does, is one of our own.
-    found = [m for m in _get_current_dispatch_mode_stack() if not ours(m)]
+    found = [m for m in dispatch_modes() if not ours(m)]
     if found:
         raise CaptureError(
             f"{type(found[-1]).__name__}, a TorchDispatchMode, sees every op of plain PyTorch, and a tiled module or "
@@ -95,7 +93,7 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
         if not disabled:
-            if "torch._dynamo" not in sys.modules:
+            if dynamo() is None:
                 return function(*args, **kwargs)
             disabled.append(torch.compiler.disable(function))
         return disabled[0](*args, **kwargs)
@@ -126,7 +124,7 @@ class PendingBackward(bytearray):
 
     def own(self) -> PendingBackward | None:
         """For the forward's own node to keep; nothing inside of torch's checkpoint, which makes the forward again."""
-        hooks = _autograd._top_saved_tensors_default_hooks(True)
+        hooks = top_saved_hooks(True)
         again = hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
         return None if again else self
 

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+from fullframe.torch_compat import BatchNorm
+
+FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 @contextmanager
 def recordable(root: nn.Module) -> Iterator[None]:
     """Inside, such norms under ``root`` compute their cumulative average from tensors alone."""
-    found = [m for m in root.modules() if isinstance(m, _BatchNorm) and _reads_its_count(m)]
+    found = [m for m in root.modules() if isinstance(m, BatchNorm) and _reads_its_count(m)]
     for norm in found:
         norm.forward = partial(_forward, norm)
     try:
@@ -31,7 +32,7 @@ def recordable(root: nn.Module) -> Iterator[None]:
             del norm.forward
 
 
-def _reads_its_count(norm: _BatchNorm) -> bool:
+def _reads_its_count(norm: BatchNorm) -> bool:
     own = "forward" not in norm.__dict__ and type(norm).forward in FORWARDS
     return own and norm.training and norm.momentum is None and norm.num_batches_tracked is not None
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import _lru_cache_wrapper
 from typing import Any
 
-from torch.utils import _pytree as pytree
+from fullframe.torch_compat import pytree
 
 # Packages that keep no tensors by size, and are large.
 PASSED = frozenset(("torch", "numpy", "sympy", "mpmath", "fullframe", *sys.stdlib_module_names)) - {"__main__"}

@@ -18,11 +18,10 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fullframe import torch_compat
 from fullframe.errors import CaptureError, FullframeError
+from fullframe.torch_compat import FakeTensor, FunctionalTensor, TorchDispatchMode
 
 aten = torch.ops.aten
 MOST = 256  # conditions of one step; a loop until something holds would ask for ever
@@ -204,7 +203,7 @@ def _holding(conditions: Conditions, condition: torch.Tensor) -> torch.Tensor:
 
 
 def _matrix(conditions: Conditions, info: torch.Tensor, api_name: str, *, is_matrix: bool) -> None:
-    conditions.check(info, partial(torch._linalg_check_errors, api_name=api_name, is_matrix=is_matrix))
+    conditions.check(info, partial(torch_compat.linalg_check_errors, api_name=api_name, is_matrix=is_matrix))
 
 
 def _assertion(conditions: Conditions, condition: torch.Tensor, message: str = "") -> None:
@@ -212,7 +211,7 @@ def _assertion(conditions: Conditions, condition: torch.Tensor, message: str = "
 
 
 def _asserted(condition: torch.Tensor, message: str) -> None:
-    torch._assert_async(condition.cpu(), message) if message else torch._assert_async(condition.cpu())
+    torch_compat.assert_async(condition.cpu(), message) if message else torch_compat.assert_async(condition.cpu())
 
 
 def _polygamma_(conditions: Conditions, tensor: torch.Tensor, order: int) -> torch.Tensor:

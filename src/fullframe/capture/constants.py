@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from fullframe import torch_compat
 from fullframe.errors import CaptureError
+from fullframe.torch_compat import FunctionalTensor, without_modes
 
 READERS = frozenset(
     ("item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "__complex__",
@@ -96,7 +96,7 @@ class ConstantTracker:
         source = self.sources[id(placeholder)]
         path, tensor = source.name, source.tensor
         inner: Any = source.placeholder
-        if torch._functionalize_has_data_mutation(inner.elem):  # pyright: ignore[reportAttributeAccessIssue]
+        if torch_compat.has_data_mutation(inner.elem):
             return False
         if not _small(tensor):
             if name in READERS | SHAPED:
@@ -106,7 +106,7 @@ class ConstantTracker:
                     "meets. Compute what it needs of them outside the step and pass it in"
                 )
             return False
-        with _disable_current_modes():
+        with without_modes():
             self._pair(source.placeholder, tensor.detach().clone(), frozenset((source.number,)))
         return True
 
@@ -133,7 +133,7 @@ class ConstantTracker:
 
     def _follow(self, func: Callable[..., Any], args: Any, kwargs: Any, made: Any) -> None:
         """Do the same to the twins."""
-        with _disable_current_modes():
+        with without_modes():
             twin = func(*self._twin(args), **self._twin(kwargs))
             twin = list(twin) if isinstance(made, list) else twin
         origins = self._origins((args, kwargs))
@@ -153,7 +153,7 @@ class ConstantTracker:
 
     def _reading(self, name: str, args: Any, kwargs: Any) -> Any:
         self.read |= self._origins((args, kwargs))
-        with _disable_current_modes():
+        with without_modes():
             # Of the twin's class: a tensor of a recording has a ``tolist`` of its own.
             found = getattr(self._twin(args[0]), name)(*self._twin(args[1:]), **self._twin(kwargs))
             if name in ("numpy", "__array__"):  # not the twin's own memory, which must not change unseen
@@ -163,7 +163,7 @@ class ConstantTracker:
 
     def _shaped(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self.read |= self._origins((args, kwargs))
-        with _disable_current_modes():
+        with without_modes():
             twin = func(*self._twin(args), **self._twin(kwargs))
         return (
             type(twin)(self._constant(t) for t in twin) if isinstance(twin, (list, tuple)) else self._constant(twin)
@@ -239,7 +239,7 @@ class ConstantTracker:
 
 def _name(func: Callable[..., Any]) -> str:
     """The name of one of torch's own functions; others of that name may do anything."""
-    own = not isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+    own = not isinstance(func, (torch_compat.OpOverload, torch_compat.OpOverloadPacket))
     own = own and (getattr(func, "__module__", None) or "torch").startswith("torch")
     return getattr(func, "__name__", "") if own else ""
 

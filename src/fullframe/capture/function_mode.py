@@ -14,10 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.fx import traceback as fx_traceback
-from torch.nn.modules._functions import CrossMapLRN2d
 from torch.overrides import TorchFunctionMode
 
 from fullframe.capture.conditions import location, recorded
@@ -26,6 +22,14 @@ from fullframe.capture.rng_state import States
 from fullframe.capture.subclasses import Shadows
 from fullframe.capture.threads import replaced
 from fullframe.errors import CaptureError
+from fullframe.torch_compat import (
+    CrossMapLRN2d,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FunctionalTensor,
+    fx_traceback,
+)
 
 WRITERS = frozenset(("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__iand__",
                      "__ior__", "__ixor__", "__ifloordiv__", "__imod__"))  # fmt: skip

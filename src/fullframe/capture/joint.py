@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from fullframe import torch_compat
 from fullframe.capture.conditions import Conditions
 from fullframe.capture.constants import BufferSource
 from fullframe.capture.function_mode import CaptureMode
@@ -23,6 +23,7 @@ from fullframe.frontend.outputs import Tree, flatten
 from fullframe.frontend.reads import ReadLog
 from fullframe.frontend.side_effects import SideEffectTracker
 from fullframe.storage.arena import packed
+from fullframe.torch_compat import pytree
 
 Strides = tuple[int, ...] | None
 
@@ -286,7 +287,7 @@ class JointFunction:
 
 def take_grads(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor | None]:
     """What lies at tensors as ``.grad``, which is then gone."""
-    with torch._C.DisableTorchFunction():  # the recording's own mode refuses this to the step's code
+    with torch_compat.no_torch_function():  # the recording's own mode refuses this to the step's code
         found = [(t, t.grad if t.is_leaf else None) for t in tensors]
         for tensor, grad in found:
             if grad is not None:

@@ -24,13 +24,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.overrides import TorchFunctionMode, _get_overloaded_args
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.overrides import TorchFunctionMode
 
+from fullframe import torch_compat
 from fullframe.errors import CaptureError
+from fullframe.torch_compat import FakeTensor, FunctionalTensor, overloaded_arguments, pytree, without_modes
 
 CARRIED = "_fullframe_carried"
 OWN = str(Path(__file__).parents[1])
@@ -223,7 +221,7 @@ class Shadows:
 @contextmanager
 def _apart() -> Iterator[None]:
     """Inside, nothing is recorded, and no gradient follows."""
-    with _disable_current_modes(), torch.no_grad():
+    with without_modes(), torch.no_grad():
         yield
 
 
@@ -242,7 +240,7 @@ def _handed(met: Met, found: Mapping[int, torch.Tensor], where: str) -> list[Any
         return [SHARES(*args)]
     results = [_filled(x, found) for x in met.results]
     tensors = [x for x in given if isinstance(x, torch.Tensor) and type(x) is not torch.Tensor]
-    overloaded = _get_overloaded_args(tensors)
+    overloaded = overloaded_arguments(tensors)
     if not overloaded:
         return results
     answer = _Answer(met.function, given, pytree.tree_unflatten(results, met.returned))
@@ -290,7 +288,7 @@ def _one(a: Any, b: Any) -> bool:
     if a is b:
         return True
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        with torch._C.DisableTorchFunction():
+        with torch_compat.no_torch_function():
             return a.shape == b.shape and a.untyped_storage()._cdata == b.untyped_storage()._cdata
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         return False
@@ -308,7 +306,7 @@ def _blank(like: Blank) -> torch.Tensor:
 
 
 def _described(tensor: torch.Tensor) -> Blank:
-    with torch._C.DisableTorchFunction():
+    with torch_compat.no_torch_function():
         return Blank(tuple(tensor.shape), tensor.dtype, tensor.device)
 
 
@@ -319,7 +317,7 @@ def _shadow(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _alias(tensor: torch.Tensor) -> torch.Tensor:
-    with torch._C.DisableTorchFunction():
+    with torch_compat.no_torch_function():
         return tensor.view_as(tensor)
 
 
@@ -360,7 +358,7 @@ def _set_class(placeholder: torch.Tensor, cls: type, carried: Collection[str] | 
 def _placeholder_class(cls: type, made: bool) -> Any:
     """The class of placeholders for tensors of a class: of both kinds, computing as recorded tensors do."""
     kind: Any = _Kind if type(cls) is type(torch.Tensor) else type("_Kind", (_Kind, type(cls)), {})
-    own: dict[str, Any] = {"__torch_function__": torch._C._disabled_torch_function_impl}
+    own: dict[str, Any] = {"__torch_function__": torch_compat.disabled_torch_function}
     if made:  # by the step
         own |= {"__getattribute__": _read, "__setattr__": _write}
     try:

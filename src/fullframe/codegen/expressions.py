@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fullframe import torch_compat
 from fullframe.codegen.group import Group, Node, Ref
 
 
@@ -276,7 +277,7 @@ def _parameters(target: str) -> tuple[tuple[str, Any], ...]:
     return tuple((a.name, a.default_value if a.has_default_value() else None) for a in schema.arguments)
 
 
-def find(target: str) -> torch._ops.OpOverload:
+def find(target: str) -> torch_compat.OpOverload:
     """The ATen overload of a target."""
     packet, overload = target.removeprefix("aten.").rsplit(".", 1)
     return getattr(getattr(torch.ops.aten, packet), overload)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -11,12 +10,8 @@ from traceback import walk_tb
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch._subclasses.functional_tensor import dispatch_functionalize
-from torch.fx import traceback as fx_traceback
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fullframe import torch_compat
 from fullframe.budget import free_bytes
 from fullframe.capture.ambient import trimmed, unhooked, unlogged
 from fullframe.capture.batch_norm import recordable
@@ -44,6 +39,7 @@ from fullframe.ops.decompose import decompose_graph
 from fullframe.ops.primitives.elementwise import fusable
 from fullframe.schedule.planner import FIXED, plan
 from fullframe.schedule.request import Request
+from fullframe.torch_compat import FakeTensorMode, TorchDispatchMode, dispatch_functionalize, fx_traceback, make_fx
 
 WINDOWS = 32  # so many of the largest windows fit in the budget of a device
 # steps that may be in flight: two or three sections of each of two branches, and small ones between
@@ -380,7 +376,7 @@ class _Undrawn(TorchDispatchMode):
 @contextmanager
 def _uncompiled() -> Iterator[None]:
     """Inside, functions that torch.compile made run as they were written."""
-    dynamo = sys.modules.get("torch._dynamo")
+    dynamo = torch_compat.dynamo()
     with dynamo.config.patch(error_on_nested_fx_trace=False) if dynamo else nullcontext():
         yield
 
@@ -388,12 +384,11 @@ def _uncompiled() -> Iterator[None]:
 @contextmanager
 def _own_norms() -> Iterator[None]:
     """Inside, CUDA tensors are normed by torch's own ops and not by those of its library."""
-    enabled = torch._C._get_cudnn_enabled()
-    torch._C._set_cudnn_enabled(False)
+    enabled = torch_compat.cudnn_enabled(False)
     try:
         yield
     finally:
-        torch._C._set_cudnn_enabled(enabled)
+        torch_compat.cudnn_enabled(enabled)
 
 
 def _data_dependent(path: str, error: Exception) -> CaptureError:

@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fullframe.errors import CaptureError
 from fullframe.frontend.guards import GuardSnapshot
 from fullframe.frontend.inputs import Call
+from fullframe.torch_compat import pytree
 
 
 def refuse_changes(call: Call, arguments: Any, given: Any, marks: Iterable[tuple[torch.Tensor, Any]]) -> None:

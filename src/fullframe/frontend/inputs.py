@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-import torch.overrides
 from torch import nn
-from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree
 
+from fullframe import torch_compat
 from fullframe.frontend.guards import GuardSnapshot, digest
 from fullframe.frontend.opaque_leaves import value
 from fullframe.frontend.reads import EVERYTHING, Reads
+from fullframe.torch_compat import is_lazy, pytree
 
 Tensors = list[torch.Tensor]
 
@@ -37,23 +34,11 @@ class Pair(nn.Module):
         return made if then is None else then(made)
 
 
-# Switches of torch's backends that a forward may ask for.
-SWITCHES: tuple[Callable[[], Any], ...] = (
-    torch._C._get_mkldnn_enabled, torch._C._get_mkldnn_deterministic, torch._C._get_nnpack_enabled,
-    torch._C._get_cudnn_enabled, torch._C._get_cudnn_benchmark, torch._C._get_cudnn_deterministic,
-    torch.is_deterministic_algorithms_warn_only_enabled,
-    *(partial(torch._C._get_fp32_precision_getter, backend, op)
-      for backend in ("mkldnn", "cuda") for op in ("all", "conv", "matmul")),
-)  # fmt: skip
-
-
 def _everywhere() -> list[Any]:
     """Hooks of all modules, and modes that see every call: other than none, seldom."""
-    kinds = (n for n in vars(nn.modules.module) if n.startswith("_global_") and n.endswith("_hooks"))
-    hooks = [list(vars(nn.modules.module)[n].values()) for n in kinds if vars(nn.modules.module)[n]]
+    hooks = [list(table.values()) for table in torch_compat.global_hooks().values() if table]
     # Weights that `parametrize.cached` keeps are left behind by one call and read by the next.
-    kept = [parametrize._cache] if parametrize._cache_enabled else []
-    return [*hooks, *torch.overrides._get_current_function_mode_stack(), *kept]
+    return [*hooks, *torch_compat.function_modes(), *torch_compat.cached_weights()]
 
 
 class Call:
@@ -156,7 +141,14 @@ class Call:
         tensors = self.tensors if reads.numbers else []
         numbers = tuple(_numbers(tensors[k]) if k < len(tensors) else None for k in reads.numbers)
         details = tuple(self.snapshot.details) if reads.details else None
-        return self.snapshot.key, str(self.spec), modes, tuple(read() for read in SWITCHES), numbers, details
+        return (
+            self.snapshot.key,
+            str(self.spec),
+            modes,
+            tuple(read() for read in torch_compat.SWITCHES),
+            numbers,
+            details,
+        )
 
     @property
     def values(self) -> tuple[int, ...]:

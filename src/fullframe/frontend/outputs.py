@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fullframe.errors import CaptureError
 from fullframe.frontend.guards import GuardSnapshot, slots_of
 from fullframe.frontend.side_effects import PLAIN
 from fullframe.frontend.sources import fields_of
+from fullframe.torch_compat import pytree
 
 BASES: tuple[Any, ...] = (OrderedDict, dict, list, tuple)  # of containers, the narrower first
 HEAP = 1 << 9  # the flag of a class that Python code has made

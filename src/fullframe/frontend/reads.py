@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fullframe.frontend.guards import Choice, GuardSnapshot
 from fullframe.frontend.names import BY_STRING, foreign_class, global_names
+from fullframe.torch_compat import FunctionalTensor
 
 Roots = Sequence[Any]
 # Who asks an object for these has all of it.

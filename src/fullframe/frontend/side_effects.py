@@ -15,9 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils import _pytree as pytree
 
 from fullframe.errors import CaptureError
 from fullframe.frontend.guards import SIDE_EFFECTS, GuardSnapshot
@@ -37,6 +34,7 @@ from fullframe.frontend.sources import (
     spaces,
     write,
 )
+from fullframe.torch_compat import FakeTensor, FunctionalTensor, pytree
 
 PLAIN = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
 GROWN = 4  # calls that may add to a list that nobody empties

@@ -13,9 +13,9 @@ from types import CellType
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fullframe.frontend.guards import SIDE_EFFECTS, GuardSnapshot, slots_of
+from fullframe.torch_compat import pytree
 
 Source = tuple[str, int, str]  # kind, position among what the guard snapshot has of it, name of a field
 

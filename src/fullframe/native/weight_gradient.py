@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fullframe import torch_compat
 from fullframe.native.convolution import innermost
 from fullframe.native.loader import own, run
 from fullframe.native.winograd import by_couples
@@ -121,7 +122,7 @@ def _wanted(dtype: torch.dtype) -> bool:
 
 @cache
 def _slow() -> bool:
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return not torch_compat.has_bfloat16()
 
 
 def _of_halves() -> Callable[..., int] | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fullframe import torch_compat
 from fullframe.capture.trace import own_generator
 from fullframe.errors import CaptureError
 from fullframe.ir.graph import Graph, Value, live_ops, verify
@@ -57,7 +58,7 @@ def _as_recorded(builder: Builder, value: Value, node: Node) -> Value:
     dtype = node.meta["val"].dtype
     if value.dtype == dtype or node.op == "placeholder":
         return value
-    return builder.aten(torch.ops.aten._to_copy.default, value, dtype=dtype)
+    return builder.aten(torch_compat.to_copy, value, dtype=dtype)
 
 
 def _decompose_call(builder: Builder, node: Node, made: dict[Node, Any]) -> Any:

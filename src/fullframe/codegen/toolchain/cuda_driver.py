@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fullframe.codegen.toolchain.cxx import BuildError
+from fullframe.torch_compat import current_cuda_stream
 
 Start = Callable[[ctypes.Array[Any]], None]
 """Starts a function with these addresses of its parameters. Raises DriverError where it cannot be started."""
@@ -90,7 +91,7 @@ class Device:
         def start(arguments: ctypes.Array[Any]) -> None:
             found = ctypes.c_void_p()
             current(ctypes.byref(found))
-            words = (function, across, down, 1, threads, 1, 1, 0, _stream(index), arguments, None)
+            words = (function, across, down, 1, threads, 1, 1, 0, current_cuda_stream(index), arguments, None)
             if found.value != context:  # a thread that has not used the device yet, or uses another one
                 self._in_context(lambda: _checked("cuLaunchKernel", *words))
                 return
@@ -99,14 +100,6 @@ class Device:
                 raise DriverError(f"cuLaunchKernel failed: {_meaning(code)}")
 
         return start
-
-
-def _public(index: int) -> int:
-    return torch.cuda.current_stream(index).cuda_stream
-
-
-_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public)
-"""The handle of the current stream of a device; not the public way where there is another, as it makes an object."""
 
 
 _devices: dict[int, Device] = {}

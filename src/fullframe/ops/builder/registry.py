@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
+from fullframe import torch_compat
 from fullframe.ir.graph import Value
 from fullframe.ops.builder.builder import Builder
 
@@ -35,4 +34,4 @@ def dims_of(x: Value, dims: Any) -> tuple[int, ...]:
 
 
 def cast(b: Builder, x: Value, dtype: Any = None, **_: Any) -> Value:
-    return x if dtype in (None, x.dtype) else b.aten(torch.ops.aten._to_copy.default, x, dtype=dtype)
+    return x if dtype in (None, x.dtype) else b.aten(torch_compat.to_copy, x, dtype=dtype)

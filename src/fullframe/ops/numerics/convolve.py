@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fullframe import torch_compat
 from fullframe.ir.region import Interval
 from fullframe.native.convolution import CHAIN, parts_of
 from fullframe.ops.numerics import phases
@@ -38,15 +39,11 @@ def innermost(x: torch.Tensor) -> torch.Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-@cache
-def _has_bfloat16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def _fast(x: torch.Tensor) -> bool:
     """Whether oneDNN convolves it, whatever its size."""
     here = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
-    return here and torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
+    there = torch_compat.onednn_convolution() and torch_compat.onednn_convolution_added()
+    return here and there is not None and torch_compat.onednn_enabled()
 
 
 DOT = ([1, 1], [0, 0], [1, 1], False, [0, 0])  # the geometry of one pixel
@@ -159,7 +156,8 @@ def _in_parts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
 
 def _added(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, how: _Geometry) -> torch.Tensor:
     """A convolution added to a total, in the same pass: the library adds each finished sum."""
-    direct = torch.ops.mkldnn._convolution_pointwise_.binary
+    direct = torch_compat.onednn_convolution_added()
+    assert direct is not None
     geometry = (how.padding, how.stride, how.dilation, how.groups)
     direct(total, x, weight, None, *geometry, "add", None, None, [], None)
     return total
@@ -172,7 +170,8 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     if x.dim() == 3:
         flat = how._replace(stride=[1, *stride], padding=[0, *padding], dilation=[1, *dilation])
         return _by_onednn(x.unsqueeze(2), weight.unsqueeze(2), bias, flat).squeeze(2)
-    direct = torch.ops.mkldnn._convolution_pointwise
+    direct = torch_compat.onednn_convolution()
+    assert direct is not None
     return direct(x, weight, bias, padding, stride, dilation, groups, "none", [], None)
 
 
@@ -229,7 +228,7 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *
             return (_by_phases if transposed else _in_chains)(x, weight, bias, how)
         if x.dtype == torch.float64:
             return _by_product(x, weight, bias, how)
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or _has_bfloat16():
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch_compat.has_bfloat16():
         return torch.convolution(x, weight, bias, *geometry)
     wide = convolve(x.float(), weight.float(), None if bias is None else bias.float(), *geometry)
     return wide.to(torch.bfloat16)
