@@ -71,6 +71,12 @@ def var_mean(b: Builder, x: Value, dims: Any = None, *, correction: Any = None, 
     return [cast(b, v, x.dtype) for v in _spread_of(b, x, dims, correction, keepdim)]
 
 
+@decomposes("std_mean.correction")
+def std_mean(b: Builder, x: Value, dims: Any = None, *, correction: Any = None, keepdim: bool = False) -> Any:
+    spread, mean = _spread_of(b, x, dims, correction, keepdim)
+    return [cast(b, b.aten(aten.sqrt.default, spread), x.dtype), cast(b, mean, x.dtype)]
+
+
 @decomposes("any", "any.dim", "any.dims", "all", "all.dim", "all.dims")
 def any_all(b: Builder, x: Value, dims: Any = None, keepdim: bool = False) -> Value:
     target = "tile.amax" if ".any." in b.target else "tile.amin"
