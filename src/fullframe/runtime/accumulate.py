@@ -80,14 +80,14 @@ def _combined(left: Node, right: Node, device: torch.device) -> Node:
     """A node of its halves, in the memory of the left one where that has the type in which sums are added."""
     for place, partial in right.items():
         if place in left:
-            left[place] = _multi_threaded(place[0], left[place], device)
+            left[place] = _widened(place[0], left[place], device)
             _rule(place[0]).combine(place[0], left[place], partial)
         else:
             left[place] = partial
     return left
 
 
-def _multi_threaded(op: Op, partial: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _widened(op: Op, partial: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A partial result in the type in which its sum is added: one may come in the type of the output."""
     rule = _rule(op)
     if partial.dtype == rule.accumulator(op):
@@ -104,9 +104,7 @@ def _tree(leaves: Sequence[Node], device: torch.device, small: int) -> Node:
     for place in places:
         found = [leaf.get(place) for leaf in leaves]
         if all(t is not None and t.numel() <= small for t in found):
-            root[place] = _level_by_level(
-                place[0], [_multi_threaded(place[0], t, device) for t in found if t is not None]
-            )
+            root[place] = _level_by_level(place[0], [_widened(place[0], t, device) for t in found if t is not None])
             continue
         nodes = [{} if t is None else {place: t} for t in found]
         while len(nodes) > 1:

@@ -21,7 +21,7 @@ DENSE = 1 << 9  # unless so many operations are spent on each byte of them
 
 
 ROWS = 8  # nor are strips of fewer rows, mostly halo,
-# or, where there are many, of fewer than these: multi-threaded ones are rather cut along another axis, too
+# or, where there are many, of fewer than these: wide ones are rather cut along another axis, too
 THICK = 16
 
 
