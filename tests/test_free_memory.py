@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fullframe.budget import free_bytes
+from fullframe.budget import host_bytes
 
 CPU = torch.device("cpu")
 GB = 10**9
@@ -76,12 +76,12 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_free(name, tmp_path):
     files, expected = CASES[name]
-    assert free_bytes(CPU, tree(tmp_path, files)) == expected
+    assert host_bytes(tree(tmp_path, files)) == expected
 
 
 def test_what_is_free_where_nobody_says(tmp_path):
-    assert free_bytes(CPU, tmp_path) == 8 * GB
+    assert host_bytes(tmp_path) == 8 * GB
 
 
 def test_what_is_free_here():
-    assert 1 < free_bytes(CPU) < 1 << 50
+    assert 1 < host_bytes() < 1 << 50

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import torch
 
-from fullframe.budget import free_bytes
+from fullframe.budget import host_bytes
 from fullframe.codegen.toolchain import cxx
-
-CPU = torch.device("cpu")
 
 
 def facts() -> dict[str, str]:
@@ -26,7 +24,7 @@ def facts() -> dict[str, str]:
         "compiler": cxx.isa(),
         "kernels in": str(cxx.directory()),
         "threads": f"{torch.get_num_threads()} of torch, {_cores()} cores for this process",
-        "memory": f"{free_bytes(CPU) / 1e9:.2f} GB free, with what the container's limits leave",
+        "memory": f"{host_bytes() / 1e9:.2f} GB free, with what the container's limits leave",
         "CUDA devices": ", ".join(map(_device, range(torch.cuda.device_count()))) or "none",
     }
 

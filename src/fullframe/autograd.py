@@ -10,6 +10,7 @@ import torch
 from fullframe.capture.ambient import PendingBackward, find_pending
 from fullframe.capture.threads import ForkSafeLock
 from fullframe.compiler.program import Program
+from fullframe.device import device_of
 from fullframe.errors import CaptureError
 from fullframe.frontend.aliasing import refuse_shared
 from fullframe.frontend.inputs import Call, Tensors
@@ -152,7 +153,7 @@ def _handed_out(program: Program, run: Run) -> Tensors:
         if v is not None and t is not None and run.values[v] is t:
             run.values[v] = t.detach()  # what autograd will hang on the output must not lead back to the run
     made = [t.clone() if v in values[:k] else t for k, (v, t) in enumerate(found) if t is not None]
-    made = [t if t.device.type == d.type else t.to(d) for t, d in zip(made, program.devices, strict=True)]
+    made = [t if device_of(t.device) is device_of(d) else t.to(d) for t, d in zip(made, program.devices, strict=True)]
     return [laid_out(t, s) for t, s in zip(made, program.strides[: len(made)], strict=True)]
 
 
@@ -273,7 +274,7 @@ def _scaled(program: Program, grads: Sequence[torch.Tensor | None], used: dict[i
     """Gradients that were made with the forward; None where they were made too early."""
     (scale,) = used.values()
     # On a device the product costs less than to wait for the scale.
-    if (scale.is_cuda and not program.narrow) or not bool(scale == 1):
+    if (not device_of(scale.device).on_host and not program.narrow) or not bool(scale == 1):
         if program.narrow:
             if program.variants is not None:
                 return None

@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-import torch
-
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -26,12 +24,9 @@ def parse_bytes(budget: int | str) -> int:
     return int(budget)
 
 
-def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
-    """Bytes free on a device now: on the CPU the machine's available memory or what the container's limits leave,
-    whichever is less; on a CUDA device what torch's allocator holds unused counts as free. ``root`` holds /proc."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
+def host_bytes(root: Path = Path("/")) -> int:
+    """Bytes of the host's memory that are free now: what the machine has available, or what the container's limits
+    leave, whichever is less. ``root`` holds /proc."""
     return max(1, min([_available(root), *_left(root)]))
 
 

@@ -20,6 +20,7 @@ from fullframe.capture.threads import RECORDING, ForkSafeLock
 from fullframe.capture.trace import nested, recording
 from fullframe.compiler.pipeline import compile_call
 from fullframe.compiler.program import Options, Program
+from fullframe.device import device_of
 from fullframe.errors import CaptureError
 from fullframe.frontend.inputs import Call, Pair, Tensors
 from fullframe.frontend.recapture_reasons import Changes
@@ -164,7 +165,7 @@ class Tiled(nn.Module):
         if match is not None:
             key, found = match[:2], programs[match]
         else:
-            if call.device.type == "cuda":  # what is kept for other sizes is free for this one
+            if not device_of(call.device).on_host:  # what is kept for other sizes is free for this one
                 self._fullframe["replays"].release(self._fullframe["pool"])
                 self._fullframe["pool"].clear()
             values: Values = self._fullframe["values"]

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 import fullframe
 from fullframe.compiler import pipeline
+from fullframe.device import DEVICES
 from fullframe.oracle import drawn
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -176,7 +177,7 @@ def test_random_networks(seed, monkeypatch):
     case.input, case.target = pytree.tree_map(move, case.input), pytree.tree_map(move, case.target)
     if isinstance(case.loss, nn.Module):
         case.loss.cuda()
-    monkeypatch.setattr(pipeline, "WINDOWS", PLENTY)  # cut as on the processor
+    monkeypatch.setattr(DEVICES["cuda"], "windows", PLENTY)  # cut as on the processor
     record = judged(case, seed, compiled=seed % 4 == 0)
     if record.outcome == "unusable":
         pytest.skip(record.detail or "no network")

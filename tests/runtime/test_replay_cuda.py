@@ -12,6 +12,7 @@ from test_plan import Residual
 from torch import nn
 
 import fullframe
+from fullframe.device import DEVICES, GRAPH
 from fullframe.oracle import drawn
 from fullframe.runtime import replay_cuda as replay
 
@@ -61,7 +62,7 @@ def recording(monkeypatch):
         made.append(self)
 
     monkeypatch.setattr(replay, "torch", shim)
-    monkeypatch.setattr(replay, "KIND", "cpu")
+    monkeypatch.setattr(DEVICES["cpu"], "replay", GRAPH)
     monkeypatch.setattr(replay.CudaReplay, "__init__", noted)
     return made
 

@@ -191,7 +191,7 @@ class CaptureMode(TorchFunctionMode):
         """Refuse uses that a recording would get wrong of a tensor it does not know."""
         where = f"in {self.current or 'the step'}, a tensor of shape {tuple(tensor.shape)} that is no parameter, "
         where += "buffer, attribute or input"
-        if name in READERS and tensor.device.type != "meta":
+        if name in READERS and not tensor.is_meta:
             raise CaptureError(f"{where} has its numbers read by {name}(); read them outside the step")
         if name in WRITERS or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_"):
             raise CaptureError(f"{where} is changed by {name}; clone it first, or make it a buffer")

@@ -14,6 +14,7 @@ from fullframe.capture.conditions import Conditions
 from fullframe.capture.constants import BufferSource
 from fullframe.capture.function_mode import CaptureMode
 from fullframe.capture.subclasses import OutputClasses, special
+from fullframe.device import DEVICES
 from fullframe.errors import CaptureError
 from fullframe.frontend.aliasing import refuse_changes
 from fullframe.frontend.guards import SIDE_EFFECTS
@@ -223,7 +224,7 @@ class JointFunction:
             return [None] * len(wanted), []
         leaves = [*wanted, *self.roots.values()]
         with ExitStack() as stack:
-            for kind in ("cpu", "cuda"):
+            for kind in DEVICES:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             self.capture_mode.follow_backward()
             failed = self.capture_mode.failed

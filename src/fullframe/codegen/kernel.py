@@ -17,6 +17,7 @@ from fullframe.codegen.loop_layout import Geometry, device, measure
 from fullframe.codegen.toolchain import cuda_kernel as cuda
 from fullframe.codegen.toolchain import cxx as compiler
 from fullframe.codegen.toolchain.cuda_kernel import DeviceKernel
+from fullframe.device import CPU, NVRTC, device_of
 
 _MOST_AXES = 8
 _REMEMBERED = 256  # geometries per kernel: a plan has few classes of tiles
@@ -146,10 +147,10 @@ class Kernel:
 
     def call(self, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor] = ()) -> HostCall:
         """The call for tensors of these layouts. Raises ValueError when they are not those of the group."""
-        key = (len(operands), *((t.dtype, t.shape, t.stride(), t.is_cpu) for t in (*operands, *outputs)))
+        key = (len(operands), *((t.dtype, t.shape, t.stride(), t.get_device()) for t in (*operands, *outputs)))
         call = self._calls.get(key)
         if call is None:
-            if not all(t.is_cpu for t in (*operands, *outputs)):
+            if not all(device_of(t.device).on_host for t in (*operands, *outputs)):
                 raise ValueError(f"the kernel is for the CPU, the tensors are on {device((*operands, *outputs))}")
             call = HostCall(self._function, measure(self.group, operands, outputs))
             if len(self._calls) >= _REMEMBERED:
@@ -182,9 +183,6 @@ def plain(group: Group) -> Plain:
     return Plain(group)
 
 
-CPU = torch.device("cpu")
-
-
 def build(group: Group, *, compile: bool = True, device: torch.device = CPU) -> Kernel | DeviceKernel | Plain:
     """The group compiled for a device, or, where that cannot be, through ATen, with the reason in `.reason`."""
     return build_many([group], compile=compile, device=device)[0]
@@ -198,7 +196,10 @@ def build_many(
     if not compile:
         return [Plain(group) for group in groups]
     refused = [unsupported(group, device) for group in groups]
-    if device.type == "cuda":
+    toolchain = device_of(device).toolchain
+    if not toolchain:
+        return [Plain(group, why) for group, why in zip(groups, refused, strict=True)]
+    if toolchain == NVRTC:
         failed = iter(cuda.prepare([g for g, why in zip(groups, refused, strict=True) if not why], device))
         reasons = [why or next(failed) for why in refused]
         return [Plain(g, why) if why else DeviceKernel(g) for g, why in zip(groups, reasons, strict=True)]
@@ -223,7 +224,8 @@ def _load(text: str) -> Callable[..., int] | str:
 
 def unsupported(group: Group, device: torch.device = CPU) -> str:
     """Why a group cannot be compiled: the first part of it that is not supported; '' when all is."""
-    if device.type not in ("cpu", "cuda"):
+    toolchain = device_of(device).toolchain
+    if not toolchain:
         return f"no kernels for {device.type}"
     if group.rank > _MOST_AXES:
         return f"no kernels for a loop of {group.rank} axes"
@@ -234,4 +236,4 @@ def unsupported(group: Group, device: torch.device = CPU) -> str:
         dtypes = [*(group.dtype(ref) for ref in node.refs()), node.dtype]
         if not table.supports(node.target, node.args, dtypes):
             return f"no kernels for {node.target} of {', '.join(map(str, dtypes))}"
-    return cuda.unsupported(group) if device.type == "cuda" else ""
+    return cuda.unsupported(group) if toolchain == NVRTC else ""

@@ -9,6 +9,7 @@ from math import prod
 import torch
 
 from fullframe.codegen.group import Group
+from fullframe.device import device_of
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ def _extents(group: Group, operands: Sequence[torch.Tensor], outputs: Sequence[t
     extents: list[int | None] = [None] * group.rank
     place = device((*operands, *outputs))
     for (name, dtype, broadcast), tensor in zip(wanted, (*operands, *outputs), strict=True):
-        here = tensor.device == place or (tensor.dim() == 0 and tensor.is_cpu and name.startswith("operand"))
+        here = tensor.device == place or (
+            tensor.dim() == 0 and device_of(tensor.device).on_host and name.startswith("operand")
+        )
         if tensor.dtype != dtype or tensor.dim() != len(broadcast) or not here:
             raise ValueError(
                 f"{name} is {tensor.dtype} of {tensor.dim()} axes on {tensor.device}; "

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from fullframe import torch_compat
-from fullframe.budget import free_bytes
 from fullframe.capture.ambient import trimmed, unhooked, unlogged
 from fullframe.capture.batch_norm import recordable
 from fullframe.capture.caches import unspoilt
@@ -25,6 +24,7 @@ from fullframe.capture.threads import RECORDING
 from fullframe.capture.trace import _STATE, Recording, own_generator
 from fullframe.compiler.backward_variants import restricted_to
 from fullframe.compiler.program import BackwardVariants, Options, Program, changes, freed
+from fullframe.device import CPU, device_of
 from fullframe.errors import CaptureError, FullframeError
 from fullframe.frontend.aliasing import refuse_identities, refuse_shared
 from fullframe.frontend.guards import GuardSnapshot, state_of
@@ -41,7 +41,6 @@ from fullframe.schedule.planner import FIXED, plan
 from fullframe.schedule.request import Request
 from fullframe.torch_compat import FakeTensorMode, TorchDispatchMode, dispatch_functionalize, fx_traceback, make_fx
 
-WINDOWS = 32  # so many of the largest windows fit in the budget of a device
 # steps that may be in flight: two or three sections of each of two branches, and small ones between
 MAX_IN_FLIGHT = 8
 
@@ -110,7 +109,7 @@ def _compile(
     answers: tuple[bool, ...],
     opaque: Mapping[int, OpaqueLeaf] | None = None,
 ) -> Program:
-    devices = sorted({str(t.device) for t in call.tensors if t.device.type != "cpu"})
+    devices = sorted({str(t.device) for t in call.tensors if not device_of(t.device).on_host})
     if len(devices) > 1:
         raise CaptureError(
             f"the step's tensors are on several devices ({', '.join(devices)}), and a tiled step runs on one; move "
@@ -274,18 +273,20 @@ def request_for(graph: Graph, call: Call, options: Options, first_grad: int) -> 
                 f"tile={options.tile} has {len(extents)} extents; the input has {len(axes)} spatial axes"
             )
         forced = [(image, 0, 1), *((image, a, n) for a, n in zip(axes, extents, strict=True))]
-    budget = options.budget if options.budget is not None else free_bytes(call.device)
+    device = device_of(call.device)
+    budget = options.budget if options.budget is not None else device.free_bytes(call.device)
     free = frozenset(v for v in graph.outputs[first_grad:] if v is not None)
     tile = None if forced is None else tuple(forced)
-    if call.device.type == "cpu":
+    if not device.windows:
         max_in_flight = MAX_IN_FLIGHT if options.workers > 1 else 1
         return Request(budget, options.workers, roots, fusable, tile, free, max_in_flight=max_in_flight)
-    # A device's caches are small beside its memory, and it wants much to do at once: tiles as large as may be.
-    host = free_bytes(torch.device("cpu"))
+    host = device_of(CPU).free_bytes(CPU)
     # What a recorded run keeps besides: its inputs, and what it makes, to be copied out.
     lasting = len(call.parameters) + len(call.buffers)
     copies = sum(t.nbytes for t in call.tensors[lasting:]) + sum(v.nbytes for v in graph.outputs if v is not None)
-    return Request(budget, 1, roots, fusable, tile, free, window=budget // WINDOWS, host=host, fixed=FIXED + copies)
+    return Request(
+        budget, 1, roots, fusable, tile, free, window=budget // device.windows, host=host, fixed=FIXED + copies
+    )
 
 
 def capture(recording: Recording) -> Graph:

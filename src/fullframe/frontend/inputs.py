@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fullframe import torch_compat
+from fullframe.device import DEVICES
 from fullframe.frontend.guards import GuardSnapshot, digest
 from fullframe.frontend.opaque_leaves import value
 from fullframe.frontend.reads import EVERYTHING, Reads
@@ -134,9 +135,7 @@ class Call:
 
     def key(self, reads: Reads = EVERYTHING) -> Any:
         """What a recording has read, after the call was looked at by the same ``reads``."""
-        autocast = tuple(
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")
-        )
+        autocast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in DEVICES)
         modes = (self.grad, autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
         tensors = self.tensors if reads.numbers else []
         numbers = tuple(_numbers(tensors[k]) if k < len(tensors) else None for k in reads.numbers)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fullframe.device import CXX, device_of
 from fullframe.native.loader import own, run
 
 CHAIN = 144  # products that may be added up one after the other: 16 channels of 3 x 3
@@ -82,7 +83,7 @@ def for_convolution(weight: torch.Tensor, flipped: bool = False) -> torch.Tensor
     weight = weight.transpose(0, 1) if flipped else weight
     made = in_order(weight, weight.shape)
     name = {torch.float32: "pack", torch.bfloat16: "pack_halves"}.get(weight.dtype)
-    some = weight.device.type == "cpu" and weight.numel() and weight.dim() in (4, 5)
+    some = device_of(weight.device).toolchain == CXX and weight.numel() and weight.dim() in (4, 5)
     function = own(name, "convolution") if name and some else None
     if function is None:
         return made.copy_(weight.flip(tuple(range(2, weight.dim()))) if flipped else weight)
@@ -106,7 +107,9 @@ def _kernel(dtype: torch.dtype) -> Callable[..., int] | None:
 
 def _suits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: int) -> bool:
     plain = bias is None or (bias.dtype == x.dtype and bias.is_contiguous())
-    some = bool(x.numel()) and bool(weight.numel()) and x.device.type == "cpu" and x.dtype == weight.dtype
+    some = (
+        bool(x.numel()) and bool(weight.numel()) and device_of(x.device).toolchain == CXX and x.dtype == weight.dtype
+    )
     return some and plain and suits(weight.shape, weight.dtype, groups)
 
 

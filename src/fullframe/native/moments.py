@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fullframe.device import CXX, device_of
 from fullframe.native.loader import own, run
 
 
@@ -20,7 +21,8 @@ def combine_moments(total: torch.Tensor, partial: torch.Tensor) -> None:
     Args:
         total, partial: float64, (3, ...): count, mean, sum of squared deviations from that mean; all 0 of no numbers.
     """
-    function = own("moments") if total.is_cpu and total.is_contiguous() and partial.is_contiguous() else None
+    plain = total.is_contiguous() and partial.is_contiguous()
+    function = own("moments") if plain and device_of(total.device).toolchain == CXX else None
     if function is not None:
         run(function, _words(total[0].numel()), (total, partial))
         return

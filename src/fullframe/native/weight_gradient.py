@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fullframe import torch_compat
+from fullframe.device import CXX, device_of
 from fullframe.native.convolution import innermost
 from fullframe.native.loader import own, run
 from fullframe.native.winograd import by_couples
@@ -110,7 +111,7 @@ def suits_gradient(shape: Sequence[int], dtype: torch.dtype, groups: int) -> boo
 
 
 def _suits(g: torch.Tensor, x: torch.Tensor, shape: Sequence[int], groups: int) -> bool:
-    known = g.dtype == x.dtype and g.device.type == "cpu" and bool(g.numel()) and bool(x.numel())
+    known = g.dtype == x.dtype and device_of(g.device).toolchain == CXX and bool(g.numel()) and bool(x.numel())
     return known and suits_gradient(shape, g.dtype, groups)
 
 

@@ -16,6 +16,7 @@ import torch
 
 from fullframe.bytecode.libtorch import bytecode_available
 from fullframe.capture.threads import ForkSafeLock
+from fullframe.device import BYTECODE, device_of
 from fullframe.ir import region as box
 from fullframe.ir.graph import Value
 from fullframe.partition.tile_axes import tiled
@@ -29,7 +30,6 @@ from fullframe.schedule.dependencies import dependencies_of, is_expensive
 from fullframe.schedule.plan import Plan
 from fullframe.storage.arena import empty_output
 from fullframe.storage.heap import HeapTrimmer, mapped
-from fullframe.storage.offload import StreamPool
 from fullframe.storage.pool import Stores
 
 _RUNTIMES: WeakKeyDictionary[Plan, Runtime] = WeakKeyDictionary()
@@ -48,11 +48,11 @@ class Runtime:
         self.maps = {v for s in plan.stages for v in s.section.outputs if tiled(v, plan.tile_axes)}
         self.slots = {v: slot for v, slot in plan.slots.items() if v not in outputs}
         self.kept = self.maps - outputs
-        self.records = device.type == "cpu" and not plan.offloaded and bytecode_available()
+        self.records = device_of(device).replay == BYTECODE and not plan.offloaded and bytecode_available()
         self.dependencies = dependencies_of(plan, [is_expensive(stage) for stage in plan.stages])
         self.schedules: dict[tuple[int, int, bool], Schedule] = {}
         self.written: set[int] = set()  # from which stages on the plan has run
-        self.streams = StreamPool(device, plan.workers) if plan.offloaded and device.type == "cuda" else None
+        self.streams = device_of(device).streams(plan.workers, device) if plan.offloaded else None
 
     def schedule(self, plan: Plan, stages: range, values: dict[Value, torch.Tensor]) -> Schedule:
         """These stages for the scheduler: with their bytecode once all tiles are settled, unless what they read lies
@@ -202,7 +202,7 @@ class Run:
     def threads(self, count: int) -> None:
         """Threads inside the ops of this thread. After each such op they wait busily for the next, in the way of the
         workers; so only expensive stages, not cut into tiles and alone, have them, whatever the number of workers."""
-        if self.device.type == "cpu" and torch.get_num_threads() != count:
+        if device_of(self.device).on_host and torch.get_num_threads() != count:
             torch.set_num_threads(count)
 
     def _trimmer(self) -> HeapTrimmer:

@@ -16,12 +16,11 @@ from weakref import WeakSet
 import torch
 
 from fullframe.compiler.program import Program
+from fullframe.device import GRAPH, device_of
 from fullframe.ir.graph import Value
 from fullframe.ops.numerics.table_cache import held
 from fullframe.runtime.executor import Run
 from fullframe.storage.pool import Pool, Stores
-
-KIND = "cuda"  # of the devices that can record
 
 
 class Feed(NamedTuple):
@@ -107,7 +106,11 @@ class CudaReplays:
 
     def replay(self, program: Program, pool: Pool, device: torch.device, feeds: Feeds) -> Run | None:
         """The finished run of a program; None where it is not recorded, or another thread is at it."""
-        if device.type != KIND or torch.cuda.is_current_stream_capturing() or not self._lock.acquire(blocking=False):
+        if (
+            device_of(device).replay != GRAPH
+            or torch.cuda.is_current_stream_capturing()
+            or not self._lock.acquire(blocking=False)
+        ):
             return None
         try:
             repeated, self._last = self._last is program, program

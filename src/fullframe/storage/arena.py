@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
-from contextlib import suppress
 from math import prod
 from typing import Any
 
 import torch
 
+from fullframe.device import device_of
 from fullframe.ir import region as box
 from fullframe.ir.graph import Graph, Value
 from fullframe.ir.region import Region
@@ -21,8 +20,7 @@ class Arena:
 
     def __init__(self, nbytes: int, device: torch.device):
         self.nbytes, self.device = nbytes, device
-        on_host = device.type == "cpu"
-        self.block = host_block(nbytes) if on_host else torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.block = device_of(device).block(nbytes, device)
 
     def view(self, slot: Slot) -> torch.Tensor:
         """A map as a tensor, channels innermost for images and volumes."""
@@ -44,27 +42,6 @@ class Arena:
 
     def close(self, slot: Slot) -> None:
         """As `Store.close`."""
-
-
-def host_block(nbytes: int) -> torch.Tensor:
-    """Bytes of the host's memory: private and anonymous, with huge pages asked for.
-
-    The first touch of a map in pages of 4 KB costs as much as a convolution over it, and Python's default shared
-    mapping would not take the advice. Raises `MemoryError` where the system has not so many.
-    """
-    if not nbytes or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.empty(nbytes, dtype=torch.uint8)
-    try:
-        block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(
-            f"no memory for the stored maps of a tiled step: {nbytes:,} bytes ({error.strerror}); free some, "
-            "raise the limit (ulimit -v), or give a smaller budget"
-        ) from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without huge pages: same numbers, slower first touch
-            block.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(block, dtype=torch.uint8)
 
 
 def view(block: torch.Tensor, slot: Slot) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fullframe.device import device_of
 from fullframe.ir.region import Region
 from fullframe.storage.arena import Arena
 from fullframe.storage.offload import Host
@@ -51,7 +52,7 @@ class Stores(NamedTuple):
 
 class _Idle(NamedTuple):
     store: Store
-    done: Any  # on a CUDA device: the event when the run before is done with it
+    done: Any  # a mark of its device: the run before is done with it
 
 
 class Pool:
@@ -74,8 +75,7 @@ class Pool:
     def _take(self, name: str, nbytes: int, device: torch.device) -> Store:
         found = self._idle.pop(name, None)
         if found is not None and found.store.device == device and found.store.nbytes >= nbytes:
-            if found.done is not None:
-                torch.cuda.current_stream(device).wait_event(found.done)
+            device_of(device).wait(found.done, device)
             return found.store
         del found  # before the new one is made
         return MAKERS[name](nbytes, device)
@@ -84,9 +84,7 @@ class Pool:
         """Take back the stores of a run that is done, or will be when the current stream has come so far."""
         for name, store in stores.by_name.items():
             if store.nbytes and name not in self._idle:
-                on_cuda = store.device.type == "cuda"
-                done = torch.cuda.current_stream(store.device).record_event() if on_cuda else None
-                self._idle[name] = _Idle(store, done)
+                self._idle[name] = _Idle(store, device_of(store.device).mark(store.device))
 
     def clear(self) -> None:
         """Let go of those that no run has."""

@@ -22,6 +22,7 @@ from fullframe.codegen.toolchain import cuda_driver as driver
 from fullframe.codegen.toolchain import nvrtc
 from fullframe.codegen.toolchain.cuda_driver import Start
 from fullframe.codegen.toolchain.cxx import BuildError
+from fullframe.device import NVRTC, device_of
 
 THREADS = 256
 """Of a block."""
@@ -79,7 +80,7 @@ class Cuda:
 
     def accepts(self, place: torch.device) -> bool:
         """Whether it is a CUDA device."""
-        return place.type == "cuda"
+        return device_of(place).toolchain == NVRTC
 
     def processors(self, place: torch.device) -> int:
         """The multiprocessors of a device."""
@@ -273,7 +274,7 @@ class DeviceKernel:
         results = _Results(group, self._inner, extents)
         if 0 in extents:
             return DeviceCall((), (), place, results, len(tensors))
-        held = [t.dim() == 0 and t.is_cpu and place.type != "cpu" for t in tensors]
+        held = [t.dim() == 0 and device_of(t.device).on_host and not device_of(place).on_host for t in tensors]
         machine = grid.Device(self._loader.processors(place), self._loader.threads)
         ways = grid.launches(self._inner, extents, strides, [t.dtype for t in tensors], held, machine)
         prepared = [_Prepared(way, self._loader.load(self.source(wide=way.wide), place)) for way in ways]

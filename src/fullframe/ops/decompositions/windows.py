@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fullframe.device import CXX, device_of
 from fullframe.errors import CaptureError
 from fullframe.ir.graph import Op, Value
 from fullframe.native.convolution import for_convolution, suits
@@ -38,7 +39,7 @@ def _ordered(b: Builder, w: Value, shape: Sequence[int], geometry: Any, flipped:
     ``flipped``: it is that of an input gradient.
     """
     stride, _, dilation, groups = geometry
-    here = b.device.type == "cpu"
+    here = device_of(b.device).toolchain == CXX
     if here and suits_winograd(shape, w.dtype, groups, stride, dilation):
         return "tile.winograd", b.small(for_winograd, (w,), (*shape[:-1], shape[-1] + 1), w.dtype, flipped)
     if here and suits(shape, w.dtype, groups):
@@ -48,7 +49,7 @@ def _ordered(b: Builder, w: Value, shape: Sequence[int], geometry: Any, flipped:
 
 def separate_bias(device: torch.device) -> bool:
     """Whether the library would add the bias in a pass of its own; then it belongs to what follows."""
-    return device.type == "cuda"
+    return device_of(device).separate_bias
 
 
 def flip_weight(w: torch.Tensor, groups: int) -> torch.Tensor:

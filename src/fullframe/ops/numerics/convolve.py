@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from fullframe import torch_compat
+from fullframe.device import device_of
 from fullframe.ir.region import Interval
 from fullframe.native.convolution import CHAIN, parts_of
 from fullframe.ops.numerics import phases
@@ -41,7 +42,7 @@ def innermost(x: torch.Tensor) -> torch.Tensor:
 
 def _fast(x: torch.Tensor) -> bool:
     """Whether oneDNN convolves it, whatever its size."""
-    here = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
+    here = device_of(x.device).on_host and x.dtype == torch.float32 and x.numel() > 0
     there = torch_compat.onednn_convolution() and torch_compat.onednn_convolution_added()
     return here and there is not None and torch_compat.onednn_enabled()
 
@@ -64,7 +65,7 @@ def in_pieces(*maps: torch.Tensor) -> list[torch.Tensor] | None:
     """
     flat = [x.movedim(1, -1) for x in maps]
     pixels = maps[0].numel() // max(maps[0].shape[1], 1)
-    slow = maps[0].dtype == torch.float32 and maps[0].device.type == "cpu" and torch.get_num_threads() == 1
+    slow = maps[0].dtype == torch.float32 and device_of(maps[0].device).on_host and torch.get_num_threads() == 1
     if not slow or maps[0].shape[0] >= BATCH or not _pieces(pixels) or not all(x.is_contiguous() for x in flat):
         return None
     return [x.view(_pieces(pixels), 1, -1, x.shape[-1]).movedim(-1, 1) for x in flat]
@@ -218,7 +219,7 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *
     times as long.
     """
     stride, padding, dilation, transposed, more, groups = geometry
-    if x.device.type == "cpu" and x.numel():
+    if device_of(x.device).on_host and x.numel():
         stride, padding, dilation = (spread(n, x.dim() - 2) for n in (stride, padding, dilation))
         if not transposed and _beyond(padding, weight.shape[2:], dilation):
             x, padding = pad_window(x, [(n, n) for n in padding]), [0] * len(padding)
@@ -228,7 +229,7 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *
             return (_by_phases if transposed else _in_chains)(x, weight, bias, how)
         if x.dtype == torch.float64:
             return _by_product(x, weight, bias, how)
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch_compat.has_bfloat16():
+    if x.dtype != torch.bfloat16 or not device_of(x.device).on_host or torch_compat.has_bfloat16():
         return torch.convolution(x, weight, bias, *geometry)
     wide = convolve(x.float(), weight.float(), None if bias is None else bias.float(), *geometry)
     return wide.to(torch.bfloat16)

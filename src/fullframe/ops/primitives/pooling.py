@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fullframe.device import CXX, device_of
 from fullframe.ir import region as box
 from fullframe.ir.graph import Kind, Link, Op
 from fullframe.ir.region import Interval, Region
@@ -38,7 +39,7 @@ def lowest(dtype: torch.dtype) -> float:
 def _small(x: torch.Tensor, axes: Sequence[Axis]) -> bool:
     """Whether windows are better pooled by our own kernels."""
     few = prod(a.kernel for a in axes) <= picks.MOST
-    return few and x.dtype.is_floating_point and x.device.type == "cpu" and bool(x.numel())
+    return few and x.dtype.is_floating_point and device_of(x.device).toolchain == CXX and bool(x.numel())
 
 
 class Pool(BaseRule):
