@@ -346,7 +346,10 @@ case(
 )
 case("comparisons", lambda x: x * torch.isclose(x, x.round(), atol=0.2) + torch.gt(x, 0) * x + x.ne(0) * x + torch.isin((x * 2).long(), torch.tensor([0, 1])) * x,
      whole=("isin",))  # fmt: skip
-case("spread and mean", lambda x: x * torch.std_mean(x, 1, keepdim=True)[0] + torch.std_mean(x, (2, 3), keepdim=True, correction=0)[1])
+case(
+    "spread and mean",
+    lambda x: x * torch.std_mean(x, 1, keepdim=True)[0] + torch.std_mean(x, (2, 3), keepdim=True, correction=0)[1],
+)
 case("statistics", lambda x: x.std(1, keepdim=True) + x.var((2, 3), keepdim=True, correction=0) + x.mean(0, True) + torch.var_mean(x, 1, keepdim=True)[1]
      + x.nanmean(1, True) + x.nansum((2, 3), True))  # fmt: skip
 case("norm kinds", lambda x: x.norm(dim=1, keepdim=True) + torch.linalg.norm(x, dim=(2, 3), keepdim=True) + F.normalize(x, p=1, dim=(2, 3))

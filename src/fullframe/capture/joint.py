@@ -63,15 +63,7 @@ class JointFunction:
         call = self.call
         # As in PyTorch, backward runs outside autocast, in the dtypes the forward chose.
         with torch.set_grad_enabled(call.grad):
-            pairs = zip(tensors, call.tensors, strict=True)
-            self.sources = [_detached(t).requires_grad_(old.requires_grad) for t, old in pairs]
-            # What is no leaf may be changed in place, which a leaf may not.
-            made = [t if old.is_leaf else t.clone() for t, old in zip(self.sources, call.tensors, strict=True)]
-            self._root(made)
-            for t, old in zip(made, call.tensors, strict=True):
-                for key, value in old.__dict__.items():  # attributes that users gave it
-                    vars(t).setdefault(key, value)
-            self.read_log.follow(zip(made, call.tensors, strict=True))
+            made = self._placeholders(tensors)
             placeholders = {id(old): t for t, old in zip(made, call.tensors, strict=True)}
             state = {k: placeholders[id(t)] for k, t in (*call.parameters.items(), *call.buffers.items())}
             arguments = call.rebuild(made[len(made) - len(call.inputs) :], self.opaque)
@@ -113,6 +105,32 @@ class JointFunction:
                     call.pair, state, (*arguments, rest), tie_weights=True, strict=True
                 )
         refuse_changes(call, arguments, given, zip(made, marks, strict=True))
+        kept = self._new_contents(made, state)
+        results = [t.detach() for t in outputs]
+        self.devices = tuple(t.device for t in results)
+        self.strides = tuple(_strides(t) for t in (*results, *grads))
+        self._like_parameters(len(results))
+        # What a former call left is there until this one's takes its place: twice in the arithmetic.
+        repeated = [results[k] for k in sorted(self.side_effects.used)]
+        return [*results, *repeated, *self.conditions.flags, *(_detached(t) for t in kept), *grads], seeds
+
+    def _placeholders(self, tensors: Sequence[torch.Tensor]) -> Tensors:
+        """What stands for the call's tensors in its forward, with the attributes that users gave these."""
+        call = self.call
+        pairs = zip(tensors, call.tensors, strict=True)
+        self.sources = [_detached(t).requires_grad_(old.requires_grad) for t, old in pairs]
+        # What is no leaf may be changed in place, which a leaf may not.
+        made = [t if old.is_leaf else t.clone() for t, old in zip(self.sources, call.tensors, strict=True)]
+        self._root(made)
+        for t, old in zip(made, call.tensors, strict=True):
+            for key, value in old.__dict__.items():
+                vars(t).setdefault(key, value)
+        self.read_log.follow(zip(made, call.tensors, strict=True))
+        return made
+
+    def _new_contents(self, made: Tensors, state: Mapping[str, torch.Tensor]) -> Tensors:
+        """What each of the call's tensors holds after it; refused where one is gone, or of another shape or dtype."""
+        call = self.call
         kept = list(made)
         first = len(call.parameters)
         kept[first : first + len(call.buffers)] = [state[k] for k in call.buffers]  # they may be assigned anew
@@ -127,13 +145,7 @@ class JointFunction:
                     f"{name} changes from {tuple(old.shape)} {old.dtype} to {tuple(new.shape)} {new.dtype} in the "
                     "step; register it with its final shape and dtype"
                 )
-        results = [t.detach() for t in outputs]
-        self.devices = tuple(t.device for t in results)
-        self.strides = tuple(_strides(t) for t in (*results, *grads))
-        self._like_parameters(len(results))
-        # What a former call left is there until this one's takes its place: twice in the arithmetic.
-        repeated = [results[k] for k in sorted(self.side_effects.used)]
-        return [*results, *repeated, *self.conditions.flags, *(_detached(t) for t in kept), *grads], seeds
+        return kept
 
     def _sources(self, made: Tensors) -> Iterator[BufferSource]:
         """Buffers and tensors in attributes, whose numbers a recording may read as they are now."""

@@ -27,7 +27,8 @@ from fullframe.compiler.program import BackwardVariants, Options, Program, chang
 from fullframe.device import CPU, device_of
 from fullframe.errors import CaptureError, FullframeError
 from fullframe.frontend.aliasing import refuse_identities, refuse_shared
-from fullframe.frontend.guards import GuardSnapshot, state_of
+from fullframe.frontend.fields import state_of
+from fullframe.frontend.guards import GuardSnapshot
 from fullframe.frontend.inputs import Call
 from fullframe.frontend.narrowing import Terms, narrowed, reorder
 from fullframe.frontend.opaque_leaves import OpaqueLeaf
@@ -109,26 +110,13 @@ def _compile(
     answers: tuple[bool, ...],
     opaque: Mapping[int, OpaqueLeaf] | None = None,
 ) -> Program:
-    devices = sorted({str(t.device) for t in call.tensors if not device_of(t.device).on_host})
-    if len(devices) > 1:
-        raise CaptureError(
-            f"the step's tensors are on several devices ({', '.join(devices)}), and a tiled step runs on one; move "
-            "module, loss and inputs to the same device"
-        )
+    _refuse_several_devices(call)
     call.take_snapshot(EVERYTHING)
     refuse_dispatching(call.tensors[len(call.parameters) :])
     before = GuardSnapshot(call.roots)
-    numbers = [state_of(g) for g in call.snapshot.generators]
-    joint, graph = recorded_as(answers, lambda conditions: _record(call, undrawn, opaque, conditions))
+    joint, graph = _recorded(call, undrawn, answers, opaque)
+    lasting = _same_after(call, before, joint)
     capture_mode, read_log = joint.capture_mode, joint.read_log
-    if [state_of(g) for g in call.snapshot.generators] != numbers:
-        raise CaptureError(f"the module or the loss drew from a generator of its own; {FROZEN}")
-    after = GuardSnapshot(call.roots)
-    if any(recorded(t) for t in after.tensors):
-        raise CaptureError("the forward stores a tensor in an object that it can reach; return it as an output")
-    lasting = after.key == before.key and _who(after) == _who(before)
-    if joint.conditions.noted and not lasting:
-        call.undo = joint.side_effects.rewind
     passed = tuple(sorted(opaque or ()))
     snapshot, choices = read_log.snapshot(call.roots, call.entries(passed))
     refuse_identities(call, snapshot)
@@ -162,13 +150,7 @@ def _compile(
             first_grad += len(order) - count
             changed = changes(graph, start, first_grad)
     refuse_shared(changed, call.tensors, call.names, terms.unused)
-    late = followers(graph.ops, graph.late)
-    for k, value in changed.items():
-        if value in late and call.pair.criterion is None:
-            raise CaptureError(
-                f"the backward changes {call.names[k]}, which a tiled module hands on before it; use "
-                "fullframe.tile(net, loss=criterion), or change it outside"
-            )
+    _refuse_changed_late(call, graph, changed)
     request = request_for(graph, call, options, first_grad)
     graph, requested, variants = _variants(graph, call, joint, first_grad, request)
     planned = plan(graph, freed(request, graph, len(joint.wanted)))
@@ -179,6 +161,51 @@ def _compile(
         requested, variants, "" if lasting and call.snapshot.lasting else _moved(call, before, reads),
         output_classes, joint.strides, conditions,
     )  # fmt: skip
+
+
+def _refuse_several_devices(call: Call) -> None:
+    devices = sorted({str(t.device) for t in call.tensors if not device_of(t.device).on_host})
+    if len(devices) > 1:
+        raise CaptureError(
+            f"the step's tensors are on several devices ({', '.join(devices)}), and a tiled step runs on one; move "
+            "module, loss and inputs to the same device"
+        )
+
+
+def _recorded(
+    call: Call,
+    undrawn: Callable[[], AbstractContextManager[None]],
+    answers: tuple[bool, ...],
+    opaque: Mapping[int, OpaqueLeaf] | None,
+) -> tuple[JointFunction, Graph]:
+    """The recorded call; refused where it draws from a generator of its own, whose numbers would be frozen."""
+    numbers = [state_of(g) for g in call.snapshot.generators]
+    found = recorded_as(answers, lambda conditions: _record(call, undrawn, opaque, conditions))
+    if [state_of(g) for g in call.snapshot.generators] != numbers:
+        raise CaptureError(f"the module or the loss drew from a generator of its own; {FROZEN}")
+    return found
+
+
+def _same_after(call: Call, before: GuardSnapshot, joint: JointFunction) -> bool:
+    """Whether recording has left all that is in reach as it was; what conditions may have to undo is remembered."""
+    after = GuardSnapshot(call.roots)
+    if any(recorded(t) for t in after.tensors):
+        raise CaptureError("the forward stores a tensor in an object that it can reach; return it as an output")
+    lasting = after.key == before.key and _who(after) == _who(before)
+    if joint.conditions.noted and not lasting:
+        call.undo = joint.side_effects.rewind
+    return lasting
+
+
+def _refuse_changed_late(call: Call, graph: Graph, changed: Mapping[int, Value]) -> None:
+    """Refuse a backward that changes what a tiled module has handed on before it."""
+    late = followers(graph.ops, graph.late)
+    for k, value in changed.items():
+        if value in late and call.pair.criterion is None:
+            raise CaptureError(
+                f"the backward changes {call.names[k]}, which a tiled module hands on before it; use "
+                "fullframe.tile(net, loss=criterion), or change it outside"
+            )
 
 
 def _expect(graph: Graph, outputs: int, strides: Sequence[Strides]) -> None:

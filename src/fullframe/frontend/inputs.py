@@ -11,7 +11,8 @@ from torch import nn
 
 from fullframe import torch_compat
 from fullframe.device import DEVICES
-from fullframe.frontend.guards import GuardSnapshot, digest
+from fullframe.frontend.fields import digest
+from fullframe.frontend.guards import GuardSnapshot
 from fullframe.frontend.opaque_leaves import value
 from fullframe.frontend.reads import EVERYTHING, Reads
 from fullframe.torch_compat import is_lazy, pytree

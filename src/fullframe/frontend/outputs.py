@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from fullframe.errors import CaptureError
-from fullframe.frontend.guards import GuardSnapshot, slots_of
+from fullframe.frontend.fields import slots_of
+from fullframe.frontend.guards import GuardSnapshot
 from fullframe.frontend.side_effects import PLAIN
 from fullframe.frontend.sources import fields_of
 from fullframe.torch_compat import pytree

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fullframe.frontend.guards import Choice, GuardSnapshot
+from fullframe.frontend.fields import Choice
+from fullframe.frontend.guards import GuardSnapshot
 from fullframe.frontend.names import BY_STRING, foreign_class, global_names
 from fullframe.torch_compat import FunctionalTensor
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from fullframe.frontend.guards import SIDE_EFFECTS, GuardSnapshot, slots_of
+from fullframe.frontend.fields import slots_of
+from fullframe.frontend.guards import SIDE_EFFECTS, GuardSnapshot
 from fullframe.torch_compat import pytree
 
 Source = tuple[str, int, str]  # kind, position among what the guard snapshot has of it, name of a field
