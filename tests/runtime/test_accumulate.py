@@ -138,3 +138,14 @@ def test_moments_in_c_and_by_torch(monkeypatch):
         whole = moments_of(x)
         assert torch.equal(found[:2, 1], whole[:2, 1]) and found[1, 2] == float("inf")
         torch.testing.assert_close(found[:, [0, 3, 4]], whole[:, [0, 3, 4]], rtol=1e-9, atol=0)
+
+
+def test_only_small_sums_wait_to_be_combined_together():
+    ops = [_op("tile.sum"), _op("tile.sum", kept=2000)]
+    sums = Sums(ops, 64, CPU, together=True)
+    for k in range(31):
+        parts = [torch.ones(op.output.shape, dtype=torch.float64) for op in ops]
+        sums.add(k, [(Sum(op, None, op.output.shape, True), part) for op, part in zip(ops, parts, strict=True)])
+        held = sum(part.numel() > 6 for node in sums.nodes.values() for part in node.values())
+        assert held <= 5
+    assert len(sums.nodes) == 31 + 5

@@ -12,6 +12,7 @@ half.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
 
@@ -20,59 +21,64 @@ from fullframe.ir.graph import Op, Reduction
 from fullframe.ir.region import Region
 from fullframe.runtime.tasks import Partials
 
-Place = tuple[int, int]
+Place = tuple[bool, int, int]
+"""Whether the sums of a node are combined together, its level, and its index there."""
 Node = dict[tuple[Op, Region | None], torch.Tensor]
 """Sums by op and the part of its output that they are of, which is None for all of it."""
+RUN, SMALL = 32, 1023  # tiles, and numbers of each: together too few for ATen to split among threads
 
 
 class Sums:
     """The sums of a stage in progress.
 
-    ``together`` combines the halves of many nodes by one call, where a call costs more than what it adds: they wait
-    until an aligned run of ``TOGETHER`` tiles is there. It gives the same bits.
+    ``together`` combines the halves of many nodes by one call, where a call costs more than what it adds: small sums
+    wait until an aligned run of `RUN` tiles is there. It gives the same bits.
     """
-
-    TOGETHER, SMALL = 32, 1023  # tiles, and numbers of each: together too few for ATen to split among threads
 
     def __init__(self, ops: Sequence[Op], tiles: int, device: torch.device, *, together: bool = False):
         self.ops, self.tiles, self.device = ops, tiles, device
         self.nodes: dict[Place, Node] = {}
         self.most = 0  # nodes that waited at the same time
-        self._run = self.TOGETHER if together else 1
+        self._small = {op for op in ops if together and prod(op.output.shape) <= SMALL}
+        self._kinds = {op in self._small for op in ops}
 
     def add(self, tile: int, partials: Partials) -> None:
         """Add the partial results of a tile. They are changed: nothing else may use their memory."""
-        self.join({(0, tile): {(place.op, place.region): partial for place, partial in partials}})
+        for kind in self._kinds:
+            found = {(p.op, p.region): made for p, made in partials if (p.op in self._small) is kind}
+            self.join({(kind, 0, tile): found})
 
     def join(self, nodes: Mapping[Place, Node]) -> None:
         """Add nodes, as another share of the same sums has them."""
-        for (level, index), node in nodes.items():
-            self._put(level, index, node)
+        for place, node in nodes.items():
+            self._put(place, node)
         self.most = max(self.most, len(self.nodes))
 
-    def _put(self, level: int, index: int, node: Node) -> None:
-        if level == 0 and self._run > 1:
-            self.nodes[0, index] = node
-            start = index - index % self._run
-            waiting = [(0, k) for k in range(start, min(start + self._run, self.tiles))]
-            if not all(place in self.nodes for place in waiting):
+    def _put(self, place: Place, node: Node) -> None:
+        kind, level, index = place
+        if kind and level == 0:
+            self.nodes[place] = node
+            start = index - index % RUN
+            waiting = [(kind, 0, k) for k in range(start, min(start + RUN, self.tiles))]
+            if not all(other in self.nodes for other in waiting):
                 return
-            level, index = self._run.bit_length() - 1, start // self._run
-            node = _tree([self.nodes.pop(place) for place in waiting], self.device, self.SMALL)
+            level, index = RUN.bit_length() - 1, start // RUN
+            node = _tree([self.nodes.pop(other) for other in waiting], self.device)
         while self.tiles > 1 << level:
             other = index ^ 1
             if other << level < self.tiles:  # else there is no right half
-                if (level, other) not in self.nodes:
-                    self.nodes[level, index] = node
+                if (kind, level, other) not in self.nodes:
+                    self.nodes[kind, level, index] = node
                     return
-                halves = node, self.nodes.pop((level, other))
+                halves = node, self.nodes.pop((kind, level, other))
                 node = _combined(*(halves if index < other else halves[::-1]), self.device)
             level, index = level + 1, index >> 1
-        self.nodes[level, 0] = node
+        self.nodes[kind, level, 0] = node
 
     def finish(self) -> dict[Op, torch.Tensor]:
         """The sums, once all tiles have been added."""
-        (root,) = self.nodes.values() if self.tiles else ({},)
+        assert len(self.nodes) == (len(self._kinds) if self.tiles else 0), "tiles are missing"
+        root: Node = {key: made for node in self.nodes.values() for key, made in node.items()}
         return {op: _finished(op, root, self.device) for op in self.ops}
 
 
@@ -97,16 +103,15 @@ def _widened(op: Op, partial: torch.Tensor, device: torch.device) -> torch.Tenso
     return total
 
 
-def _tree(leaves: Sequence[Node], device: torch.device, small: int) -> Node:
-    """The node of an aligned run of tiles; small results are combined level by level, all of a level by one call."""
-    places = dict.fromkeys(place for leaf in leaves for place in leaf)
+def _tree(leaves: Sequence[Node], device: torch.device) -> Node:
+    """The node of an aligned run of tiles: all of a level are combined by one call, where each tile has its part."""
     root: Node = {}
-    for place in places:
-        found = [leaf.get(place) for leaf in leaves]
-        if all(t is not None and t.numel() <= small for t in found):
-            root[place] = _level_by_level(place[0], [_widened(place[0], t, device) for t in found if t is not None])
+    for key in dict.fromkeys(key for leaf in leaves for key in leaf):
+        found = [leaf.get(key) for leaf in leaves]
+        if all(t is not None for t in found):
+            root[key] = _level_by_level(key[0], [_widened(key[0], t, device) for t in found if t is not None])
             continue
-        nodes = [{} if t is None else {place: t} for t in found]
+        nodes: list[Node] = [{} if t is None else {key: t} for t in found]
         while len(nodes) > 1:
             odd = nodes[len(nodes) & ~1 :]
             nodes = [_combined(a, b, device) for a, b in zip(nodes[::2], nodes[1::2], strict=False)] + odd
