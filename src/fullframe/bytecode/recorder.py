@@ -49,7 +49,7 @@ class Recorder(TorchDispatchMode):
     Each begins so many bytes (``starts``) behind where it is when the bytecode runs. The last ``owned`` are blocks
     that the bytecode gives back when nothing reads them any more.
 
-    Threads may record at the same time: bytecode is put on its thread's stack of modes, and not announced to the
+    Threads may record at the same time: a recorder is put on its thread's stack of modes, and not announced to the
     whole process, as a mode that is entered in torch's own way is; nobody who would ask for it runs inside.
     """
 

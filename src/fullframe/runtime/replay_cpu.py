@@ -16,6 +16,7 @@ import torch
 
 from fullframe.bytecode.recorder import Recorder
 from fullframe.bytecode.scheduler import BoundBytecode, NativeScheduler, NativeStage, NativeStages
+from fullframe.device import CPU
 from fullframe.ir.graph import Value
 from fullframe.runtime.accumulate import Sums
 from fullframe.runtime.tasks import Partials, place_of
@@ -24,7 +25,6 @@ from fullframe.schedule.dependencies import Dependencies
 from fullframe.schedule.plan import Plan, Stage
 from fullframe.storage.arena import Arena, empty_output, shaped
 
-CPU = torch.device("cpu")
 SMALL = 1 << 16  # bytes of an untiled value that has its place from the beginning, beside all others
 
 
@@ -62,13 +62,8 @@ class Schedule:
 
     def __init__(self, plan: Plan, tiles: Tiles | None, dependencies: Dependencies, maps: Collection[Value],
                  kept: Collection[Value], stage_range: range):  # fmt: skip
-        self.plan, self.dependencies, self.maps, self.kept, self.stage_range = (
-            plan.stages,
-            dependencies,
-            maps,
-            kept,
-            stage_range,
-        )
+        self.plan, self.stage_range, self.dependencies = plan.stages, stage_range, dependencies
+        self.maps, self.kept = maps, kept
         self.slots, self.workers, self.max_in_flight = plan.slots, plan.workers, plan.max_in_flight
         self.graph, self.given_out = plan.graph, {v for v in plan.graph.outputs if v is not None}
         self.index: dict[Value, int] = {}  # in the table of addresses, where the first is the arena's
@@ -238,7 +233,7 @@ class _Replaying:
         for value in self.schedule.plan[number].section.outputs:
             if not self.schedule.roomy(value):
                 continue
-            # which no tile makes: it is empty
+            # A value that no tile makes is empty.
             if value in self.schedule.maps or value not in self.schedule.locations:
                 self.work.values[value] = self.work.allocate(value)
             else:

@@ -87,7 +87,7 @@ class Tile:
     def __init__(self, task: Task, kept: bool):
         self.task = task
         self.recorded: Recorded | None = None
-        # What is made anew at each stage is not worth a recording.
+        # What is made anew in each step is not worth a recording.
         self.tries = TRIES if kept and _recordable(task) else 0
 
     @property
@@ -112,10 +112,10 @@ class Tile:
     def _record(self, memory: Memory) -> Partials:
         task, values = self.task, memory.values
         others = _outside_arena(task, values, memory.arena)
-        bytecode = Recorder([memory.arena.block, *(values[v] for v in others)])
-        partials = _run(task, memory, bytecode)
+        recorder = Recorder([memory.arena.block, *(values[v] for v in others)])
+        partials = _run(task, memory, recorder)
         untiled = _untiled(task)
-        done = bytecode.finish([*(made for _, made in partials), *(values[v] for v in untiled)])
+        done = recorder.finish([*(made for _, made in partials), *(values[v] for v in untiled)])
         if done is not None:
             strides = [values[v].stride() for v in others]
             self.recorded = Recorded(done, others, strides, [*(place for place, _ in partials), *untiled])
@@ -190,15 +190,15 @@ def _untiled(task: Task) -> list[Value]:
 Windows = dict[Value, torch.Tensor]
 
 
-def _run(task: Task, memory: Memory, bytecode: Recorder | None = None) -> Partials:
-    """Do a task's jobs one after the other, and note them on bytecode that is given."""
+def _run(task: Task, memory: Memory, recorder: Recorder | None = None) -> Partials:
+    """Do a task's jobs one after the other, and note them with a recorder that is given."""
     windows = {f.value: memory.offloaded[f.value].fetch(f.region) for f in task.fetches}
     partials: Partials = []
     for job in task.jobs:
         if job.group.fused:
-            _fused(job, memory, windows, partials, bytecode)
+            _fused(job, memory, windows, partials, recorder)
         else:
-            with bytecode or nullcontext():
+            with recorder or nullcontext():
                 _single(job, memory, windows, partials)
         for value in job.frees:
             del windows[value]
@@ -225,7 +225,7 @@ def _single(job: Job, memory: Memory, windows: Windows, partials: Partials) -> N
     windows[op.output] = made
 
 
-def _fused(job: Job, memory: Memory, windows: Windows, partials: Partials, bytecode: Recorder | None) -> None:
+def _fused(job: Job, memory: Memory, windows: Windows, partials: Partials, recorder: Recorder | None) -> None:
     """Run the kernel of several ops."""
     made: Windows = {}
     known = job.bound
@@ -235,11 +235,11 @@ def _fused(job: Job, memory: Memory, windows: Windows, partials: Partials, bytec
         places = [t.data_ptr() for t in tensors]
     else:
         call, fresh = known.call, [*made.values()]
-        tensors = known.tensors(memory.values, windows, made) if bytecode else ()
+        tensors = known.tensors(memory.values, windows, made) if recorder else ()
     sums = call(places)
-    if bytecode:
-        bytecode.kernel(call, tensors, places, fresh, sums)
-    with bytecode or nullcontext():
+    if recorder:
+        recorder.kernel(call, tensors, places, fresh, sums)
+    with recorder or nullcontext():
         for store in job.stores:
             _store(store, made[store.value], memory)
     for place, partial in zip(job.sums, sums, strict=True):

@@ -37,7 +37,6 @@ RULES: dict[str, BaseRule] = {
 }
 """One rule per op name."""
 
-PLACES = ("memory_format", "pin_memory", "layout", "device")  # of a call's keywords: where its output lies
 NOTHING = {"tile.sum": 0, "tile.prod": 1}  # what no numbers make, to which no tile would add anything
 WHOLE = Whole()
 POINTWISE = pointwise.Pointwise()

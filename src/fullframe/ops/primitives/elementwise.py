@@ -70,13 +70,7 @@ class Pointwise(BaseRule):
         return found
 
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
-        return [broadcast_region(region, v.shape) for v in op.inputs]
-
-
-def broadcast_region(region: Region, shape: Sequence[int]) -> Region:
-    """The part of a (right-aligned, broadcast) operand that a region reads."""
-    shift = len(region) - len(shape)
-    return tuple((0, 1) if extent == 1 else region[axis + shift] for axis, extent in enumerate(shape))
+        return [box.broadcast(region, v.shape) for v in op.inputs]
 
 
 class Table(Pointwise):
@@ -86,7 +80,7 @@ class Table(Pointwise):
         return [link for link in super().links(op) if link.input < len(op.inputs) - 1]
 
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
-        reads = [broadcast_region(region, v.shape) for v in op.inputs[:-1]]
+        reads = [box.broadcast(region, v.shape) for v in op.inputs[:-1]]
         return [*reads, box.full(op.inputs[-1].shape)]
 
 
@@ -223,7 +217,7 @@ class Stacked(Pointwise):
         ]
 
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
-        rest = [broadcast_region(region, v.shape) for v in op.inputs[1:]]
+        rest = [box.broadcast(region, v.shape) for v in op.inputs[1:]]
         return [((0, 3), *region), *rest]
 
 
