@@ -16,9 +16,9 @@ from cosmictagger.data import DataError, EventFile
 from cosmictagger.demo import DEMO, run_demo
 from cosmictagger.evaluate import Running, Tagger, check_suits, evaluate, predict
 from cosmictagger.progress import progress
+from cosmictagger.recipe import Recipe
 from cosmictagger.report import SCORES
 from cosmictagger.session import Files, simulate_file, train_with_report
-from cosmictagger.train import Recipe
 from cosmictagger.weights import load_weights, named_variant
 
 app = App(
@@ -66,8 +66,10 @@ class TrainingOptions:
     """Training steps in all, those before a resume included."""
     minutes: float | None = None
     """Stop after the step that passes this time."""
-    decay: bool = False
-    """Let the learning rate fall to zero in a straight line, by the last step or the end of the minutes."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls to zero, by the last step or the end of the minutes."""
+    warmup: int = 0
+    """Steps over which the learning rate rises first."""
     validate_every: int = 100
     """Steps between validations; a checkpoint is written each time."""
     seed: int = 0
@@ -83,7 +85,8 @@ class TrainingOptions:
             seed=self.seed,
             validate_every=self.validate_every,
             minutes=self.minutes,
-            decay=self.decay,
+            schedule=self.schedule,
+            warmup=self.warmup,
         )
 
 

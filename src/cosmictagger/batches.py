@@ -6,7 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosmictagger.data import EventFile, shrink, shrink_labels
+from cosmictagger.data import Event, EventFile, shrink, shrink_labels
+
+CLASSES = (1, 2)  # cosmic, neutrino
+ALIGNED = 8
+"""Parts of events begin at multiples of this, so that the same part is cut for every resolution."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +23,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Crop:
-    """A part of each event: `shape` (rows, columns) after shrinking, about a labelled pixel that `seed` chooses."""
+    """A part of each event: `shape` (rows, columns) before shrinking, about a labelled pixel that `seed` chooses.
+
+    `about`: the class of that pixel where the event has it; None: either one, as often as the other.
+    """
 
     shape: tuple[int, int]
     seed: tuple[int, ...]
+    about: int | None = None
 
 
 def load_batch(
@@ -32,12 +40,11 @@ def load_batch(
     images, labels = [], []
     for index in indices:
         event = events[index]
+        if crop is not None:
+            event = cut(event, crop, index)
         images.append(shrink(event.image(), downsample))
         if event.label is not None:
             labels.append(shrink_labels(event.truth(), downsample))
-        if crop is not None and labels:
-            window = _window(labels[-1], crop.shape, np.random.default_rng([*crop.seed, index]))
-            images[-1], labels[-1] = images[-1][window], labels[-1][window]
     label = torch.from_numpy(np.stack(labels)).to(device) if labels else None
     return Batch(torch.from_numpy(np.stack(images)).to(device), label)
 
@@ -54,15 +61,40 @@ def indices_of_step(step: int, batch: int, events: int, seed: int) -> list[int]:
     return out
 
 
-def _window(label: np.ndarray, shape: tuple[int, int], draws: np.random.Generator) -> tuple[slice, ...]:
-    """Where a crop lies: about a pixel of one of the classes that the event has, each as often, within the image."""
-    found = [np.argwhere(label == tag) for tag in (1, 2)]
-    found = [places for places in found if len(places)]
-    sizes = label.shape[1:]
-    if found:
-        places = found[draws.integers(len(found))]
-        middle = places[draws.integers(len(places))][1:]
-    else:
-        middle = [n // 2 for n in sizes]
-    starts = [min(max(int(m) - n // 2, 0), size - n) for m, n, size in zip(middle, shape, sizes, strict=True)]
-    return (slice(None), *(slice(a, a + n) for a, n in zip(starts, shape, strict=True)))
+def cut(event: Event, crop: Crop, number: int) -> Event:
+    """The part of an event that `crop` asks for; `number` is the event's, so that others are cut elsewhere.
+
+    Only stored pixels are looked at. Raises ValueError where the part is larger than the event.
+    """
+    return event.part(place(event, crop, number), crop.shape)
+
+
+def place(event: Event, crop: Crop, number: int) -> tuple[int, int]:
+    """First row and column of that part.
+
+    It lies about a pixel of one of the classes that the event has, within the image; in the middle of the image where
+    there are none.
+    """
+    if any(part > size for part, size in zip(crop.shape, event.shape, strict=True)):
+        raise ValueError(f"parts of {crop.shape} (rows, columns) do not fit into events of {event.shape}")
+    draws = np.random.default_rng([*crop.seed, number])
+    row, column = (
+        min(max(m - n // 2, 0), size - n) // ALIGNED * ALIGNED
+        for m, n, size in zip(_middle(event, crop.about, draws), crop.shape, event.shape, strict=True)
+    )
+    return row, column
+
+
+def _middle(event: Event, about: int | None, draws: np.random.Generator) -> tuple[int, int]:
+    of = {}
+    for tag in CLASSES:
+        found = [np.stack([p.rows, p.columns], axis=1)[p.values == tag] for p in event.label or ()]
+        if found and sum(map(len, found)):
+            of[tag] = np.concatenate(found)
+    if about in of:
+        of = {about: of[about]}
+    if not of:
+        return event.shape[0] // 2, event.shape[1] // 2
+    places = list(of.values())[draws.integers(len(of))]
+    row, column = places[draws.integers(len(places))]
+    return int(row), int(column)

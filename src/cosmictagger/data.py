@@ -66,6 +66,12 @@ class Pixels:
         out[self.rows, self.columns] = self.values
         return out
 
+    def part(self, first: tuple[int, int], shape: tuple[int, int]) -> "Pixels":
+        """The stored pixels of a rectangle, counted from its `first` row and column."""
+        rows, columns = self.rows - first[0], self.columns - first[1]
+        inside = (rows >= 0) & (rows < shape[0]) & (columns >= 0) & (columns < shape[1])
+        return Pixels(rows[inside], columns[inside], self.values[inside])
+
 
 @dataclass(frozen=True)
 class Event:
@@ -77,6 +83,11 @@ class Event:
     label: tuple[Pixels, ...] | None = None
     number: tuple[int, int, int] = (-1, -1, -1)
     """Run, subrun, event."""
+
+    def part(self, first: tuple[int, int], shape: tuple[int, int]) -> "Event":
+        """A rectangle of every plane, `shape` (rows, columns), from its `first` row and column on."""
+        label = None if self.label is None else tuple(p.part(first, shape) for p in self.label)
+        return Event(shape, tuple(p.part(first, shape) for p in self.charge), label, self.number)
 
     def image(self) -> NDArray[np.float32]:
         """Charge, float32 (planes, rows, columns)."""

@@ -10,8 +10,9 @@ from cosmictagger.checkpoint import NAME as CHECKPOINT
 from cosmictagger.data import DataError, EventFile
 from cosmictagger.evaluate import Running
 from cosmictagger.model import VARIANTS
+from cosmictagger.recipe import Recipe
 from cosmictagger.session import Files, simulate_file, train_with_report
-from cosmictagger.train import Recipe, seconds_per_step
+from cosmictagger.train import seconds_per_step
 
 # a21, narrowed until a few dozen steps fit into minutes
 NETWORK = replace(
@@ -19,7 +20,14 @@ NETWORK = replace(
 )
 # expecting background, the unweighted loss tells tracks from noise within 30 steps; class weights need more of them
 DEMO = Recipe(
-    NETWORK, loss="none", learning_rate=1e-2, decay=True, background=0.99, steps=80, minutes=5.0, validate_first=True
+    NETWORK,
+    loss="none",
+    learning_rate=1e-2,
+    schedule="linear",
+    background=0.99,
+    steps=80,
+    minutes=5.0,
+    validate_first=True,
 )
 RUNNING = Running(budget="4 GB")
 TRAINING_EVENTS, HELD_OUT_EVENTS = 12, 3

@@ -22,11 +22,11 @@ class Step(Protocol):
     def plan(self, image: Tensor, label: Tensor) -> Plan: ...
 
 
-def training_step(net: nn.Module, criterion: nn.Module, budget: str | None) -> Step:
+def training_step(net: nn.Module, criterion: nn.Module, budget: str | None, threads: int | None = None) -> Step:
     """A training step within the budget; see `fullframe.tile`."""
-    return fullframe.tile(net, loss=criterion, budget=budget)
+    return fullframe.tile(net, loss=criterion, budget=budget, workers=threads)
 
 
-def tiled(net: nn.Module, budget: str | None) -> nn.Module:
+def tiled(net: nn.Module, budget: str | None, threads: int | None = None) -> nn.Module:
     """The same network within the budget; see `fullframe.tile`."""
-    return fullframe.tile(net, budget=budget)
+    return fullframe.tile(net, budget=budget, workers=threads)

@@ -30,12 +30,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Running:
-    """How a network runs: memory budget, arithmetic, shrinking, device."""
+    """How a network runs: memory budget, arithmetic, shrinking, device, threads (None: one per core)."""
 
     budget: str | None = None
     precision: str = "float32"
     downsample: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    threads: int | None = None
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
@@ -43,8 +44,15 @@ class Running:
 
 def check_suits(events: EventFile, net: UResNet, running: Running) -> None:
     """Raise DataError unless the network takes the file's images."""
+    check_shape_suits(events, events.shape, net, running)
+
+
+def check_shape_suits(events: EventFile, shape: tuple[int, int], net: UResNet, running: Running) -> None:
+    """Raise DataError unless the network takes parts of the file's images of a shape (rows, columns)."""
     side = 2**running.downsample
-    rows, columns = events.shape
+    rows, columns = shape
+    if rows > events.shape[0] or columns > events.shape[1]:
+        raise DataError(f"{events.path}: images of {events.shape} (rows, columns) have no parts of {shape}")
     if rows % side or columns % side:
         raise DataError(f"{events.path}: images of {rows} x {columns} pixels cannot be shrunk {side} times")
     try:
@@ -59,7 +67,7 @@ class Tagger:
     def __init__(self, net: UResNet, running: Running) -> None:
         self.running = running
         self._net = net.to(running.device)
-        self._tiled: nn.Module = engine.tiled(net, running.budget)
+        self._tiled: nn.Module = engine.tiled(net, running.budget, running.threads)
 
     def __enter__(self) -> "Tagger":
         self._was_training = self._net.training

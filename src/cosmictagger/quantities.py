@@ -176,10 +176,18 @@ def _around(labelled: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def cluster_sizes(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64]:
     """Sizes of the groups of pixels that touch, corners included. (n,) each, no pixel twice."""
+    return np.unique(clusters(rows, columns), return_counts=True)[1]
+
+
+def clusters(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A number for each pixel, the same for those of a group that touches, corners included. (n,) each, no pixel
+    twice."""
     if not len(rows):
         return np.empty(0, np.int64)
     wide = int(columns.max()) + 3
-    ids = np.sort((rows + 1) * wide + columns + 1)
+    keys = (rows + 1) * wide + columns + 1
+    order = np.argsort(keys)
+    ids = keys[order]
     pairs = []
     for step in (1, wide - 1, wide, wide + 1):
         at = np.minimum(np.searchsorted(ids, ids + step), len(ids) - 1)
@@ -194,4 +202,7 @@ def cluster_sizes(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArra
         while not np.array_equal(root, root[root]):
             root = root[root]
         if np.array_equal(root, before):
-            return np.unique(root, return_counts=True)[1]
+            break
+    out = np.empty_like(root)
+    out[order] = root
+    return out

@@ -8,9 +8,10 @@ from cosmictagger.display import Panel, event_panels
 from cosmictagger.evaluate import Running, Tagger
 from cosmictagger.model import UResNet, count_parameters
 from cosmictagger.progress import progress
+from cosmictagger.recipe import Recipe
 from cosmictagger.report import Report, last_validation, verdict, write_report
 from cosmictagger.simulate import Detector, simulate_numbered
-from cosmictagger.train import Recipe, Trained, read_log, train
+from cosmictagger.train import Trained, read_log, train
 from cosmictagger.weights import load_weights
 
 
@@ -65,7 +66,7 @@ def _steps(recipe: Recipe, trained: Trained) -> str:
 def _summary(recipe: Recipe, running: Running, trained: Trained, net: UResNet, size: tuple[int, int, int]) -> str:
     count, rows, columns = size
     side = 2**running.downsample
-    height, width = recipe.crop or (rows // side, columns // side)
+    height, width = (n // side for n in recipe.crop or (rows, columns))
     part = "parts of " if recipe.crop else ""
     return (
         f"A network of {count_parameters(net):,} parameters took {_steps(recipe, trained)}, each of "

@@ -25,47 +25,14 @@ from cosmictagger.batches import Batch, Crop, indices_of_step, load_batch
 from cosmictagger.checkpoint import NAME as CHECKPOINT
 from cosmictagger.checkpoint import load_checkpoint, save_checkpoint
 from cosmictagger.data import DataError, EventFile
-from cosmictagger.evaluate import Running, Tagger, check_suits, evaluate
+from cosmictagger.evaluate import Running, Tagger, check_shape_suits, check_suits, evaluate
 from cosmictagger.memory import PeakMemory
 from cosmictagger.metrics import confusion, scores
-from cosmictagger.model import NetworkConfig, UResNet, expect_background
+from cosmictagger.model import UResNet, expect_background
 from cosmictagger.objective import PlaneLoss, TaggedLoss
 from cosmictagger.progress import Say, silent
+from cosmictagger.recipe import Recipe
 from cosmictagger.weights import save_weights
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is trained, and how. Raises ValueError for values that make no sense."""
-
-    network: NetworkConfig
-    loss: str = "light"
-    learning_rate: float = 3e-4
-    batch: int = 1
-    steps: int = 1000
-    seed: int = 0
-    validate_every: int = 100
-    """Steps between validations and checkpoints."""
-    minutes: float | None = None
-    """Stop after the step that passes this time."""
-    background: float | None = None
-    """Share of background that the untrained network expects; None: weights as published."""
-    decay: bool = False
-    """Let the learning rate fall in a straight line to zero at the last step, or at the end of the minutes."""
-    crop: tuple[int, int] | None = None
-    """Rows and columns of the part of each event that a step takes; None: the whole event."""
-    validate_first: bool = False
-    """Score the untrained network, too."""
-
-    def __post_init__(self) -> None:
-        PlaneLoss(self.loss)
-        for name in ("batch", "steps", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes is {self.minutes}; it must be positive")
 
 
 @dataclass(frozen=True)
@@ -114,11 +81,10 @@ def train(
         raise DataError(f"{out}: is not a folder")
     torch.manual_seed(recipe.seed)
     state = _start(recipe, out, running, resume)
-    _check_events(recipe, state, events, running)
+    check_shape_suits(events, recipe.crop or events.shape, state.net, running)
     if validation is not None:
         check_suits(validation, state.net, running)
-        _read_all(validation, set(range(len(validation))))
-    step = engine.training_step(state.net, TaggedLoss(PlaneLoss(recipe.loss)), running.budget)
+    step = engine.training_step(state.net, TaggedLoss(PlaneLoss(recipe.loss)), running.budget, running.threads)
     plan, projected = _plan(step, _batch(recipe, 0, events, running), running)
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "recipe.json", json.dumps(_described(recipe, running), indent=2) + "\n")
@@ -130,10 +96,7 @@ def train(
         log.add({"step": 0, "validation": evaluate(tagger, validation).as_dict()})
     start, measured, late = time.monotonic(), None, False
     while state.step < recipe.steps and not late:
-        if recipe.decay:
-            _set_rate(
-                state.optimizer, recipe.learning_rate * (1 - _done(recipe, state.step, time.monotonic() - start))
-            )
+        _set_rate(state.optimizer, recipe.rate(state.step, time.monotonic() - start))
         line, added = _one_step(step, state, _batch(recipe, state.step, events, running), running, measured is None)
         measured = added if measured is None else measured
         log.add(line)
@@ -144,6 +107,8 @@ def train(
             if tagger is not None and validation is not None:
                 log.add({"step": state.step, "validation": evaluate(tagger, validation).as_dict()})
             _save(state, out)
+        elif recipe.saves(state.step):
+            _save(state, out)
     return Trained(state.step, time.monotonic() - start, Memory(running.budget, projected, measured))
 
 
@@ -151,7 +116,7 @@ def seconds_per_step(recipe: Recipe, events: EventFile, running: Running) -> flo
     """How long a step of a recipe takes here, once it has been recorded. Nothing is kept of it."""
     net = UResNet(recipe.network)
     state = _State(net, Adam(net.parameters(), recipe.learning_rate))
-    step = engine.training_step(net, TaggedLoss(PlaneLoss(recipe.loss)), running.budget)
+    step = engine.training_step(net, TaggedLoss(PlaneLoss(recipe.loss)), running.budget, running.threads)
     taken = [
         _one_step(step, state, _batch(recipe, k, events, running), running, False)[0]["seconds"] for k in range(4)
     ]
@@ -161,12 +126,6 @@ def seconds_per_step(recipe: Recipe, events: EventFile, running: Running) -> flo
 def read_log(out: Path) -> list[dict]:
     """The lines of a training's log."""
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def _done(recipe: Recipe, step: int, seconds: float) -> float:
-    """Share of the training that is over, below 1."""
-    by_time = 0.0 if recipe.minutes is None else min(seconds / (60 * recipe.minutes), 0.99)
-    return max(step / recipe.steps, by_time)
 
 
 def _set_rate(optimizer: Adam, rate: float) -> None:
@@ -196,7 +155,8 @@ def _one_step(
     state.step += 1
     found = scores(confusion(tags, _truth(batch))).as_dict()
     seconds = round(time.monotonic() - began, 3)
-    return {"step": state.step, "loss": value, "seconds": seconds, "train": found}, added
+    rate = state.optimizer.param_groups[0]["lr"]
+    return {"step": state.step, "loss": value, "rate": rate, "seconds": seconds, "train": found}, added
 
 
 def _truth(batch: Batch) -> Tensor:
@@ -209,21 +169,6 @@ def _batch(recipe: Recipe, step: int, events: EventFile, running: Running) -> Ba
     indices = indices_of_step(step, recipe.batch, len(events), recipe.seed)
     crop = None if recipe.crop is None else Crop(recipe.crop, (recipe.seed, step))
     return load_batch(events, indices, downsample=running.downsample, device=running.device, crop=crop)
-
-
-def _check_events(recipe: Recipe, state: _State, events: EventFile, running: Running) -> None:
-    check_suits(events, state.net, running)
-    count = len(events)
-    if recipe.minutes is None:
-        count = min(count, (recipe.steps - state.step) * recipe.batch)
-    steps = range(state.step, state.step + -(-count // recipe.batch))
-    _read_all(events, {i for s in steps for i in indices_of_step(s, recipe.batch, len(events), recipe.seed)})
-
-
-def _read_all(events: EventFile, indices: set[int]) -> None:
-    """Read the events that will be used, so that a bad one is found before hours of training, not after."""
-    for index in sorted(indices):
-        events[index]
 
 
 def _plan(step: engine.Step, batch: Batch, running: Running) -> tuple[str, int | None]:
@@ -240,7 +185,7 @@ def _described(recipe: Recipe, running: Running) -> dict:
     return described
 
 
-_MAY_CHANGE = ("steps", "validate_every", "validate_first", "minutes", "budget")
+_MAY_CHANGE = ("steps", "validate_every", "checkpoint_every", "validate_first", "minutes", "budget")
 
 
 def _start(recipe: Recipe, out: Path, running: Running, resume: bool) -> _State:
@@ -255,17 +200,28 @@ def _start(recipe: Recipe, out: Path, running: Running, resume: bool) -> _State:
         if kept.exists() or (out / "log.jsonl").exists():
             raise DataError(f"{out}: holds a training already; go on with --resume, or name another folder")
         return state
+    if not kept.exists() and (out / "recipe.json").is_file():
+        _check_described(recipe, out, running)
+        return state  # it ended before its first checkpoint
     if not kept.is_file():
         old = (out / "checkpoint").is_dir()
         raise DataError(
             f"{out}: no checkpoint to resume from" + ", but for an older one, which could hold code" * old
         )
-    before = json.loads((out / "recipe.json").read_text())
+    _check_described(recipe, out, running)
+    state.step = load_checkpoint(kept, state.net, state.optimizer)
+    return state
+
+
+def _check_described(recipe: Recipe, out: Path, running: Running) -> None:
+    """Raise DataError unless the training of a folder is the one that is asked for."""
+    try:
+        before = json.loads((out / "recipe.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{out / 'recipe.json'}: cannot be read, so nothing can be resumed") from error
     for key, value in json.loads(json.dumps(_described(recipe, running))).items():
         if key not in _MAY_CHANGE and before.get(key) != value:
             raise DataError(f"{out}: was trained with {key} = {before.get(key)}, not {value}")
-    state.step = load_checkpoint(kept, state.net, state.optimizer)
-    return state
 
 
 def _save(state: _State, out: Path) -> None:

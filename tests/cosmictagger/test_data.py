@@ -115,6 +115,13 @@ def test_shrinking_averages_charge_and_keeps_the_largest_label():
         shrink(image[:, :3], 1)
 
 
+def test_a_part_is_what_slicing_gives(events):
+    event = read_all(events)[0]
+    part = event.part((16, 40), (32, 64))
+    assert np.array_equal(part.image(), event.image()[:, 16:48, 40:104])
+    assert np.array_equal(part.truth(), event.truth()[:, 16:48, 40:104])
+
+
 def spoil_voxel(path: Path, group: str, column: str, value: float) -> None:
     with h5py.File(path, "r+") as file:
         table = file[f"{group}/voxels"]

@@ -16,8 +16,9 @@ from cosmictagger.data import DataError, EventFile
 from cosmictagger.evaluate import Running, Tagger, evaluate
 from cosmictagger.metrics import all_cosmic, confusion, scores
 from cosmictagger.model import UResNet
+from cosmictagger.recipe import Recipe
 from cosmictagger.session import Files, train_with_report
-from cosmictagger.train import Recipe, _done, read_log, train
+from cosmictagger.train import read_log, train
 from cosmictagger.weights import load_weights, save_weights
 
 
@@ -26,12 +27,17 @@ def recipe(small) -> Recipe:
     return Recipe(small, steps=4, batch=2, validate_every=2, learning_rate=1e-2)
 
 
-def test_learning_rate_falls_by_steps_or_by_time(small):
-    by_steps = Recipe(small, steps=4, decay=True)
-    assert [_done(by_steps, step, 1e6) for step in range(4)] == [0, 0.25, 0.5, 0.75]
+def test_learning_rate_rises_then_falls_by_steps_or_by_time(small):
+    by_steps = Recipe(small, steps=4, learning_rate=1.0, schedule="linear")
+    assert [by_steps.rate(step, 1e6) for step in range(4)] == [1, 0.75, 0.5, 0.25]
     by_time = replace(by_steps, minutes=1)
-    assert _done(by_time, 1, 30) == 0.5
-    assert _done(by_time, 3, 90) == 0.99
+    assert by_time.rate(1, 30) == 0.5
+    assert by_time.rate(3, 90) == pytest.approx(0.01)
+    warm = Recipe(small, steps=12, learning_rate=1.0, schedule="cosine", warmup=4)
+    assert [warm.rate(step) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+    assert warm.rate(8) == pytest.approx(0.5)
+    assert 0 < warm.rate(11) < 0.05
+    assert Recipe(small, steps=3, learning_rate=1.0).rate(2) == 1
 
 
 def test_every_event_once_per_epoch_in_an_order_of_the_seed():
@@ -168,6 +174,25 @@ def test_other_ways_to_run(engine, recipe, small_events, tmp_path, running):
     assert trained.memory.projected
 
 
+def test_a_training_that_ended_before_its_first_checkpoint_begins_again(
+    engine, recipe, small_events, tmp_path, monkeypatch
+):
+    def ends(*_, **__):
+        raise KeyboardInterrupt
+
+    with EventFile(small_events) as events:
+        train(recipe, events, tmp_path / "a", Running())
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(checkpoint, "save_file", ends)
+            train(recipe, events, tmp_path / "b", Running())
+        with pytest.raises(DataError, match="was trained with loss = light, not none"):
+            train(replace(recipe, loss="none"), events, tmp_path / "b", Running(), resume=True)
+        train(recipe, events, tmp_path / "b", Running(), resume=True)
+    a, b = (load_file(tmp_path / x / "checkpoint.safetensors") for x in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert [line["step"] for line in read_log(tmp_path / "b")] == [1, 2, 3, 4]
+
+
 def test_time_limit_ends_with_a_checkpoint(engine, recipe, small_events, tmp_path):
     with EventFile(small_events) as events:
         trained = train(replace(recipe, steps=1000, minutes=1e-9), events, tmp_path / "a", Running())
@@ -195,6 +220,9 @@ def test_folder_in_use_and_other_recipe_are_refused(engine, recipe, small_events
         {"learning_rate": float("nan")},
         {"loss": "heavy"},
         {"minutes": 0},
+        {"schedule": "steps"},
+        {"warmup": -1},
+        {"checkpoint_every": 0},
     ],
     ids=str,
 )

@@ -1,0 +1,68 @@
+"""What is trained, and how: every choice of a training, and the learning rate of each of its steps."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from cosmictagger.model import NetworkConfig
+from cosmictagger.objective import PlaneLoss
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, and how. Raises ValueError for values that make no sense."""
+
+    network: NetworkConfig
+    loss: str = "light"
+    learning_rate: float = 3e-4
+    """Of Adam, once warm and before it falls."""
+    batch: int = 1
+    steps: int = 1000
+    seed: int = 0
+    validate_every: int = 100
+    """Steps between validations, each with a checkpoint."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints besides; None: at validations only."""
+    minutes: float | None = None
+    """Stop after the step that passes this time."""
+    background: float | None = None
+    """Share of background that the untrained network expects; None: weights as published."""
+    schedule: Schedule = "constant"
+    """How the learning rate falls, to zero at the last step or at the end of the minutes: not at all, in a straight
+    line, or as half a cosine."""
+    warmup: int = 0
+    """Steps over which the learning rate rises in a straight line first."""
+    crop: tuple[int, int] | None = None
+    """Rows and columns, before shrinking, of the part of each event that a step takes; None: the whole event."""
+    validate_first: bool = False
+    """Score the untrained network, too."""
+
+    def __post_init__(self) -> None:
+        PlaneLoss(self.loss)
+        for name, least in {"batch": 1, "steps": 1, "validate_every": 1, "checkpoint_every": 1, "warmup": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes is {self.minutes}; it must be positive")
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(f"unknown schedule {self.schedule!r}: choose one of {', '.join(get_args(Schedule))}")
+
+    def rate(self, step: int, seconds: float = 0.0) -> float:
+        """Learning rate of step `step` (from 0), begun `seconds` after the training."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        by_time = 0.0 if self.minutes is None else min(seconds / (60 * self.minutes), 0.99)
+        by_steps = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        done = max(by_steps, by_time)
+        if self.schedule == "cosine":
+            return self.learning_rate * (1 + math.cos(math.pi * done)) / 2
+        return self.learning_rate * (1 - done if self.schedule == "linear" else 1)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is written after `step` steps though nothing is validated."""
+        return self.checkpoint_every is not None and step % self.checkpoint_every == 0
