@@ -1,5 +1,6 @@
 """Files that are either whole or not there."""
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -31,6 +32,23 @@ def replacing(path: Path) -> Iterator[Path]:
             for folder in missing:
                 folder.rmdir()
         raise
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process while the block runs; the lock ends with the process, however that ends.
+
+    Raises BlockingIOError if another process has it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(error.errno, "another process works in it", str(folder)) from error
+        yield
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cosmictagger.atomic import replacing
 from cosmictagger.data import DataError
 from cosmictagger.model import UResNet
-from cosmictagger.weights import misfit
+from cosmictagger.weights import misfit, not_finite, write_tensors
 
 NAME = "checkpoint.safetensors"
 _METADATA, _MODEL, _OPTIMIZER = "training", "model/", "optimizer/"
@@ -26,9 +24,7 @@ def save_checkpoint(path: Path, net: UResNet, optimizer: Optimizer, step: int) -
     content = {_MODEL + key: value for key, value in net.state_dict().items()}
     for index, held in optimizer.state_dict()["state"].items():
         content |= {f"{_OPTIMIZER}{index}/{name}": value for name, value in held.items()}
-    with replacing(path) as part:
-        tensors = {key: value.detach().cpu().contiguous() for key, value in content.items()}
-        save_file(tensors, part, metadata={_METADATA: json.dumps({"step": step})})
+    write_tensors(path, content, {_METADATA: json.dumps({"step": step})})
 
 
 def load_checkpoint(path: Path, net: UResNet, optimizer: Optimizer) -> int:
@@ -40,7 +36,7 @@ def load_checkpoint(path: Path, net: UResNet, optimizer: Optimizer) -> int:
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: is not a checkpoint of a training") from error
     model = {key.removeprefix(_MODEL): value for key, value in content.items() if key.startswith(_MODEL)}
-    problem = misfit(model, net.state_dict()) or _strange(content, list(net.parameters()))
+    problem = misfit(model, net.state_dict()) or _strange(content, list(net.parameters())) or not_finite(content)
     if type(step) is not int or step < 1:
         problem = f"its step is {step}"
     if problem:

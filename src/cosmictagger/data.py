@@ -12,10 +12,12 @@ Only pixels above threshold are stored. Whatever is wrong with a file is one Dat
 event. What it does badly: one event is read at a time, without prefetching.
 """
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import h5py
 import numpy as np
@@ -145,6 +147,12 @@ class EventFile:
         """Rows and columns of every image in the file."""
         return self._charge.shape
 
+    def fingerprint(self) -> str:
+        """A short name for what the file holds, the same wherever it lies: of its events' numbers and sizes."""
+        parts = [np.array(self._numbers, np.int64), self._charge.sizes()]
+        parts += [] if self._label is None else [self._label.sizes()]
+        return hashlib.sha256(b"".join(x.tobytes() for x in parts)).hexdigest()[:16]
+
     def __len__(self) -> int:
         return len(self._charge)
 
@@ -200,6 +208,11 @@ class _Product:
 
     def __len__(self) -> int:
         return len(self._extents)
+
+    def sizes(self) -> NDArray[np.int64]:
+        """Stored pixels of each plane of each event, and the images' shape after them."""
+        each = [int(n) for event in range(len(self)) for n in self._planes_of(event)["N"]]
+        return np.array([*each, *self.shape], np.int64)
 
     def _common_shape(self, meta: NDArray) -> tuple[int, int]:
         sizes = {(int(r), int(c)) for c, r in meta["number_of_voxels"]}
@@ -308,8 +321,8 @@ def _check_label(where: str, charge: Pixels, label: Pixels, shape: tuple[int, in
 class EventWriter:
     """Writes events one after another to an open HDF5 file. Use `writing(path)` to get one."""
 
-    def __init__(self, file: h5py.File) -> None:
-        self._file = file
+    def __init__(self, file: h5py.File, check: Callable[[], None] = lambda: None) -> None:
+        self._file, self._check = file, check
         self._tables: dict[str, h5py.Dataset] = {}
         self._groups: tuple[str, ...] | None = None
 
@@ -326,6 +339,8 @@ class EventWriter:
         self._append(EVENT_ID, EVENT_IDS, [event.number])
         for group, planes in present.items():
             self._append_product(group, planes, event.shape)
+        self._file.flush()
+        self._check()
 
     def _append_product(self, group: str, planes: tuple[Pixels, ...], shape: tuple[int, int]) -> None:
         rows, columns = shape
@@ -365,8 +380,67 @@ def _voxels(pixels: Pixels, rows: int) -> NDArray:
     return out
 
 
+class _Forgiving:
+    """A file for HDF5 that keeps a failed write to itself until it is asked.
+
+    HDF5 does not recover from one: it tries again when the process ends, and takes the process with it. Nothing is
+    written after the first failure; `check` raises it.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self._path = file, path
+        self._failure: OSError | None = None
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def write(self, data: bytes) -> int:
+        if self._failure is None:
+            try:
+                left = memoryview(data).cast("B")
+                while len(left):  # nearly full, a disk may take a part
+                    left = left[self._file.write(left) :]
+            except OSError as error:
+                self._fail(error)
+        return len(data)
+
+    def read(self, size: int = -1) -> bytes:
+        return self._file.read(size)
+
+    def readinto(self, buffer: bytearray) -> int:
+        found = self._file.read(len(buffer))
+        buffer[:] = found + bytes(len(buffer) - len(found))
+        return len(buffer)
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return self._file.truncate(size)
+        except OSError as error:
+            self._fail(error)
+            return size or 0
+
+    def _fail(self, error: OSError) -> None:
+        self._failure = self._failure or OSError(error.errno, error.strerror, str(self._path))
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[EventWriter]:
-    """`with writing(path) as out: out.append(event)`: the file appears whole at the end, or not at all."""
-    with replacing(Path(path)) as part, h5py.File(part, "w") as file:
-        yield EventWriter(file)
+    """`with writing(path) as out: out.append(event)`: the file appears whole at the end, or not at all.
+
+    Raises OSError where the disk is full.
+    """
+    with replacing(Path(path)) as part, part.open("r+b", buffering=0) as raw:
+        forgiving = _Forgiving(raw, Path(path))
+        with h5py.File(forgiving, "w") as file:
+            yield EventWriter(file, forgiving.check)
+        forgiving.check()

@@ -42,7 +42,7 @@ MARK = "demo.txt"
 MARKED = "Made by `cosmictagger demo`, which replaces the files that it has made when it runs again.\n"
 WRITTEN = (
     MARK, "training.h5", "held-out.h5", "recipe.json", "plan.txt", "log.jsonl", CHECKPOINT, "weights.safetensors",
-    "report.html",
+    "best.safetensors", "report.html",
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@
     log.jsonl               one line per step and per validation
     checkpoint.safetensors  where to go on from
     weights.safetensors     the network so far, to release or to evaluate
+    best.safetensors        the network with the best mean IoU of a validation so far
     plan.txt                how the engine runs a step, printed before the first one
 
 A resumed training takes the steps that an uninterrupted one would have taken, with the same events in the same order.
@@ -12,6 +13,7 @@ A resumed training takes the steps that an uninterrupted one would have taken, w
 import json
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from torch.optim import Adam
 
 from cosmictagger import engine
-from cosmictagger.atomic import replacing
+from cosmictagger.atomic import locked, replacing
 from cosmictagger.batches import Batch, Crop, indices_of_step, load_batch
 from cosmictagger.checkpoint import NAME as CHECKPOINT
 from cosmictagger.checkpoint import load_checkpoint, save_checkpoint
@@ -32,7 +34,9 @@ from cosmictagger.model import UResNet, expect_background
 from cosmictagger.objective import PlaneLoss, TaggedLoss
 from cosmictagger.progress import Say, silent
 from cosmictagger.recipe import Recipe
-from cosmictagger.weights import save_weights
+from cosmictagger.weights import Origin, not_finite, save_weights
+
+BEST = "best.safetensors"
 
 
 @dataclass(frozen=True)
@@ -79,17 +83,52 @@ def train(
     """
     if out.exists() and not out.is_dir():
         raise DataError(f"{out}: is not a folder")
+    with ExitStack() as held:
+        if out.exists():
+            held.enter_context(locked(out))
+        return _train(recipe, (events, validation, out), running, resume, say, held)
+
+
+def _train(
+    recipe: Recipe,
+    files: tuple[EventFile, EventFile | None, Path],
+    running: Running,
+    resume: bool,
+    say: Say,
+    held: ExitStack,
+) -> Trained:
+    """The same in a folder that nobody else works in, or that is yet to be made."""
+    events, validation, out = files
     torch.manual_seed(recipe.seed)
-    state = _start(recipe, out, running, resume)
+    described = _described(recipe, running, events.fingerprint())
+    state = _start(recipe, out, running, described if resume else None)
     check_shape_suits(events, recipe.crop or events.shape, state.net, running)
     if validation is not None:
         check_suits(validation, state.net, running)
     step = engine.training_step(state.net, TaggedLoss(PlaneLoss(recipe.loss)), running.budget, running.threads)
     plan, projected = _plan(step, _batch(recipe, 0, events, running), running)
-    out.mkdir(parents=True, exist_ok=True)
-    _write(out / "recipe.json", json.dumps(_described(recipe, running), indent=2) + "\n")
+    if not out.exists():
+        out.mkdir(parents=True)
+        held.enter_context(locked(out))
+    _write(out / "recipe.json", json.dumps(described, indent=2) + "\n")
     _write(out / "plan.txt", plan + "\n")
+    seconds, measured = _loop(recipe, state, step, files, running, say)
+    return Trained(state.step, seconds, Memory(running.budget, projected, measured))
+
+
+def _loop(
+    recipe: Recipe,
+    state: _State,
+    step: engine.Step,
+    files: tuple[EventFile, EventFile | None, Path],
+    running: Running,
+    say: Say,
+) -> tuple[float, int | None]:
+    """Take the steps; returns seconds, and the bytes that the first step added."""
+    events, validation, out = files
+    origin = Origin(running.downsample, running.precision, events.fingerprint())
     log = _Log(out / "log.jsonl", state.step)
+    best = max((v["network"]["mean_iou"] for v in log.validations()), default=-1.0)
 
     tagger = Tagger(state.net, running) if validation is not None else None
     if tagger is not None and validation is not None and recipe.validate_first and state.step == 0:
@@ -105,11 +144,15 @@ def train(
         late = recipe.minutes is not None and time.monotonic() - start > 60 * recipe.minutes
         if late or state.step % recipe.validate_every == 0 or state.step == recipe.steps:
             if tagger is not None and validation is not None:
-                log.add({"step": state.step, "validation": evaluate(tagger, validation).as_dict()})
-            _save(state, out)
+                found = evaluate(tagger, validation).as_dict()
+                log.add({"step": state.step, "validation": found})
+                if found["network"]["mean_iou"] > best:
+                    best = found["network"]["mean_iou"]
+                    save_weights(state.net, out / BEST, origin)
+            _save(state, out, origin)
         elif recipe.saves(state.step):
-            _save(state, out)
-    return Trained(state.step, time.monotonic() - start, Memory(running.budget, projected, measured))
+            _save(state, out, origin)
+    return time.monotonic() - start, measured
 
 
 def seconds_per_step(recipe: Recipe, events: EventFile, running: Running) -> float:
@@ -149,14 +192,19 @@ def _one_step(
         added = max(0, added - sum(p.grad.nbytes for p in state.net.parameters() if p.grad is not None))
     value = loss.item()
     if not math.isfinite(value):
-        raise ArithmeticError(f"the loss is {value} at step {state.step + 1}; try a smaller learning rate")
+        raise ArithmeticError(
+            f"the loss is {value} at step {state.step + 1}; resume with a smaller learning rate than {_rate(state):g}"
+        )
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     found = scores(confusion(tags, _truth(batch))).as_dict()
     seconds = round(time.monotonic() - began, 3)
-    rate = state.optimizer.param_groups[0]["lr"]
-    return {"step": state.step, "loss": value, "rate": rate, "seconds": seconds, "train": found}, added
+    return {"step": state.step, "loss": value, "rate": _rate(state), "seconds": seconds, "train": found}, added
+
+
+def _rate(state: _State) -> float:
+    return state.optimizer.param_groups[0]["lr"]
 
 
 def _truth(batch: Batch) -> Tensor:
@@ -178,56 +226,62 @@ def _plan(step: engine.Step, batch: Batch, running: Running) -> tuple[str, int |
     return str(plan), plan.projected_bytes
 
 
-def _described(recipe: Recipe, running: Running) -> dict:
+def _described(recipe: Recipe, running: Running, data: str) -> dict:
     """What must not change when a training goes on, and what may."""
     described = asdict(recipe)
-    described.update(precision=running.precision, downsample=running.downsample, budget=running.budget)
-    return described
+    described.update(precision=running.precision, downsample=running.downsample, budget=running.budget, data=data)
+    return json.loads(json.dumps(described))
 
 
-_MAY_CHANGE = ("steps", "validate_every", "checkpoint_every", "validate_first", "minutes", "budget")
+# The learning rate may, so that a training that diverged can go on with a smaller one.
+_MAY_CHANGE = ("steps", "learning_rate", "validate_every", "checkpoint_every", "validate_first", "minutes", "budget")
 
 
-def _start(recipe: Recipe, out: Path, running: Running, resume: bool) -> _State:
-    """A new network, or the one of the folder's checkpoint."""
+def _start(recipe: Recipe, out: Path, running: Running, resumed: dict | None) -> _State:
+    """A new network, or the one of the folder's checkpoint, if its training is the one that `resumed` describes."""
     net = UResNet(recipe.network)
     if recipe.background is not None:
         expect_background(net, recipe.background)
     net = net.to(running.device)
     state = _State(net, Adam(net.parameters(), recipe.learning_rate))
     kept = out / CHECKPOINT
-    if not resume:
+    if resumed is None:
         if kept.exists() or (out / "log.jsonl").exists():
             raise DataError(f"{out}: holds a training already; go on with --resume, or name another folder")
         return state
     if not kept.exists() and (out / "recipe.json").is_file():
-        _check_described(recipe, out, running)
+        _check_described(resumed, out)
         return state  # it ended before its first checkpoint
     if not kept.is_file():
         old = (out / "checkpoint").is_dir()
         raise DataError(
             f"{out}: no checkpoint to resume from" + ", but for an older one, which could hold code" * old
         )
-    _check_described(recipe, out, running)
+    _check_described(resumed, out)
     state.step = load_checkpoint(kept, state.net, state.optimizer)
     return state
 
 
-def _check_described(recipe: Recipe, out: Path, running: Running) -> None:
+def _check_described(asked: dict, out: Path) -> None:
     """Raise DataError unless the training of a folder is the one that is asked for."""
     try:
         before = json.loads((out / "recipe.json").read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"{out / 'recipe.json'}: cannot be read, so nothing can be resumed") from error
-    for key, value in json.loads(json.dumps(_described(recipe, running))).items():
+    for key, value in asked.items():
+        if key == "data" and before.get(key) != value:
+            raise DataError(f"{out}: was trained on other events; resume it on those")
         if key not in _MAY_CHANGE and before.get(key) != value:
             raise DataError(f"{out}: was trained with {key} = {before.get(key)}, not {value}")
 
 
-def _save(state: _State, out: Path) -> None:
-    """Checkpoint and weights; an interruption leaves the ones before."""
+def _save(state: _State, out: Path, origin: Origin) -> None:
+    """Checkpoint and weights; an interruption leaves the ones before, and so do weights that are not numbers."""
+    problem = not_finite(state.net.state_dict())
+    if problem:
+        raise ArithmeticError(f"{problem} after step {state.step}; resume with a smaller learning rate")
     save_checkpoint(out / CHECKPOINT, state.net, state.optimizer, state.step)
-    save_weights(state.net, out / "weights.safetensors")
+    save_weights(state.net, out / "weights.safetensors", origin)
 
 
 def _write(path: Path, text: str) -> None:
@@ -242,6 +296,11 @@ class _Log:
         lines = path.read_text().splitlines() if step and path.exists() else []
         _write(path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
         self._path = path
+        self._validations = [json.loads(line) for line in path.read_text().splitlines() if '"validation"' in line]
+
+    def validations(self) -> list[dict]:
+        """Scores before this training went on."""
+        return [line["validation"] for line in self._validations]
 
     def add(self, line: dict) -> None:
         with self._path.open("a") as file:

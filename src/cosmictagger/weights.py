@@ -1,7 +1,7 @@
 """Released weights: a safetensors file that carries the shape of its network; public checkpoints are read too."""
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +15,55 @@ from cosmictagger.data import DataError
 from cosmictagger.model import VARIANTS, NetworkConfig, UResNet
 
 METADATA = "network"
+ORIGIN = "origin"
 
 
-def save_weights(net: UResNet, path: Path) -> None:
-    """Write parameters and buffers, with the network's configuration in the file's metadata."""
-    state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+@dataclass(frozen=True)
+class Origin:
+    """How weights came about; they are of use only where the same is done with them."""
+
+    downsample: int = 0
+    precision: str = "float32"
+    data: str = ""
+    """Fingerprint of the events that they were trained on."""
+
+
+def save_weights(net: UResNet, path: Path, origin: Origin | None = None) -> None:
+    """Write parameters and buffers, with the network's configuration, and what is known of their origin, in the
+    file's metadata."""
+    metadata = {METADATA: json.dumps(asdict(net.config))}
+    if origin is not None:
+        metadata[ORIGIN] = json.dumps(asdict(origin))
+    write_tensors(path, net.state_dict(), metadata)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file; it appears whole. Raises OSError where the disk is full."""
+    content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with replacing(path) as part:
-        save_file(state, part, metadata={METADATA: json.dumps(asdict(net.config))})
+        try:
+            save_file(content, part, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written: {error}") from error
+
+
+def load_origin(path: Path) -> Origin | None:
+    """What a weights file says of its origin; None where it says nothing. Raises DataError if that makes no sense."""
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(ORIGIN)
+    except (SafetensorError, OSError):
+        return None
+    try:
+        return None if text is None else Origin(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: its description of the training cannot be used: {error}") from error
+
+
+def not_finite(state: dict[str, Tensor]) -> str | None:
+    """The first tensor with a NaN or infinite value, in words; None where all is well."""
+    bad = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    return f"{bad[0]} has values that are NaN or infinite" if bad else None
 
 
 def load_weights(path: Path, variant: str | None = None) -> UResNet:
@@ -40,6 +82,9 @@ def load_weights(path: Path, variant: str | None = None) -> UResNet:
     problem = misfit(state, net.state_dict())
     if problem:
         raise DataError(f"{path}: does not fit the network: {problem}")
+    problem = not_finite(state)
+    if problem:
+        raise DataError(f"{path}: cannot be used: {problem}")
     net.load_state_dict(state)
     return net.eval()
 

@@ -121,6 +121,23 @@ def test_a_budget_that_will_not_do(budget, message, small, small_events, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    """A limit on the size of files stands for the disk, reached at once, between two events, and in the last one."""
+    program = f"""
+import resource, sys
+from cosmictagger.__main__ import main as run
+for limit in (100, 60_000, 300_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    assert run(["simulate", "{tmp_path / "a.h5"}", "--events", "2"]) == 2
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("cosmictagger: [Errno 27]")]
+    assert len(said) == 3 and all("a.h5" in line for line in said)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_as_a_program(tmp_path):
     command = [sys.executable, "-m", "cosmictagger", "evaluate", str(tmp_path / "a.h5"), str(tmp_path / "w")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

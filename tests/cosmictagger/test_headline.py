@@ -32,8 +32,8 @@ def test_units_stop_and_resume_bit_for_bit_and_leave_scores(engine, tmp_path, mo
     headline.run_unit(tiny, "full-0", whole, whole / "results")
     with monkeypatch.context() as patched:
 
-        def stops(state, out):
-            save(state, out)
+        def stops(state, *rest):
+            save(state, *rest)
             if state.step in (1, 3):
                 raise KeyboardInterrupt
 

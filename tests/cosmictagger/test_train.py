@@ -10,16 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cosmictagger import checkpoint
+from cosmictagger import weights
+from cosmictagger.atomic import locked
 from cosmictagger.batches import indices_of_step
-from cosmictagger.data import DataError, EventFile
+from cosmictagger.data import DataError, EventFile, writing
 from cosmictagger.evaluate import Running, Tagger, evaluate
 from cosmictagger.metrics import all_cosmic, confusion, scores
 from cosmictagger.model import UResNet
 from cosmictagger.recipe import Recipe
 from cosmictagger.session import Files, train_with_report
+from cosmictagger.simulate import Detector, simulate_numbered
 from cosmictagger.train import read_log, train
-from cosmictagger.weights import load_weights, save_weights
+from cosmictagger.weights import Origin, load_origin, load_weights, save_weights
 
 
 @pytest.fixture
@@ -61,6 +63,7 @@ def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(engine, recipe, s
     assert logs[0] == logs[1]
     assert [line["step"] for line in logs[0]] == [1, 2, 2, 3, 4, 4]
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
+        "best.safetensors",
         "checkpoint.safetensors",
         "log.jsonl",
         "plan.txt",
@@ -75,7 +78,7 @@ def test_a_training_that_ends_while_it_saves_goes_on_from_the_checkpoint_before(
     recipe = replace(recipe, steps=3, validate_every=1)
 
     def ends(tensors, path, metadata):
-        if json.loads(metadata["training"])["step"] == 2:
+        if json.loads(metadata.get("training", "{}")).get("step") == 2:
             path.write_bytes(b"half")
             raise KeyboardInterrupt
         save_file(tensors, path, metadata=metadata)
@@ -83,7 +86,7 @@ def test_a_training_that_ends_while_it_saves_goes_on_from_the_checkpoint_before(
     with EventFile(small_events) as events:
         train(recipe, events, tmp_path / "a", Running())
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(checkpoint, "save_file", ends)
+            patched.setattr(weights, "save_file", ends)
             train(recipe, events, tmp_path / "b", Running())
         train(recipe, events, tmp_path / "b", Running(), resume=True)
     a, b = (load_file(tmp_path / x / "checkpoint.safetensors") for x in "ab")
@@ -183,7 +186,7 @@ def test_a_training_that_ended_before_its_first_checkpoint_begins_again(
     with EventFile(small_events) as events:
         train(recipe, events, tmp_path / "a", Running())
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(checkpoint, "save_file", ends)
+            patched.setattr(weights, "save_file", ends)
             train(recipe, events, tmp_path / "b", Running())
         with pytest.raises(DataError, match="was trained with loss = light, not none"):
             train(replace(recipe, loss="none"), events, tmp_path / "b", Running(), resume=True)
@@ -191,6 +194,52 @@ def test_a_training_that_ended_before_its_first_checkpoint_begins_again(
     a, b = (load_file(tmp_path / x / "checkpoint.safetensors") for x in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert [line["step"] for line in read_log(tmp_path / "b")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("engine", ["plain"], indirect=True)
+def test_a_training_that_diverged_goes_on_with_a_smaller_rate(engine, recipe, small_events, tmp_path):
+    with EventFile(small_events) as events:
+        train(replace(recipe, steps=1), events, tmp_path / "a", Running())
+        with pytest.raises(ArithmeticError, match="resume with a smaller learning rate"):
+            train(
+                replace(recipe, learning_rate=1e30, validate_every=9), events, tmp_path / "a", Running(), resume=True
+            )
+        assert train(recipe, events, tmp_path / "a", Running(), resume=True).steps == 4
+
+
+@pytest.mark.parametrize("engine", ["plain"], indirect=True)
+def test_other_events_and_a_folder_at_work_are_refused(engine, recipe, small_events, tmp_path):
+    with writing(tmp_path / "others.h5") as out:
+        for number in range(3):
+            out.append(simulate_numbered(8, number, Detector().coarser(16)))
+    with EventFile(small_events) as events, EventFile(tmp_path / "others.h5") as others:
+        train(replace(recipe, steps=1), events, tmp_path / "a", Running())
+        with pytest.raises(DataError, match="was trained on other events"):
+            train(recipe, others, tmp_path / "a", Running(), resume=True)
+        with locked(tmp_path / "a"), pytest.raises(BlockingIOError, match="another process works in it"):
+            train(recipe, events, tmp_path / "a", Running(), resume=True)
+        assert train(recipe, events, tmp_path / "a", Running(), resume=True).steps == 4
+
+
+@pytest.mark.parametrize("engine", ["plain"], indirect=True)
+def test_weights_say_where_they_come_from_and_the_best_are_kept(engine, recipe, small_events, tmp_path):
+    network = replace(recipe.network, depth=2)
+    with EventFile(small_events) as events:
+        train(replace(recipe, network=network), events, tmp_path / "a", Running(downsample=1), validation=events)
+        origin = load_origin(tmp_path / "a" / "best.safetensors")
+        assert origin == Origin(downsample=1, precision="float32", data=events.fingerprint())
+        best = evaluate(Tagger(load_weights(tmp_path / "a" / "best.safetensors"), Running(downsample=1)), events)
+    found = [line["validation"]["network"]["mean_iou"] for line in read_log(tmp_path / "a") if "validation" in line]
+    assert best.network.mean_iou == max(found)
+
+
+def test_weights_of_nan_are_refused(small, tmp_path):
+    net = UResNet(small)
+    with torch.no_grad():
+        next(net.parameters()).view(-1)[0] = float("nan")
+    save_weights(net, tmp_path / "w.safetensors")
+    with pytest.raises(DataError, match="NaN or infinite"):
+        load_weights(tmp_path / "w.safetensors")
 
 
 def test_time_limit_ends_with_a_checkpoint(engine, recipe, small_events, tmp_path):
