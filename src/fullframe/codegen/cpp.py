@@ -86,7 +86,7 @@ def _body(group: Group) -> list[str]:
             ends.append(f"for (int64_t j = 0; j < VECTOR; j++) q{i}[g + j] += b{i}[j];")
         ends.append(f"for (int64_t j = 0; j < VECTOR; j++) s{i}[g + j] += a{i}[j];")
     # An output may be the array of an operand: no lane reads what another one writes, which is what
-    # `ivdep` says and `restrict` would deny.
+    # `INDEPENDENT` says and `restrict` would deny.
     return [
         f"static APART void body({', '.join(parameters)}) {{",
         *("    " + line for line in begins),
@@ -95,7 +95,7 @@ def _body(group: Group) -> list[str]:
         "        for (int64_t g = 0; g < form.lanes; g += VECTOR) {",
         *("            " + line for line in run),
         "            for (int64_t k = begin; k < end; k++) {",
-        "#pragma GCC ivdep",
+        "INDEPENDENT",
         "                for (int64_t j = 0; j < VECTOR; j++) {",
         *("                    " + line for line in (*loads, *stores)),
         "                }",

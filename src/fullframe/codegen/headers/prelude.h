@@ -16,6 +16,13 @@
 #define APART __attribute__((noinline))
 #define RARE __attribute__((noinline, cold))
 
+// Before a loop whose turns do not wait for each other.
+#if defined(__clang__)
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 constexpr int64_t WIDEST = 2048;     // lanes of a step made of several pixels
 constexpr int64_t BUFFERED = 2048;   // lanes of a block with buffers: these stay in the first-level cache
 constexpr int64_t DIRECT = 16384;    // of one without

@@ -15,22 +15,27 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
-# The vectorising parts of -O3; the rest of it doubles the time to compile and gains nothing here.
-OPTIMISE = ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-fpeel-loops")
 # Every node is rounded as PyTorch rounds it, so multiplications and additions are not contracted; NaN,
 # infinities and signed zeros keep their meaning. Only errno and floating-point traps are given up.
-FLAGS = (*OPTIMISE, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+ROUNDING = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-std=gnu++17", "-O2", *ROUNDING, "-shared", "-fPIC")
+# Of GCC, the vectorising parts of -O3; the rest of it doubles the time to compile and gains nothing here. Clang,
+# which does not know these flags, vectorises at -O2.
+GCC = ("-ftree-vectorize", "-fvect-cost-model=dynamic", "-fpeel-loops")
 # The instruction set, as `-march` names it; for tests and measurements, as oneDNN's and ATen's own variables are.
 VARIABLE = "FULLFRAME_CPU_ISA"
+ZIG = ("-m", "ziglang", "c++")  # arguments of Python
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
-_SECONDS = 300
+_SECONDS = 900  # zig makes its C++ library first, which once takes minutes
 
 
 class BuildError(Exception):
@@ -39,11 +44,22 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: its path, its flags, and all it predefines (version and instruction sets)."""
+    """A C++ compiler: the command that starts it, its flags, and all it predefines (version, instruction sets)."""
 
-    path: str
+    command: tuple[str, ...]
     flags: tuple[str, ...]
     identity: str
+
+    @property
+    def name(self) -> str:
+        """As people call it."""
+        return "zig c++" if _is_zig(self.command) else Path(self.command[0]).name
+
+    @property
+    def version(self) -> str:
+        """Its own words for its version, as it predefines them."""
+        found = re.search(r'^#define __VERSION__ "(.*)"$', self.identity, re.MULTILINE)
+        return found[1] if found else ""
 
 
 @cache
@@ -60,7 +76,7 @@ def find() -> Compiler:
     try:
         other = for_isa(wanted)
     except BuildError as error:
-        raise ValueError(f"{VARIABLE}={wanted}: {here.path} knows no such instruction set") from error
+        raise ValueError(f"{VARIABLE}={wanted}: {here.name} knows no such instruction set") from error
     missing = sorted(_features(other) - _features(here))
     if missing:
         raise ValueError(f"{VARIABLE}={wanted}: this processor has no {', '.join(missing)}")
@@ -69,18 +85,48 @@ def find() -> Compiler:
 
 def for_isa(name: str) -> Compiler:
     """The first compiler that makes kernels for an instruction set. Raises BuildError when there is none."""
-    paths = [path for path in map(shutil.which, ("g++", "c++", "clang++")) if path]
-    for path in paths:
-        for more in (WIDE, ()):
-            flags = (*FLAGS, f"-march={name}", *more)
-            command = [path, *flags, "-dM", "-E", "-x", "c++", os.devnull]
-            try:
-                asked = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-            except (OSError, subprocess.SubprocessError):
-                continue
-            if asked.returncode == 0:
-                return Compiler(path, flags, asked.stdout)
-    raise BuildError("no C++ compiler found (g++, c++ or clang++ on the path)")
+    refused = []
+    for command in commands():
+        bare = _predefined(command, ())
+        if bare is None:
+            refused.append(" ".join(command))
+            continue
+        family = () if "#define __clang__ " in bare else GCC
+        wanted = name.replace("-", "_") if _is_zig(command) else name
+        for march in (f"-march={wanted}", f"-mcpu={wanted}"):  # the second on ARM, where older ones know no other
+            for wide in (WIDE, ()):
+                flags = (*FLAGS, *family, march, *wide)
+                identity = _predefined(command, flags)
+                if identity is not None:
+                    return Compiler(command, flags, identity)
+        refused.append(" ".join(command))
+    found = f"; none of these makes code for {name}: {', '.join(refused)}" if refused else ""
+    raise BuildError(
+        f"no C++ compiler found (g++, c++ or clang++ on the path, or `pip install fullframe[compiler]`){found}"
+    )
+
+
+def commands() -> list[tuple[str, ...]]:
+    """The commands that may start a compiler, the preferred first: those on the path, then Python's own package of
+    one, which the extra ``compiler`` installs."""
+    found: list[tuple[str, ...]] = [(path,) for path in map(shutil.which, ("g++", "c++", "clang++")) if path]
+    if find_spec("ziglang") is not None and sys.executable:
+        found.append((sys.executable, *ZIG))
+    return found
+
+
+def _is_zig(command: tuple[str, ...]) -> bool:
+    return command[1:] == ZIG
+
+
+def _predefined(command: tuple[str, ...], flags: tuple[str, ...]) -> str | None:
+    """What a compiler predefines with these flags; None where it refuses them."""
+    asking = [*command, *flags, "-dM", "-E", "-x", "c++", os.devnull]
+    try:
+        asked = subprocess.run(asking, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return asked.stdout if asked.returncode == 0 else None
 
 
 def _features(compiler: Compiler) -> set[str]:
@@ -94,8 +140,8 @@ def isa() -> str:
         found = find()
     except BuildError as error:
         return str(error)
-    [march] = [flag for flag in found.flags if flag.startswith("-march=")]
-    return f"{Path(found.path).name} {march}"
+    [march] = [flag for flag in found.flags if flag.startswith(("-march=", "-mcpu="))]
+    return f"{found.name} {march}"
 
 
 @cache
@@ -181,11 +227,11 @@ def _build(compiler: Compiler, source: str, path: Path) -> None:
     made = Path(name)
     try:
         done = subprocess.run(
-            [compiler.path, *compiler.flags, "-x", "c++", "-", "-o", name],
+            [*compiler.command, *compiler.flags, "-x", "c++", "-", "-o", name],
             input=source, capture_output=True, text=True, timeout=_SECONDS, check=False,
         )  # fmt: skip
         if done.returncode:
-            raise BuildError(f"{compiler.path} failed: {done.stderr.strip()[:2000]}")
+            raise BuildError(f"{compiler.name} failed: {done.stderr.strip()[:2000]}")
         keep(made.read_bytes(), path)
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"the kernel could not be compiled: {error}") from error

@@ -26,8 +26,12 @@ typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias
 #define MADD(a, b, c) (Vec) _mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
 #elif defined(__AVX__) && defined(__FMA__)
 #define MADD(a, b, c) (Vec) _mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c))
-#elif defined(__clang__) && !defined(__x86_64__)
+#elif defined(__clang__)
+#if !defined(__x86_64__) && __has_builtin(__builtin_elementwise_fma)
 #define MADD(a, b, c) __builtin_elementwise_fma(a, b, c)
+#else  // it knows no such attribute, and rounds product and sum: in all kernels alike
+#define MADD(a, b, c) ((a) * (b) + (c))
+#endif
 #else
 #undef FUSED
 #define FUSED __attribute__((optimize("fp-contract=fast")))
