@@ -140,3 +140,10 @@ def test_what_cannot_be_recorded_is_refused_by_name(name):
     function, words = REFUSED[name]
     with pytest.raises(fullframe.CaptureError, match=words):
         fullframe.tile(Net(function), tile=4)(torch.randn(2, 3, 8, 8, dtype=torch.float64))
+
+
+def test_another_shape_than_pytorchs_rule_says_is_refused_by_name():
+    labels = torch.tensor([1, 2, -1, 0])
+    step = fullframe.tile(Net(lambda x: F.multilabel_margin_loss(x, labels, reduction="none")))
+    with pytest.raises(fullframe.UnsupportedOpError, match=r"multilabel_margin_loss.* shape \(\), .* says \(1,\)"):
+        step(torch.randn(4, dtype=torch.float64))

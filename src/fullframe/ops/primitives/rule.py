@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fullframe.errors import UnsupportedOpError
 from fullframe.ir import region as box
 from fullframe.ir.graph import Kind, Link, Op
 from fullframe.ir.region import Region
@@ -78,6 +79,15 @@ class Whole(BaseRule):
 
     def grow(self, op: Op, region: Region) -> Region:
         return box.full(op.output.shape)
+
+    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+        made = super().run(op, region, windows)
+        if tuple(made.shape) != tuple(op.output.shape):
+            raise UnsupportedOpError(
+                f"{op.target} makes a tensor of shape {tuple(made.shape)}, and PyTorch's own rule of its shapes, after "
+                f"which the step was recorded, says {tuple(op.output.shape)}; give it an input of another shape"
+            )
+        return made
 
 
 class Reduction(BaseRule):
