@@ -84,7 +84,7 @@ class Whole(BaseRule):
         made = super().run(op, region, windows)
         if tuple(made.shape) != tuple(op.output.shape):
             raise UnsupportedOpError(
-                f"{op.target} makes a tensor of shape {tuple(made.shape)}, and PyTorch's own rule of its shapes, after "
+                f"{op.target} makes a tensor of shape {tuple(made.shape)}, and PyTorch's own rule of its shapes, by "
                 f"which the step was recorded, says {tuple(op.output.shape)}; give it an input of another shape"
             )
         return made
