@@ -63,7 +63,7 @@ def watched() -> list[Event]:
 
 
 def recordings(plan: Plan) -> Iterator[tuple[int, Any]]:
-    """Section and instructions of each bytecode of a plan that is replayed."""
+    """Section and instructions of the bytecode of each tile of a plan that is replayed."""
     for schedule in executor._RUNTIMES[plan].schedules.values():
         for number, stage in zip(schedule.steps, schedule.stages.list, strict=True):
             found = [bound.bytecode for bound in stage.bound] + ([stage.after.bytecode] if stage.after else [])

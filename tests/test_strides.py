@@ -32,7 +32,7 @@ def nets() -> dict[str, Any]:
 def test_strides_are_those_of_plain_pytorch(name: str, images: Any, weights: Any):
     net = nets()[name].to(memory_format=weights)
     tiled = fullframe.tile(copy.deepcopy(net), tile=8)
-    for _ in range(4 if name == "norm" else 2):  # recorded, recorded as bytecode, and replayed
+    for _ in range(4 if name == "norm" else 2):  # captured, recorded as bytecode, and replayed
         x = torch.randn(2, 3, 16, 16).contiguous(memory_format=images).requires_grad_()
         y = x.detach().clone().requires_grad_()
         plain, made = net(x), tiled(y)

@@ -1,4 +1,4 @@
-"""Steps whose tiles run from bytecode: the same bits whatever changes between them, and bytecode that fail."""
+"""Steps whose tiles run from bytecode: the same bits whatever changes between them, and bytecode that fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fullframe.runtime import executor
 from fullframe.runtime.executor import runtime_of
 
 pytestmark = pytest.mark.skipif(
-    not bytecode_available(), reason="no compiler, or a PyTorch without the functions that bytecode call"
+    not bytecode_available(), reason="no compiler, or a PyTorch without the functions that bytecode calls"
 )
 
 

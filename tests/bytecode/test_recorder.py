@@ -14,7 +14,7 @@ from fullframe.codegen.group import Group, Operand, Reduction, Ref
 from fullframe.codegen.kernel import build
 
 pytestmark = pytest.mark.skipif(
-    not bytecode_available(), reason="no compiler, or a PyTorch without the functions that bytecode call"
+    not bytecode_available(), reason="no compiler, or a PyTorch without the functions that bytecode calls"
 )
 
 

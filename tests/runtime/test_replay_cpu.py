@@ -23,7 +23,7 @@ from fullframe.runtime.executor import Run, runtime_of
 from fullframe.runtime.replay_cpu import Schedule
 
 pytestmark = pytest.mark.skipif(
-    not bytecode_available(), reason="no compiler, or a PyTorch without the functions that bytecode call"
+    not bytecode_available(), reason="no compiler, or a PyTorch without the functions that bytecode calls"
 )
 STEPS = 7
 

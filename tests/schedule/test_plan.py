@@ -105,12 +105,12 @@ def test_places_leave_no_gap_that_another_order_fills():
 def test_saved_tiles_are_a_disjoint_cover(case, tile):
     net, image, label = case
     plan = fullframe.tile(net, loss=F.cross_entropy, tile=tile).plan(image, label)
-    for step in plan.stages:
-        for value in step.section.saves:
+    for stage in plan.stages:
+        for value in stage.section.saves:
             if not tiled(value, plan.tile_axes):
                 continue
             seen = torch.zeros(value.shape, dtype=torch.int32)
-            for part in step.grid.tiles():
+            for part in stage.grid.tiles():
                 seen[tuple(slice(*i) for i in own_region(value, plan.tile_axes, part))] += 1
             assert bool((seen == 1).all())
 
@@ -174,13 +174,13 @@ def test_a_section_begins_where_the_one_before_it_ended(case):
     plan = fullframe.tile(net, loss=F.cross_entropy, tile=16).plan(image, label)
     maker = {v: s for s in plan.stages for v in s.section.outputs}
     reversals = 0
-    for step in plan.stages:
-        read = [v for v in step.section.loads if v in plan.slots and v in maker]
+    for stage in plan.stages:
+        read = [v for v in stage.section.loads if v in plan.slots and v in maker]
         if len(read) == 1:
-            assert step.reversed != maker[read[0]].reversed
-            reversals += step.reversed
+            assert stage.reversed != maker[read[0]].reversed
+            reversals += stage.reversed
         elif not read:
-            assert not step.reversed
+            assert not stage.reversed
     assert reversals > 1
 
 

@@ -278,11 +278,11 @@ def planned(case: Case) -> tuple[Tiled, Any, Program, planner.Request]:
 def invariants(plan: fullframe.Plan) -> None:
     """Saved tiles are a disjoint cover; places alive together do not overlap; the budget is kept."""
     assert plan.projected_bytes <= plan.budget, "the plan is beyond its budget"
-    for step in plan.stages:
-        for value in step.section.saves:
+    for stage in plan.stages:
+        for value in stage.section.saves:
             if tiled(value, plan.tile_axes):
                 seen = torch.zeros(value.shape, dtype=torch.uint8)
-                for tile in step.grid.tiles():
+                for tile in stage.grid.tiles():
                     seen[box.slices(own_region(value, plan.tile_axes, tile))] += 1
                 assert bool((seen == 1).all()), f"{value} is no disjoint cover"
     lives = lifetimes([s.section for s in plan.stages], [v for v in plan.graph.outputs if v is not None])

@@ -1,4 +1,4 @@
-"""What a call returns: tensors in containers and objects of whatever kind, taken apart and made again.
+"""What a call returns: tensors in containers and objects of whatever kind, flattened, and made again for each call.
 
 Containers that `torch.utils._pytree` knows are its business. Other objects (dataclasses, subclasses of dictionaries,
 distributions) are copied field by field: each call returns one of its own, as the forward makes it.

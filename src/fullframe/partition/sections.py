@@ -177,7 +177,7 @@ def _tiled_along(saved: SavedValues, value: Value) -> set[int]:
 def _shares_maps(saved: SavedValues, draft: _Draft, loads: set[Value]) -> bool:
     """Whether most of the bytes a slice loads are at hand in the draft.
 
-    Maps made by the step decide; sharing only an input (the labels of all planes) would tie
+    Maps made by the step decide; sharing only an input (the target of all planes) would tie
     branches together that could otherwise finish one after the other.
     """
     maps = [v for v in loads if tiled(v, saved.tile_axes)]

@@ -187,7 +187,7 @@ def _fold(stage: Stage, recorded: Sequence[Recorded], blocks: Sequence[torch.Ten
 
 
 class _Replaying:
-    """One time that a schedule is replayed."""
+    """One run of a schedule."""
 
     def __init__(self, schedule: Schedule, run: Replayable, threads: int):
         self.schedule, self.work, self.count, self.memory = schedule, run, threads, run.memory
