@@ -121,7 +121,9 @@ def _costs(units: Units, logs: dict[str, list[dict]]) -> list[str]:
 
 
 def _validations(log: list[dict]) -> list[tuple[int, float]]:
-    return [(line["step"], line["validation"]["network"]["mean_iou"]) for line in log if "validation" in line]
+    """At the network's own resolution, all pixels."""
+    found = [(line["step"], line["validation"]) for line in log if "validation" in line]
+    return [(step, scores.get("ungated", scores["network"])["mean_iou"]) for step, scores in found]
 
 
 def _curves(logs: dict[str, list[dict]], path: Path) -> None:

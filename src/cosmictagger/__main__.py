@@ -14,12 +14,12 @@ from cyclopts import App, CycloptsError, Parameter
 from cosmictagger.atomic import replacing
 from cosmictagger.data import DataError, EventFile
 from cosmictagger.demo import DEMO, run_demo
-from cosmictagger.evaluate import Running, Tagger, check_suits, evaluate, predict
+from cosmictagger.evaluate import Evaluation, Running, Tagger, check_suits, evaluate, evaluate_tags, predict
 from cosmictagger.progress import progress
 from cosmictagger.recipe import Recipe
 from cosmictagger.report import SCORES
 from cosmictagger.session import Files, simulate_file, train_with_report
-from cosmictagger.weights import load_weights, named_variant
+from cosmictagger.weights import Origin, load_origin, load_weights, named_variant
 
 app = App(
     name="cosmictagger",
@@ -36,17 +36,28 @@ class RunningOptions:
 
     budget: str | None = None
     """Memory for a step beyond parameters and gradients, e.g. "8 GB". Default: what is free."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic."""
-    downsample: Literal[0, 1] = 0
-    """0: full resolution. 1: half of it, charge averaged, labels the largest of four."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Arithmetic. Default: that of the weights, or float32."""
+    downsample: Literal[0, 1] | None = None
+    """0: full resolution. 1: half of it, charge averaged, labels the largest of four. Default: as for the weights, or
+    0."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
 
-    def running(self) -> Running:
+    def running(self, weights: Path | None = None) -> Running:
+        """How to run, as weights were trained; refused where something else is asked for."""
+        origin = None if weights is None else load_origin(weights)
+        for name in ("precision", "downsample"):
+            asked = getattr(self, name)
+            if origin is not None and asked is not None and asked != getattr(origin, name):
+                was = getattr(origin, name)
+                raise DataError(f"{weights}: was trained with {name} = {was}, not {asked}; leave --{name} out")
+        origin = origin or Origin()
         if self.device == "cuda" and not torch.cuda.is_available():
             raise DataError("no CUDA device was found; leave --device out to compute on the CPU")
-        return Running(self.budget, self.precision, self.downsample, torch.device(self.device))
+        precision, downsample = self.precision or origin.precision, self.downsample
+        downsample = origin.downsample if downsample is None else downsample
+        return Running(self.budget, precision, downsample, torch.device(self.device))
 
 
 @Parameter(name="*")
@@ -145,39 +156,53 @@ def train_command(
 @app.command(name="evaluate")
 def evaluate_command(
     events: Path,
-    weights: Path,
+    weights: Path | None = None,
     *,
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
     variant: Literal["uresnet", "a21", "scc21", "polaris"] | None = None,
     running: RunningOptions = _RUNNING,
 ) -> None:
-    """Score a network on events with truth.
+    """Score a network, or the tags that `predict` has written, on events with truth.
+
+    The score is of what `predict` writes: over pixels with charge, at full resolution. That over all pixels of the
+    images that the network takes stands beside it.
 
     Parameters
     ----------
     events
         larcv3 HDF5 file.
     weights
-        Weights of a training, or a checkpoint of the public CosmicTagger.
+        Weights of a training, or a checkpoint of the public CosmicTagger. Without them the file's tags are scored.
     json_file
         File to write the scores to as well.
     variant
         Network, where the weights do not say it.
     """
-    how = running.running()
-    net = load_weights(weights, variant)
+    how = running.running(weights)
+    net = None if weights is None else load_weights(weights, variant)
     with ExitStack() as stack:
         part = None if json_file is None else stack.enter_context(replacing(json_file))  # fails before the work
         file = stack.enter_context(EventFile(events))
         say = stack.enter_context(progress("evaluating"))
-        check_suits(file, net, how)
-        found = evaluate(Tagger(net, how), file, say)
+        if net is None:
+            found = evaluate_tags(file, say)
+        else:
+            check_suits(file, net, how)
+            found = evaluate(Tagger(net, how), file, say)
         if part is not None:
             part.write_text(json.dumps(found.as_dict(), indent=2) + "\n")
-    network, baseline = found.network.as_dict(), found.baseline.as_dict()
-    print(f"{found.events} events{'':<22}network  all charge cosmic")
+    print(_scores(found))
+
+
+def _scores(found: Evaluation) -> str:
+    """A table: over pixels with charge, the baseline there, and over all pixels where that is known."""
+    columns = {"with charge": found.network, "all charge cosmic": found.baseline}
+    if found.ungated is not None:
+        columns["all pixels"] = found.ungated
+    lines = [f"{f'{found.events} events':<30}" + "".join(f"{name:>19}" for name in columns)]
     for key, name in SCORES.items():
-        print(f"{name:<30}{network[key]:>8.4f}{baseline[key]:>19.4f}")
+        lines.append(f"{name:<30}" + "".join(f"{scores.as_dict()[key]:>19.4f}" for scores in columns.values()))
+    return "\n".join(lines)
 
 
 @app.command(name="predict")
@@ -198,18 +223,19 @@ def predict_command(
     weights
         Weights of a training, or a checkpoint of the public CosmicTagger.
     out
-        larcv3 HDF5 file to write: the charge, and for each of its pixels 0, 1 (cosmic) or 2 (neutrino).
+        larcv3 HDF5 file to write: all that the events' file holds, and for each pixel with charge its class, 0, 1
+        (cosmic) or 2 (neutrino), and how probable each class is.
     variant
         Network, where the weights do not say it.
     """
-    how = running.running()
+    how = running.running(weights)
     if out.exists() and events.exists() and out.samefile(events):
         raise DataError(f"{out}: would replace the events; name another file")
     net = load_weights(weights, variant)
     with EventFile(events, labels=False) as file, progress("tagging") as say:
         check_suits(file, net, how)
         predict(Tagger(net, how), file, out, say)
-    print(f"tags of {out} are in the product sparse2d_cosmictagger")
+    print(f"{out}: classes are in the product sparse2d_cosmictagger, probabilities in sparse2d_cosmictagger_<class>")
 
 
 @app.command(name="demo")

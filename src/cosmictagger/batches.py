@@ -37,11 +37,16 @@ def load_batch(
     events: EventFile, indices: list[int], *, downsample: int, device: torch.device, crop: Crop | None = None
 ) -> Batch:
     """Read events and shrink them `downsample` times by two. Raises DataError if one of them is not usable."""
+    found = [events[index] for index in indices]
+    if crop is not None:
+        found = [cut(event, crop, index) for event, index in zip(found, indices, strict=True)]
+    return batch_of(found, downsample=downsample, device=device)
+
+
+def batch_of(events: list[Event], *, downsample: int, device: torch.device) -> Batch:
+    """Events that have been read, shrunk `downsample` times by two."""
     images, labels = [], []
-    for index in indices:
-        event = events[index]
-        if crop is not None:
-            event = cut(event, crop, index)
+    for event in events:
         images.append(shrink(event.image(), downsample))
         if event.label is not None:
             labels.append(shrink_labels(event.truth(), downsample))

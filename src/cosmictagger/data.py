@@ -28,6 +28,9 @@ from cosmictagger.atomic import replacing
 CHARGE = "Data/sparse2d_sbndwire_group"
 LABEL = "Data/sparse2d_sbnd_cosmicseg_group"
 TAGS = "Data/sparse2d_cosmictagger_group"
+CLASS_NAMES = ("background", "cosmic", "neutrino")
+SCORES = tuple(f"Data/sparse2d_cosmictagger_{name}_group" for name in CLASS_NAMES)
+"""Products with how probable the network takes each class to be, by pixel."""
 EVENT_ID = "Events/event_id"
 PLANES = 3
 
@@ -130,6 +133,7 @@ class EventFile:
     def __init__(self, path: Path, *, labels: bool = True) -> None:
         self.path = Path(path)
         self._file = _open(self.path)
+        self._tags: _Product | None = None
         try:
             self._charge = _Product(self.path, self._file, CHARGE)
             self._label = _Product(self.path, self._file, LABEL) if labels else None
@@ -141,6 +145,27 @@ class EventFile:
             if isinstance(error, UNREADABLE) and not isinstance(error, DataError):
                 raise DataError(f"{self.path}: cannot be read; the file is damaged") from error
             raise
+
+    @property
+    def tables(self) -> h5py.File:
+        """The open file itself, for what is not read here."""
+        return self._file
+
+    def tags(self, index: int) -> tuple[Pixels, ...]:
+        """Classes that `predict` has given to the stored pixels of an event. Raises DataError if there are none."""
+        if self._tags is None:
+            self._tags = _Product(self.path, self._file, TAGS)
+            if len(self._tags) != len(self) or self._tags.shape != self.shape:
+                raise DataError(f"{self.path}: {TAGS}: does not belong to {CHARGE}")
+        found = self._tags.read(index)
+        for plane, (pixels, charge) in enumerate(zip(found, self._charge.read(index), strict=True)):
+            where = f"{self.path}: {TAGS}: event {index} plane {plane}"
+            if not np.isin(pixels.values, (0, 1, 2)).all():
+                raise DataError(f"{where}: a tag is not 0, 1 or 2")
+            same = len(pixels.rows) == len(charge.rows)
+            if not (same and (pixels.rows == charge.rows).all() and (pixels.columns == charge.columns).all()):
+                raise DataError(f"{where}: tags are not those of the stored pixels")
+        return found
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -339,6 +364,30 @@ class EventWriter:
         self._append(EVENT_ID, EVENT_IDS, [event.number])
         for group, planes in present.items():
             self._append_product(group, planes, event.shape)
+        self._file.flush()
+        self._check()
+
+    def copy_from(self, events: EventFile, without: tuple[str, ...]) -> None:
+        """Take over everything that a file of events holds, byte for byte, but for the groups named."""
+        for top, item in events.tables.items():
+            if not isinstance(item, h5py.Group):
+                events.tables.copy(top, self._file)
+                continue
+            inside = self._file.require_group(top)
+            for key, value in item.attrs.items():
+                inside.attrs[key] = value
+            for name in item:
+                if f"{top}/{name}" not in without:
+                    events.tables.copy(f"{top}/{name}", inside)
+        for key, value in events.tables.attrs.items():
+            self._file.attrs[key] = value
+        self._file.flush()
+        self._check()
+
+    def append_products(self, products: dict[str, tuple[Pixels, ...]], shape: tuple[int, int]) -> None:
+        """Add an event's planes to products beside those that were taken over; `shape` (rows, columns) of a plane."""
+        for group, planes in products.items():
+            self._append_product(group, planes, shape)
         self._file.flush()
         self._check()
 

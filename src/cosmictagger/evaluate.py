@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from cosmictagger import engine
-from cosmictagger.batches import Batch, load_batch
-from cosmictagger.data import DataError, Event, EventFile, Pixels, writing
-from cosmictagger.metrics import Scores, all_cosmic, confusion, scores
+from cosmictagger.batches import Batch, batch_of, load_batch
+from cosmictagger.data import SCORES, TAGS, DataError, Event, EventFile, Pixels, writing
+from cosmictagger.metrics import CLASSES, Scores, confusion, scores
 from cosmictagger.model import UResNet, check_image_shape
 from cosmictagger.objective import tags_of
 from cosmictagger.progress import Say, silent
@@ -18,14 +18,19 @@ from cosmictagger.progress import Say, silent
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores over the events of a file, and those of calling every charged pixel cosmic."""
+    """Scores over the events of a file."""
 
     events: int
     network: Scores
+    """Of what `predict` writes: at full resolution, over pixels with charge."""
     baseline: Scores
+    """Over the same pixels, of calling all of them cosmic."""
+    ungated: Scores | None = None
+    """Over all pixels of the images as the network takes them; None where only stored tags are known."""
 
     def as_dict(self) -> dict:
-        return {"events": self.events, "network": self.network.as_dict(), "baseline": self.baseline.as_dict()}
+        out = {"events": self.events, "network": self.network.as_dict(), "baseline": self.baseline.as_dict()}
+        return out if self.ungated is None else {**out, "ungated": self.ungated.as_dict()}
 
 
 @dataclass(frozen=True)
@@ -86,34 +91,81 @@ class Tagger:
         with torch.no_grad(), self.running.autocast():
             return tags_of(self._tiled(image))
 
+    def probable(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Tags as above, and float32 (batch, planes, classes, rows, columns): how probable each class is."""
+        with torch.no_grad(), self.running.autocast():
+            logits = self._tiled(image)
+            return tags_of(logits), torch.stack([x.float().softmax(dim=1) for x in logits], dim=1)
+
 
 def evaluate(tagger: Tagger, events: EventFile, say: Say = silent) -> Evaluation:
     """Score every event of the file. Raises DataError without labels."""
-    counts, baseline = [], []
+    counts, gated, baseline = [], [], []
     with tagger:
-        for index in range(len(events)):
-            batch = tagger.load(events, index)
-            if batch.label is None:
-                raise DataError(f"{events.path}: no labels to score against")
-            counts.append(confusion(tagger(batch.image), batch.label))
-            baseline.append(confusion(all_cosmic(batch.image), batch.label))
+        for index, event in enumerate(events):
+            _check_labelled(events, event)
+            batch = batch_of([event], downsample=tagger.running.downsample, device=tagger.running.device)
+            assert batch.label is not None
+            tags = tagger(batch.image)
+            counts.append(confusion(tags, batch.label))
+            gated.append(_stored(event, pixel_tags(event, tags[0], tagger.running.downsample)))
+            baseline.append(_stored(event, _all_cosmic(event)))
             say(index + 1, len(events), "")
-    return Evaluation(len(events), scores(torch.cat(counts)), scores(torch.cat(baseline)))
+    network, base = scores(torch.cat(gated)), scores(torch.cat(baseline))
+    return Evaluation(len(events), network, base, scores(torch.cat(counts)))
+
+
+def evaluate_tags(events: EventFile, say: Say = silent) -> Evaluation:
+    """Score the tags that `predict` has written into a file. Raises DataError without labels or without tags."""
+    gated, baseline = [], []
+    for index, event in enumerate(events):
+        _check_labelled(events, event)
+        gated.append(_stored(event, events.tags(index)))
+        baseline.append(_stored(event, _all_cosmic(event)))
+        say(index + 1, len(events), "")
+    return Evaluation(len(events), scores(torch.cat(gated)), scores(torch.cat(baseline)))
 
 
 def predict(tagger: Tagger, events: EventFile, out: Path, say: Say = silent) -> None:
-    """Write the events again with one more product, the class of every stored pixel. The file appears whole."""
+    """Write the events with all that their file holds, and the class and the probabilities of every stored pixel.
+
+    The file appears whole. Tags of an earlier prediction are replaced.
+    """
+    halvings = tagger.running.downsample
     with tagger, writing(out) as file:
+        file.copy_from(events, without=(TAGS, *SCORES))
         for index, event in enumerate(events):
-            tags = tagger(tagger.load(events, index).image)[0]
-            file.append(event, pixel_tags(event, tags, tagger.running.downsample))
+            tags, probable = tagger.probable(tagger.load(events, index).image)
+            products = {TAGS: pixel_tags(event, tags[0], halvings)}
+            for k, group in enumerate(SCORES):
+                products[group] = pixel_tags(event, probable[0, :, k], halvings)
+            file.append_products(products, event.shape)
             say(index + 1, len(events), "")
 
 
-def pixel_tags(event: Event, tags: Tensor, downsample: int) -> tuple[Pixels, ...]:
-    """The class of each stored pixel from a map of tags, uint8 (planes, rows, columns), shrunk or not."""
-    maps = tags.cpu().numpy()
+def pixel_tags(event: Event, values: Tensor, downsample: int) -> tuple[Pixels, ...]:
+    """What a map (planes, rows, columns), shrunk or not, says of each stored pixel."""
+    maps = values.cpu().numpy()
     return tuple(
         Pixels(p.rows, p.columns, maps[k, p.rows >> downsample, p.columns >> downsample].astype(np.float32))
         for k, p in enumerate(event.charge)
     )
+
+
+def _check_labelled(events: EventFile, event: Event) -> None:
+    if event.label is None:
+        raise DataError(f"{events.path}: no labels to score against")
+
+
+def _all_cosmic(event: Event) -> tuple[Pixels, ...]:
+    """The baseline that any network must beat."""
+    return tuple(Pixels(p.rows, p.columns, np.ones(len(p.rows), np.float32)) for p in event.charge)
+
+
+def _stored(event: Event, tags: tuple[Pixels, ...]) -> Tensor:
+    """Counts by (truth, tag) over the pixels with charge, int64 (1, planes, 3, 3)."""
+    truth = event.truth()
+    out = np.zeros((1, len(tags), CLASSES, CLASSES), np.int64)
+    for plane, (counts, pixels) in enumerate(zip(out[0], tags, strict=True)):
+        np.add.at(counts, (truth[plane, pixels.rows, pixels.columns], pixels.values.astype(np.int64)), 1)
+    return torch.from_numpy(out)

@@ -31,6 +31,8 @@ SCORES = {
     "accuracy": "accuracy, all pixels",
 }
 
+SCORED = "<p>Scores are over pixels with charge at full resolution, unless all pixels are named.</p>"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -86,10 +88,13 @@ def _result(log: list[dict]) -> str:
         for key, name in SCORES.items()
     ]
     head, first = ("", "network", "every charged pixel cosmic"), log[0]
+    if "ungated" in validation:
+        head = (*head, "network, all pixels")
+        rows = [(*row, f"{validation['ungated'][key]:.4f}") for row, key in zip(rows, SCORES, strict=True)]
     if "validation" in first and first["step"] == 0:
         head = (*head, "network before training")
         rows = [(*row, f"{first['validation']['network'][key]:.4f}") for row, key in zip(rows, SCORES, strict=True)]
-    return f"<h2>Result</h2><p>{html.escape(verdict(validation))}.</p>{_table(head, rows)}"
+    return f"<h2>Result</h2><p>{html.escape(verdict(validation))}.</p>{_table(head, rows)}{SCORED}"
 
 
 def _memory(memory: Memory) -> str:
@@ -120,11 +125,13 @@ def _curves(log: list[dict]) -> str:
     left, right = figure.subplots(1, 2)
     left.plot(at, [line["loss"] for line in steps], color=BLUE)
     left.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    right.plot(at, [line["train"]["mean_iou"] for line in steps], color="#b8bec6", label="training step")
+    right.plot(at, [line["train"]["mean_iou"] for line in steps], color="#b8bec6", label="training step, all pixels")
     checks = [(line["step"], line["validation"]) for line in log if "validation" in line]
     if checks:
         at = [step for step, _ in checks]
-        right.plot(at, [v["network"]["mean_iou"] for _, v in checks], "o-", color=BLUE, label="held out")
+        right.plot(
+            at, [v["network"]["mean_iou"] for _, v in checks], "o-", color=BLUE, label="held out, pixels with charge"
+        )
         level = checks[-1][1]["baseline"]["mean_iou"]
         right.axhline(level, color="#c4501b", linestyle="--", label="every charged pixel cosmic")
     right.set(xlabel="step", ylabel="mIoU", ylim=(0, 1))

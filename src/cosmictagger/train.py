@@ -105,6 +105,8 @@ def _train(
     check_shape_suits(events, recipe.crop or events.shape, state.net, running)
     if validation is not None:
         check_suits(validation, state.net, running)
+        for _ in validation:
+            """Each is read in vain, so that a bad one is found before hours of training, not after."""
     step = engine.training_step(state.net, TaggedLoss(PlaneLoss(recipe.loss)), running.budget, running.threads)
     plan, projected = _plan(step, _batch(recipe, 0, events, running), running)
     if not out.exists():

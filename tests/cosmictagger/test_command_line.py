@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cosmictagger.__main__ import main
-from cosmictagger.data import CHARGE, LABEL, TAGS
+from cosmictagger.data import CHARGE, SCORES, TAGS
 from cosmictagger.model import UResNet
 from cosmictagger.weights import save_weights
 
@@ -51,9 +51,22 @@ def test_from_simulation_to_tags(engine, small, small_events, tmp_path, capsys):
     assert main(["predict", events, weights, str(tmp_path / "tags.h5")]) == 0
     with h5py.File(tmp_path / "tags.h5") as tagged, h5py.File(events) as source:
         tags, charge = tagged[f"{TAGS}/voxels"][:], source[f"{CHARGE}/voxels"][:]
-        assert LABEL not in tagged
         assert np.array_equal(tags["id"], charge["id"])
         assert set(np.unique(tags["value"])) <= {0, 1, 2}
+        names = []
+        source.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+        assert all(np.array_equal(tagged[name][:], source[name][:]) for name in names)
+        total = sum(tagged[f"{group}/voxels"]["value"] for group in SCORES)
+        assert total == pytest.approx(1, abs=1e-5)
+    assert main(["evaluate", str(tmp_path / "tags.h5"), "--json", str(tmp_path / "again.json")]) == 0
+    again, before = (json.loads((tmp_path / name).read_text()) for name in ("again.json", "scores.json"))
+    assert again["network"] == before["network"] and again["baseline"] == before["baseline"]
+    assert "ungated" in before and "ungated" not in again
+    capsys.readouterr()
+    assert main(["evaluate", events, weights, "--downsample", "1"]) == 2
+    assert "was trained with downsample = 0, not 1; leave --downsample out" in capsys.readouterr().err
+    assert main(["evaluate", events]) == 2
+    assert "no group Data/sparse2d_cosmictagger_group" in capsys.readouterr().err
 
 
 def test_half_resolution_tags_every_stored_pixel(engine, small_events, weights, tmp_path):
