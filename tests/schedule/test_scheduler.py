@@ -17,7 +17,7 @@ from torch import nn
 
 import fullframe
 from fullframe.bytecode.libtorch import bytecode_available
-from fullframe.bytecode.scheduler import NativeScheduler, Stage, Stages
+from fullframe.bytecode.scheduler import NativeScheduler, NativeStage, NativeStages
 from fullframe.ir.graph import Value
 from fullframe.runtime import executor
 from fullframe.schedule.dependencies import dependencies_of
@@ -38,13 +38,13 @@ def _one_thread():
 class _Log:
     """Stages made by calls back, of which every event is written down; tiles take a random while."""
 
-    def __init__(self, stages: list[Stage], seed: int):
+    def __init__(self, stages: list[NativeStage], seed: int):
         self.stages, self.draws = stages, random.Random(seed)
         self.events: list[tuple[str, int, int]] = []
         self.threads: dict[int, set[int]] = {}
         self.added: dict[int, list[int]] = {}
         self.most = 0  # tiles that one was begun after the first whose result was not there
-        self.take_snapshot: Any = lambda: None
+        self.poll: Any = lambda: None
 
     def begin(self, number: int) -> None:
         self.events.append(("begin", number, 0))
@@ -66,8 +66,8 @@ class _Log:
         self.events.append(("free", number, 0))
 
     def run(self, steps: range, max_in_flight: int, most: int, others: int) -> None:
-        calls = (self.begin, self.tile, self.add, self.end, self.free, lambda _: None, lambda: self.take_snapshot())
-        stages = Stages([self.stages[k] for k in steps])
+        calls = (self.begin, self.tile, self.add, self.end, self.free, lambda _: None, lambda: self.poll())
+        stages = NativeStages([self.stages[k] for k in steps])
         scheduler = NativeScheduler(stages, steps, max_in_flight, most, (ctypes.c_void_p * 1)(), calls)
         threads = [threading.Thread(target=scheduler.run, args=(False,)) for _ in range(others)]
         for t in threads:
@@ -95,7 +95,7 @@ def test_every_tile_once_and_none_before_what_it_waits_for(seed):
         recent, tiles = range(max(0, k - max_in_flight + 1), k), draws.choice([1, 1, 3, 9])
         before = [j for j in recent if draws.random() < 0.4]
         stages.append(
-            Stage(before, tiles, room=False, frees=True, multi_threaded=tiles == 1 and draws.random() < 0.2)
+            NativeStage(before, tiles, room=False, frees=True, multi_threaded=tiles == 1 and draws.random() < 0.2)
         )
     log, start = _Log(stages, seed), 5
     log.run(range(start, steps), max_in_flight, 4, others)
@@ -124,7 +124,7 @@ def test_an_error_in_any_thread_stops_the_rest_and_is_raised(mine):
         time.sleep(0.05)
         done.append(k)
 
-    stages = [Stage(before, tiles, False, False, False) for before, tiles in (((), 1000), ((0,), 1), ((1,), 1))]
+    stages = [NativeStage(before, tiles, False, False, False) for before, tiles in (((), 1000), ((0,), 1), ((1,), 1))]
     log = _Log(stages, 0)
     log.tile = tile  # type: ignore[method-assign]
     with pytest.raises(ValueError):
