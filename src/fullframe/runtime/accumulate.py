@@ -63,7 +63,7 @@ class Sums:
             if not all(other in self.nodes for other in waiting):
                 return
             level, index = RUN.bit_length() - 1, start // RUN
-            node = _tree([self.nodes.pop(other) for other in waiting], self.device)
+            node = _tree([self.nodes.pop(other) for other in waiting])
         while self.tiles > 1 << level:
             other = index ^ 1
             if other << level < self.tiles:  # else there is no right half
@@ -71,7 +71,7 @@ class Sums:
                     self.nodes[kind, level, index] = node
                     return
                 halves = node, self.nodes.pop((kind, level, other))
-                node = _combined(*(halves if index < other else halves[::-1]), self.device)
+                node = _combined(*(halves if index < other else halves[::-1]))
             level, index = level + 1, index >> 1
         self.nodes[kind, level, 0] = node
 
@@ -82,39 +82,34 @@ class Sums:
         return {op: _finished(op, root, self.device) for op in self.ops}
 
 
-def _combined(left: Node, right: Node, device: torch.device) -> Node:
+def _combined(left: Node, right: Node) -> Node:
     """A node of its halves, in the memory of the left one where that has the type in which sums are added."""
     for place, partial in right.items():
         if place in left:
-            left[place] = _widened(place[0], left[place], device)
+            left[place] = _widened(place[0], left[place])
             _rule(place[0]).combine(place[0], left[place], partial)
         else:
             left[place] = partial
     return left
 
 
-def _widened(op: Op, partial: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _widened(op: Op, partial: torch.Tensor) -> torch.Tensor:
     """A partial result in the type in which its sum is added: one may come in the type of the output."""
-    rule = _rule(op)
-    if partial.dtype == rule.accumulator(op):
-        return partial
-    total = rule.start(op, partial.shape, device)
-    rule.combine(op, total, partial)
-    return total
+    return partial.to(_rule(op).accumulator(op))
 
 
-def _tree(leaves: Sequence[Node], device: torch.device) -> Node:
+def _tree(leaves: Sequence[Node]) -> Node:
     """The node of an aligned run of tiles: all of a level are combined by one call, where each tile has its part."""
     root: Node = {}
     for key in dict.fromkeys(key for leaf in leaves for key in leaf):
         found = [leaf.get(key) for leaf in leaves]
         if all(t is not None for t in found):
-            root[key] = _level_by_level(key[0], [_widened(key[0], t, device) for t in found if t is not None])
+            root[key] = _level_by_level(key[0], [_widened(key[0], t) for t in found if t is not None])
             continue
         nodes: list[Node] = [{} if t is None else {key: t} for t in found]
         while len(nodes) > 1:
             odd = nodes[len(nodes) & ~1 :]
-            nodes = [_combined(a, b, device) for a, b in zip(nodes[::2], nodes[1::2], strict=False)] + odd
+            nodes = [_combined(a, b) for a, b in zip(nodes[::2], nodes[1::2], strict=False)] + odd
         root |= nodes[0]
     return root
 
