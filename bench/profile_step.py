@@ -65,7 +65,7 @@ def watched() -> list[Event]:
 def recordings(plan: Plan) -> Iterator[tuple[int, Any]]:
     """Section and instructions of the bytecode of each tile of a plan that is replayed."""
     for schedule in executor._RUNTIMES[plan].schedules.values():
-        for number, stage in zip(schedule.steps, schedule.stages.list, strict=True):
+        for number, stage in zip(schedule.stage_range, schedule.stages.list, strict=True):
             found = [bound.bytecode for bound in stage.bound] + ([stage.after.bytecode] if stage.after else [])
             yield from ((number, bytecode.words) for bytecode in found)
 
