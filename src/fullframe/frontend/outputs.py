@@ -19,32 +19,11 @@ from fullframe.errors import CaptureError
 from fullframe.frontend.fields import slots_of
 from fullframe.frontend.guards import GuardSnapshot
 from fullframe.frontend.side_effects import PLAIN
-from fullframe.frontend.sources import fields_of
+from fullframe.frontend.sources import Fixed, Holder, Result, fields_of
 from fullframe.torch_compat import pytree
 
 BASES: tuple[Any, ...] = (OrderedDict, dict, list, tuple)  # of containers, the narrower first
 HEAP = 1 << 9  # the flag of a class that Python code has made
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """The same in every call."""
-
-    value: Any
-
-
-@dataclass(frozen=True)
-class Numbered:
-    """A tensor of the step, by its number."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Existing:
-    """An object that was there before the call, by its position in the guard snapshot."""
-
-    number: int
 
 
 @dataclass(frozen=True)
@@ -71,7 +50,7 @@ class Copy:
 
 def flatten(thing: Any, snapshot: GuardSnapshot) -> tuple[Tree, list[torch.Tensor]]:
     """How to make a thing again, and the tensors in it, each once."""
-    taking = _Taking({id(h): Existing(k) for k, h in enumerate(snapshot.holders)})
+    taking = _Taking({id(h): Holder(k) for k, h in enumerate(snapshot.holders)})
     return taking.tree(thing), taking.tensors
 
 
@@ -92,7 +71,7 @@ class _Taking:
             self.things.append(thing)
             if not isinstance(thing, torch.Tensor):
                 return self._copy(thing)
-            self.met[id(thing)] = Numbered(len(self.tensors))
+            self.met[id(thing)] = Result(len(self.tensors))
             self.tensors.append(thing)
         return self.met[id(thing)]
 
@@ -117,8 +96,8 @@ class _Taking:
 
 def renumbered(part: Any, number: Callable[[int], int]) -> Any:
     """The same with other positions for the objects that were there before the call."""
-    if isinstance(part, Existing):
-        return Existing(number(part.number))
+    if isinstance(part, Holder):
+        return Holder(number(part.number))
     if isinstance(part, Tree):
         return Tree(part.spec, tuple(renumbered(p, number) for p in part.parts))
     if isinstance(part, Copy):
@@ -143,9 +122,9 @@ class _Making:
     def _leaf(self, part: Any) -> Any:
         if isinstance(part, Fixed):
             return part.value
-        if isinstance(part, Numbered):
+        if isinstance(part, Result):
             return self.tensors[part.number]
-        if isinstance(part, Existing):
+        if isinstance(part, Holder):
             return self.snapshot.holders[part.number]
         return self.made[part.name] if part.name in self.made else self._copy(part)
 

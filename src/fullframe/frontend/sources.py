@@ -63,7 +63,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Holder:
-    """As a key of a dictionary: an object that the guard snapshot met."""
+    """An object that was there before the call, by its position in the guard snapshot: a key of a dictionary, say."""
 
     number: int
 
