@@ -87,7 +87,7 @@ def through(method):
 
 
 def table():
-    return Net(lambda net, y: y * net.take_snapshot("g"), look={"g": 1.0}.get)
+    return Net(lambda net, y: y * net.look("g"), look={"g": 1.0}.get)
 
 
 Pair = namedtuple("Pair", "a b")
@@ -111,7 +111,7 @@ def one(n):
 SAME = {
     "modules that trade places": (Swapped, None),
     "objects in turn": (lambda: Net(counted, held=[SimpleNamespace(t=one(k + 1)) for k in range(3)]), None),
-    "a bound method of a dictionary": (table, lambda net, k: net.take_snapshot.__self__.update(g=k + 1.0)),
+    "a bound method of a dictionary": (table, lambda net, k: net.look.__self__.update(g=k + 1.0)),
     "a bound method of an iterator": (through(lambda: itertools.count(1).__next__), None),
     "a queue": (through(lambda: filled().get_nowait), None),
     "a named tuple of tensors": (
