@@ -1,4 +1,4 @@
-"""The command line: `cosmictagger simulate | train | evaluate | predict | demo`."""
+"""The command line: `cosmictagger simulate | train | evaluate | predict | compare | demo`."""
 
 import json
 import sys
@@ -12,6 +12,7 @@ import torch
 from cyclopts import App, CycloptsError, Parameter
 
 from cosmictagger.atomic import replacing
+from cosmictagger.compare import compare
 from cosmictagger.data import DataError, EventFile
 from cosmictagger.demo import DEMO, run_demo
 from cosmictagger.evaluate import Evaluation, Running, Tagger, check_suits, evaluate, evaluate_tags, predict
@@ -81,6 +82,8 @@ class TrainingOptions:
     """How the learning rate falls to zero, by the last step or the end of the minutes."""
     warmup: int = 0
     """Steps over which the learning rate rises first."""
+    flips: bool = False
+    """Mirror events along the drift and turn them about it, at random."""
     validate_every: int = 100
     """Steps between validations; a checkpoint is written each time."""
     seed: int = 0
@@ -98,6 +101,7 @@ class TrainingOptions:
             minutes=self.minutes,
             schedule=self.schedule,
             warmup=self.warmup,
+            flips=self.flips,
         )
 
 
@@ -236,6 +240,18 @@ def predict_command(
         check_suits(file, net, how)
         predict(Tagger(net, how), file, out, say)
     print(f"{out}: classes are in the product sparse2d_cosmictagger, probabilities in sparse2d_cosmictagger_<class>")
+
+
+@app.command(name="compare")
+def compare_command(runs: Annotated[list[Path], Parameter(negative=())], /) -> None:
+    """Show trainings side by side: how far they are, their best and last validations, and how their recipes differ.
+
+    Parameters
+    ----------
+    runs
+        Folders that `train` has left.
+    """
+    print(compare(runs))
 
 
 @app.command(name="demo")

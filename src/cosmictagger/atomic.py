@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
 @contextmanager
@@ -49,6 +50,59 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+class Forgiving:
+    """A file for HDF5 that keeps a failed write to itself until it is asked.
+
+    HDF5 does not recover from one: it tries again when the process ends, and takes the process with it. Nothing is
+    written after the first failure; `check` raises it.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self._path = file, path
+        self._failure: OSError | None = None
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def write(self, data: bytes) -> int:
+        if self._failure is None:
+            try:
+                left = memoryview(data).cast("B")
+                while len(left):  # nearly full, a disk may take a part
+                    left = left[self._file.write(left) :]
+            except OSError as error:
+                self._fail(error)
+        return len(data)
+
+    def read(self, size: int = -1) -> bytes:
+        return self._file.read(size)
+
+    def readinto(self, buffer: bytearray) -> int:
+        found = self._file.read(len(buffer))
+        buffer[:] = found + bytes(len(buffer) - len(found))
+        return len(buffer)
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return self._file.truncate(size)
+        except OSError as error:
+            self._fail(error)
+            return size or 0
+
+    def _fail(self, error: OSError) -> None:
+        self._failure = self._failure or OSError(error.errno, error.strerror, str(self._path))
 
 
 def _umask() -> int:

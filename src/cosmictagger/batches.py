@@ -90,6 +90,12 @@ def place(event: Event, crop: Crop, number: int) -> tuple[int, int]:
     return row, column
 
 
+def flipped_at_random(event: Event, seed: tuple[int, ...]) -> Event:
+    """The event or one of its three mirror images, each as often."""
+    drift, wires = np.random.default_rng([*seed, 1]).integers(2, size=2)
+    return event.flipped(drift=bool(drift), wires=bool(wires))
+
+
 def _middle(event: Event, about: int | None, draws: np.random.Generator) -> tuple[int, int]:
     of = {}
     for tag in CLASSES:

@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmictagger.atomic import replacing
+from cosmictagger.atomic import Forgiving, replacing
 
 CHARGE = "Data/sparse2d_sbndwire_group"
 LABEL = "Data/sparse2d_sbnd_cosmicseg_group"
@@ -93,6 +92,25 @@ class Event:
         """A rectangle of every plane, `shape` (rows, columns), from its `first` row and column on."""
         label = None if self.label is None else tuple(p.part(first, shape) for p in self.label)
         return Event(shape, tuple(p.part(first, shape) for p in self.charge), label, self.number)
+
+    def flipped(self, *, drift: bool, wires: bool) -> "Event":
+        """The event as the detector would see its mirror image.
+
+        drift: x to -x. Rows turn around, and the first two planes change places, since their wires are slanted the
+        other way in the other volume. wires: half a turn about the drift axis, y to -y and z to -z from the middle.
+        Columns turn around, which is right to 3 of them, since the planes' wires are not centred alike. With either
+        one, wires that are met first are so still, and have its noise.
+        """
+
+        def one(planes: tuple[Pixels, ...]) -> tuple[Pixels, ...]:
+            rows, columns = (n - 1 for n in self.shape)
+            out = [
+                Pixels(rows - p.rows if drift else p.rows, columns - p.columns if wires else p.columns, p.values)
+                for p in planes
+            ]
+            return (out[1], out[0], *out[2:]) if drift else tuple(out)
+
+        return Event(self.shape, one(self.charge), None if self.label is None else one(self.label), self.number)
 
     def image(self) -> NDArray[np.float32]:
         """Charge, float32 (planes, rows, columns)."""
@@ -429,59 +447,6 @@ def _voxels(pixels: Pixels, rows: int) -> NDArray:
     return out
 
 
-class _Forgiving:
-    """A file for HDF5 that keeps a failed write to itself until it is asked.
-
-    HDF5 does not recover from one: it tries again when the process ends, and takes the process with it. Nothing is
-    written after the first failure; `check` raises it.
-    """
-
-    def __init__(self, file: BinaryIO, path: Path) -> None:
-        self._file, self._path = file, path
-        self._failure: OSError | None = None
-
-    def check(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    def write(self, data: bytes) -> int:
-        if self._failure is None:
-            try:
-                left = memoryview(data).cast("B")
-                while len(left):  # nearly full, a disk may take a part
-                    left = left[self._file.write(left) :]
-            except OSError as error:
-                self._fail(error)
-        return len(data)
-
-    def read(self, size: int = -1) -> bytes:
-        return self._file.read(size)
-
-    def readinto(self, buffer: bytearray) -> int:
-        found = self._file.read(len(buffer))
-        buffer[:] = found + bytes(len(buffer) - len(found))
-        return len(buffer)
-
-    def flush(self) -> None:
-        """Nothing is kept back."""
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def truncate(self, size: int | None = None) -> int:
-        try:
-            return self._file.truncate(size)
-        except OSError as error:
-            self._fail(error)
-            return size or 0
-
-    def _fail(self, error: OSError) -> None:
-        self._failure = self._failure or OSError(error.errno, error.strerror, str(self._path))
-
-
 @contextmanager
 def writing(path: Path) -> Iterator[EventWriter]:
     """`with writing(path) as out: out.append(event)`: the file appears whole at the end, or not at all.
@@ -489,7 +454,7 @@ def writing(path: Path) -> Iterator[EventWriter]:
     Raises OSError where the disk is full.
     """
     with replacing(Path(path)) as part, part.open("r+b", buffering=0) as raw:
-        forgiving = _Forgiving(raw, Path(path))
+        forgiving = Forgiving(raw, Path(path))
         with h5py.File(forgiving, "w") as file:
             yield EventWriter(file, forgiving.check)
         forgiving.check()

@@ -36,6 +36,8 @@ class Recipe:
     """Steps over which the learning rate rises in a straight line first."""
     crop: tuple[int, int] | None = None
     """Rows and columns, before shrinking, of the part of each event that a step takes; None: the whole event."""
+    flips: bool = False
+    """Mirror events along the drift and turn them about it, each half of the time; see `Event.flipped`."""
     validate_first: bool = False
     """Score the untrained network, too."""
 

@@ -23,7 +23,7 @@ from torch.optim import Adam
 
 from cosmictagger import engine
 from cosmictagger.atomic import locked, replacing
-from cosmictagger.batches import Batch, Crop, indices_of_step, load_batch
+from cosmictagger.batches import Batch, Crop, batch_of, cut, flipped_at_random, indices_of_step
 from cosmictagger.checkpoint import NAME as CHECKPOINT
 from cosmictagger.checkpoint import load_checkpoint, save_checkpoint
 from cosmictagger.data import DataError, EventFile
@@ -106,7 +106,7 @@ def _train(
     if validation is not None:
         check_suits(validation, state.net, running)
         for _ in validation:
-            """Each is read in vain, so that a bad one is found before hours of training, not after."""
+            pass  # a bad event is found before hours of training, not after
     step = engine.training_step(state.net, TaggedLoss(PlaneLoss(recipe.loss)), running.budget, running.threads)
     plan, projected = _plan(step, _batch(recipe, 0, events, running), running)
     if not out.exists():
@@ -218,7 +218,12 @@ def _truth(batch: Batch) -> Tensor:
 def _batch(recipe: Recipe, step: int, events: EventFile, running: Running) -> Batch:
     indices = indices_of_step(step, recipe.batch, len(events), recipe.seed)
     crop = None if recipe.crop is None else Crop(recipe.crop, (recipe.seed, step))
-    return load_batch(events, indices, downsample=running.downsample, device=running.device, crop=crop)
+    found = [events[index] for index in indices]
+    if crop is not None:
+        found = [cut(event, crop, index) for event, index in zip(found, indices, strict=True)]
+    if recipe.flips:
+        found = [flipped_at_random(e, (recipe.seed, step, k)) for k, e in enumerate(found)]
+    return batch_of(found, downsample=running.downsample, device=running.device)
 
 
 def _plan(step: engine.Step, batch: Batch, running: Running) -> tuple[str, int | None]:

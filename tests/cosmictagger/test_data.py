@@ -122,6 +122,29 @@ def test_a_part_is_what_slicing_gives(events):
     assert np.array_equal(part.truth(), event.truth()[:, 16:48, 40:104])
 
 
+@pytest.mark.parametrize("drift", [False, True])
+@pytest.mark.parametrize("wires", [False, True])
+def test_a_flipped_event_is_what_the_detector_would_see(drift, wires):
+    """Points in the argon, moved and packed, lie where the flipped event has their pixels."""
+    detector = Detector()
+    rows = detector.shape[0]
+    x, y, z = np.random.default_rng(3).uniform((-199, -199, 1), (199, 199, 499), (50, 3)).T
+
+    def packed(x, y, z):
+        depth = ((detector.drift - np.abs(x)) / detector.row_pitch).astype(np.int64)
+        row = np.where(x < 0, depth, rows - 1 - depth)
+        found = [np.where(x < 0, *(detector.column(k, v, y, z) for v in (0, 1))).astype(np.int64) for k in range(3)]
+        values = np.arange(1, len(x) + 1, dtype=np.float32)
+        return tuple(Pixels(row, column, values) for column in found)
+
+    moved = packed(-x if drift else x, -y if wires else y, 500 - z if wires else z)
+    flipped = Event(detector.shape, packed(x, y, z)).flipped(drift=drift, wires=wires)
+    for expected, found in zip(moved, flipped.charge, strict=True):
+        assert np.array_equal(found.rows, expected.rows)
+        apart = np.abs(found.columns - expected.columns).max()
+        assert apart <= 3 if wires else apart == 0  # the middle of the argon is not that of the slanted planes' wires
+
+
 def spoil_voxel(path: Path, group: str, column: str, value: float) -> None:
     with h5py.File(path, "r+") as file:
         table = file[f"{group}/voxels"]

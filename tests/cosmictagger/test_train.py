@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from cosmictagger import weights
 from cosmictagger.atomic import locked
 from cosmictagger.batches import indices_of_step
+from cosmictagger.compare import compare
 from cosmictagger.data import DataError, EventFile, writing
 from cosmictagger.evaluate import Running, Tagger, evaluate
 from cosmictagger.metrics import all_cosmic, confusion, scores
@@ -235,6 +236,22 @@ def test_weights_say_where_they_come_from_and_the_best_are_kept(engine, recipe, 
         best = evaluate(Tagger(load_weights(tmp_path / "a" / "best.safetensors"), Running(downsample=1)), events)
     found = [line["validation"]["network"]["mean_iou"] for line in read_log(tmp_path / "a") if "validation" in line]
     assert best.network.mean_iou == max(found)
+
+
+@pytest.mark.parametrize("engine", ["plain"], indirect=True)
+def test_trainings_side_by_side(engine, recipe, small_events, tmp_path):
+    with EventFile(small_events) as events:
+        train(replace(recipe, flips=True), events, tmp_path / "a", Running(), validation=events)
+        train(replace(recipe, steps=2), events, tmp_path / "b", Running())
+    text = compare([tmp_path / "a", tmp_path / "b"])
+    best = max(line["validation"]["network"]["mean_iou"] for line in read_log(tmp_path / "a") if "validation" in line)
+    assert f"{best:.4f}" in text
+    assert "  flips: True | False" in text and "  steps: 4 | 2" in text and "loss:" not in text
+    with pytest.raises(DataError, match="holds no training"):
+        compare([tmp_path / "a", tmp_path])
+    (tmp_path / "b" / "recipe.json").write_text("[]")
+    with pytest.raises(DataError, match="is not the recipe of a training"):
+        compare([tmp_path / "b"])
 
 
 def test_weights_of_nan_are_refused(small, tmp_path):
