@@ -35,6 +35,7 @@ GCC = ("-ftree-vectorize", "-fvect-cost-model=dynamic", "-fpeel-loops")
 VARIABLE = "FULLFRAME_CPU_ISA"
 ZIG = ("-m", "ziglang", "c++")  # arguments of Python
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
+ARM = platform.machine() in ("aarch64", "arm64")
 _SECONDS = 900  # zig makes its C++ library first, which once takes minutes
 
 
@@ -93,7 +94,8 @@ def for_isa(name: str) -> Compiler:
             continue
         family = () if "#define __clang__ " in bare else GCC
         wanted = name.replace("-", "_") if _is_zig(command) else name
-        for march in (f"-march={wanted}", f"-mcpu={wanted}"):  # the second on ARM, where older ones know no other
+        # On ARM older ones know the second alone; elsewhere it means to tune, and would be taken for any name.
+        for march in (f"-march={wanted}", f"-mcpu={wanted}")[: 2 if ARM else 1]:
             for wide in (WIDE, ()):
                 flags = (*FLAGS, *family, march, *wide)
                 identity = _predefined(command, flags)
@@ -142,6 +144,15 @@ def isa() -> str:
         return str(error)
     [march] = [flag for flag in found.flags if flag.startswith(("-march=", "-mcpu="))]
     return f"{found.name} {march}"
+
+
+def described() -> str:
+    """As `isa`, with the compiler's version, or why there is none."""
+    words = isa()
+    try:
+        return f"{words}, version {find().version}"
+    except BuildError:
+        return words
 
 
 @cache
