@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from fullframe import torch_compat
 from fullframe.budget import host_bytes
 from fullframe.codegen.toolchain import cxx
 
@@ -21,10 +22,11 @@ def facts() -> dict[str, str]:
         "Python": f"{platform.python_version()} ({platform.platform()})",
         "torch": f"{torch.__version__}, instructions {torch.backends.cpu.get_cpu_capability()}",
         "processor": _processor(),
-        "compiler": cxx.isa(),
+        "compiler": cxx.described(),
         "kernels in": str(cxx.directory()),
+        "missing in torch": ", ".join(torch_compat.missing()) or "nothing",
         "threads": f"{torch.get_num_threads()} of torch, {_cores()} cores for this process",
-        "memory": f"{host_bytes() / 1e9:.2f} GB free, with what the container's limits leave",
+        "memory": f"{host_bytes() / 1e9:.2f} GB free, with what the container's limits leave; {_limits()}",
         "CUDA devices": ", ".join(map(_device, range(torch.cuda.device_count()))) or "none",
     }
 
@@ -47,6 +49,18 @@ def _processor() -> str:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _limits() -> str:
+    """The limits of this process on memory that a step may meet."""
+    try:
+        import resource
+    except ImportError:
+        return "limits unknown"
+    kinds = {"address space": resource.RLIMIT_AS, "locked": resource.RLIMIT_MEMLOCK}
+    found = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
+    words = {k: "unlimited" if n == resource.RLIM_INFINITY else f"{n / 1e9:.2f} GB" for k, n in found.items()}
+    return ", ".join(f"{name} {text}" for name, text in words.items())
 
 
 def _device(index: int) -> str:

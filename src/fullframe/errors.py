@@ -1,6 +1,19 @@
-"""The errors that users meet."""
+"""The errors that users meet, and the log in which they find what is done otherwise than they would expect."""
 
 from __future__ import annotations
+
+import logging
+
+LOG = logging.getLogger("fullframe")
+"""Captures and plans are told at the level INFO, and what falls back to a slower way, once each, as WARNING."""
+_told: set[str] = set()
+
+
+def fall_back(message: str) -> None:
+    """Log that something is done in a slower way; each message once in a process."""
+    if message not in _told:
+        _told.add(message)
+        LOG.warning(message)
 
 
 class FullframeError(ValueError):

@@ -21,10 +21,11 @@ from fullframe.capture.trace import nested, recording
 from fullframe.compiler.pipeline import compile_call
 from fullframe.compiler.program import Options, Program
 from fullframe.device import device_of
-from fullframe.errors import CaptureError
+from fullframe.errors import LOG, CaptureError, fall_back
 from fullframe.frontend.inputs import Call, Pair, Tensors
 from fullframe.frontend.recapture_reasons import Changes
 from fullframe.runtime.execution_paths import Idle, Key, Programs, keep, keys, matching, warn_of_paths
+from fullframe.runtime.explain import explain
 from fullframe.runtime.replay_cuda import CudaReplays
 from fullframe.schedule.plan import Plan
 from fullframe.storage.pool import Pool
@@ -106,6 +107,23 @@ class Tiled(nn.Module):
         with self._fullframe["lock"], RECORDING:
             return self._program(Call(self._fullframe["pair"], args, kwargs)).plan
 
+    def explain(self) -> str:
+        """In words, how the last call ran and why: its capture, kernels, tiles, ops run whole, and where maps live.
+
+        Example
+        -------
+        >>> import torch, fullframe
+        >>> step = fullframe.tile(torch.nn.Conv2d(1, 2, 3), budget="1 GB")
+        >>> print(step.explain())
+        no call has run
+        >>> _ = step(torch.zeros(1, 1, 32, 32))
+        >>> print(step.explain().splitlines()[0])
+        capture: made in this call (the first)
+        """
+        with self._fullframe["lock"]:
+            last = self._fullframe["last"]
+            return "no call has run" if last is None else explain(*last)
+
     @uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         pair = self._fullframe["pair"]
@@ -123,6 +141,7 @@ class Tiled(nn.Module):
             program = self._program(call)
         kept = Kept(self._fullframe["pool"], self._fullframe["replays"], self._fullframe["lock"])
         program, made, shadows = self._run(kept, program, call)
+        self._fullframe["last"] = program, call.device, self._fullframe["made"]
         if not program.reached:  # in plain PyTorch they have a graph all the same
             yes = program.differentiable
             made = [Idle.apply(t, fresh_leaf()) if y else t for t, y in zip(made, yes, strict=True)]
@@ -164,6 +183,7 @@ class Tiled(nn.Module):
         match = next(matching(call, programs, known), None)
         if match is not None:
             key, found = match[:2], programs[match]
+            self._fullframe["made"] = ""
         else:
             if not device_of(call.device).on_host:  # what is kept for other sizes is free for this one
                 self._fullframe["replays"].release(self._fullframe["pool"])
@@ -178,9 +198,20 @@ class Tiled(nn.Module):
             values.note(call, found, tried)
             if not found.reads.passed and not (diverged is not None and found.moved):
                 self._fullframe["changes"].note(call, found.reads, found.moved)
+            self._captured(found, diverged)
         if found.lasting:
             keep(programs, key, found, KEPT)
         return found
+
+    def _captured(self, program: Program, diverged: Diverged | None) -> None:
+        """Tell that a call was recorded, and why, and which of its ops have no rule."""
+        reason = self._fullframe["changes"].reason or "the first"
+        made = reason if diverged is None else f"the data take another path at {diverged.where}"
+        self._fullframe["made"] = made
+        LOG.info("captured a call (%s): %d ops, %d bytes projected of a budget of %d", made,
+                 len(program.graph.ops), program.plan.projected_bytes, program.plan.budget)  # fmt: skip
+        for name in program.plan.whole:
+            fall_back(f"{name} runs whole, not tile by tile: it has no rule")
 
 
 class Values:
@@ -230,6 +261,8 @@ def _empty() -> dict[str, Any]:
         "programs": {},
         "values": Values(),
         "changes": Changes(),
+        "last": None,
+        "made": "",
         "pool": Pool(),
         "replays": CudaReplays(),
         "lock": ForkSafeLock(),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fullframe.codegen.toolchain import cxx as compiler
+from fullframe.errors import fall_back
 
 SOURCES = ("interpreter.cpp", "scheduler.cpp")  # beside this file; a profiler puts one of its own before them
 FUNCTIONS = ("aoti_torch_create_tensor_from_blob", "aoti_torch_delete_tensor_object", "aoti_torch_get_data_ptr",
@@ -56,7 +57,8 @@ def entries() -> Entries | None:
         library = _torch()
         named = [getattr(library, name) for name in FUNCTIONS]
         made = [compiler.load(source, f"fullframe_{name}") for name in Entries._fields[:-1]]
-    except (compiler.BuildError, OSError, AttributeError):
+    except (compiler.BuildError, OSError, AttributeError) as error:
+        fall_back(f"tiles are not replayed from bytecode, each runs op by op in Python, which is slower: {error}")
         return None
     interpret, new, run, fail, delete = made
     new.restype = ctypes.c_void_p  # type: ignore[attr-defined]

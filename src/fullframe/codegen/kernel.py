@@ -18,6 +18,7 @@ from fullframe.codegen.toolchain import cuda_kernel as cuda
 from fullframe.codegen.toolchain import cxx as compiler
 from fullframe.codegen.toolchain.cuda_kernel import DeviceKernel
 from fullframe.device import CPU, NVRTC, device_of
+from fullframe.errors import fall_back
 
 _MOST_AXES = 8
 _REMEMBERED = 256  # geometries per kernel: a plan has few classes of tiles
@@ -219,6 +220,7 @@ def _load(text: str) -> Callable[..., int] | str:
     try:
         return compiler.load(text, source.ENTRY)
     except compiler.BuildError as error:
+        fall_back(f"fused ops are not compiled, torch runs them one by one, which is slower: {error}")
         return str(error)
 
 

@@ -25,15 +25,25 @@ INNER = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 OFTEN = 3  # values, each recorded
 
 
+PARTS = ("sizes, types or attributes", "arguments", "modes of torch", "switches of torch.backends",
+         "numbers read in Python", "details of tensors")  # fmt: skip
+"""What the parts of a call's key are, in its order."""
+
+
 class Changes:
     """The recordings of one tiled module, and the values that places had."""
 
     def __init__(self) -> None:
         self._keys: list[tuple[Reads, Any]] = []
         self._values: dict[str, set[Any]] = {}
+        self.reason = ""  # of the latest recording
 
     def note(self, call: Call, reads: Reads, moved: str) -> None:
-        """Remember a recording; ``moved`` is a place that the forward itself changes, and warn where that recurs."""
+        """Remember a recording; ``moved`` is a place that the forward itself changes, and warn where that recurs.
+
+        ``reason`` then says why it was made.
+        """
+        self.reason = "changed: what it reads" if self._keys or self._values else "the first"
         if moved:
             self._add(f"{moved}, which the step itself changes,", object())
         else:
@@ -42,6 +52,9 @@ class Changes:
     def _compare(self, call: Call, reads: Reads) -> None:
         key = call.key(reads)
         former = [k for r, k in self._keys if r == reads]
+        if former:
+            new = [name for name, a, b in zip(PARTS, former[-1], key, strict=False) if a != b]
+            self.reason = f"changed: {', '.join(new)}" if new else self.reason
         self._keys = [*self._keys[1 - REMEMBERED :], (reads, key)]
         same = [k for k in former if k[1:4] == key[1:4] and k[5:] == key[5:]]
         for other in same:
@@ -59,6 +72,7 @@ class Changes:
                     self._add(*found)
 
     def _add(self, place: str, *values: Any) -> None:
+        self.reason = f"changed: {place.removesuffix(',')}"
         known = self._values.setdefault(place, set())
         warned = len(known) >= OFTEN
         known.update(values)

@@ -12,6 +12,7 @@ import torch
 
 from fullframe.bytecode.recorder import current
 from fullframe.codegen.toolchain import cxx as compiler
+from fullframe.errors import fall_back
 
 _LOCK = Lock()
 _LOADED: dict[str, Callable[..., int] | None] = {}
@@ -41,7 +42,8 @@ def _load(name: str, source: str) -> Callable[..., int] | None:
     text = "".join((here / file).read_text() for file in SOURCES[source])
     try:
         return compiler.load(text, f"fullframe_{name}")
-    except compiler.BuildError:
+    except compiler.BuildError as error:
+        fall_back(f"convolutions are torch's own, not the engine's, which may be slower: {error}")
         return None
 
 

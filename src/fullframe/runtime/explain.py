@@ -1,0 +1,58 @@
+"""How a call ran, in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+
+from fullframe.codegen.toolchain import cxx
+from fullframe.compiler.program import Program
+from fullframe.device import CXX, device_of
+from fullframe.runtime.executor import Runtime, runtime_of
+from fullframe.schedule.plan import Plan, human
+
+
+def explain(program: Program, place: torch.device, reason: str) -> str:
+    """How a program ran on a device, a line for each matter.
+
+    ``reason`` says why it was captured in this call; it is empty where the capture of a former one was used.
+    """
+    plan = program.expected().plan
+    runtime = runtime_of(plan, place)
+    capture = f"made in this call ({reason})" if reason else "that of a former call"
+    lasting = "" if program.lasting else "; not kept, for the call changes what it reads"
+    stored = ", ".join(f"{human(n)} in the memory of the {name}" for name, n in plan.bytes.stores.items() if n)
+    return "\n".join((
+        f"capture: {capture}{lasting}",
+        f"plan: {len(plan.stages)} stages, {human(plan.projected_bytes)} projected of a budget of "
+        f"{human(plan.budget)}, {plan.workers} workers",
+        f"kernels: {_kernels(runtime, place)}",
+        f"tiles: {', '.join(_tiles(runtime, plan))}",
+        f"ops run whole: {', '.join(plan.whole) or 'none'}",
+        f"stored maps: {stored or 'none'}",
+    ))  # fmt: skip
+
+
+def _kernels(runtime: Runtime, place: torch.device) -> str:
+    kernels = list(runtime.kernels.values())
+    reasons = Counter(kernel.reason for kernel in kernels if not kernel.compiled)
+    made = sum(kernel.compiled for kernel in kernels)
+    maker = cxx.isa() if device_of(place).toolchain == CXX else device_of(place).toolchain or "none"
+    words = [f"{made} of {len(kernels)} fused groups compiled ({maker})"]
+    words += [f"{n} run by torch's ops: {reason}" for reason, n in reasons.items()]
+    return "; ".join(words)
+
+
+def _tiles(runtime: Runtime, plan: Plan) -> Iterator[str]:
+    count = sum(len(stage.grid) for stage in plan.stages)
+    tiles = [tile for kept in runtime.tiles.kept for tile in kept or ()]
+    recorded = sum(tile is not None and tile.recorded is not None for tile in tiles)
+    open_yet = sum(tile is None or not tile.settled for tile in tiles)
+    yield f"{recorded} of {count} in bytecode"
+    if not runtime.records:
+        yield "the others in Python (no bytecode: another device, maps away from it, or no compiler)"
+    elif recorded < count:
+        yield f"{open_yet} not recorded yet"
+        yield f"{count - recorded - open_yet} in Python (no instruction for what they do, or too many to keep)"
