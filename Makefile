@@ -4,13 +4,14 @@ PIP    := .venv/bin/python -m pip --disable-pip-version-check install --quiet --
 
 SUITE  := .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo ci test lint fuzz slow compat-isa compat-nocompiler clean
+.PHONY: help demo ci test lint fuzz slow compat compat-isa compat-nocompiler clean
 
 help:
 	@echo "make demo   simulate, train at full resolution, evaluate; leaves out/demo/report.html"
 	@echo "make test   lint and the ordinary tests (under 10 minutes)"
 	@echo "make fuzz   random search for wrong numbers (long)"
 	@echo "make slow   tests that need minutes or many gigabytes"
+	@echo "make compat             the ordinary tests with the lowest, the pinned and the newest torch"
 	@echo "make compat-isa         the ordinary tests with no more than AVX2, on any x86-64 processor"
 	@echo "make compat-nocompiler  the ordinary tests without a C++ compiler"
 	@echo "make lint   ruff, pyright and the import floors alone"
@@ -35,6 +36,19 @@ fuzz: .venv/test.stamp
 
 slow: .venv/test.stamp
 	.venv/bin/python -m pytest -m slow
+
+# An environment for each release of torch, made and removed one after the other. The releases may be named:
+# make compat TORCH="2.11.0 2.13.0"
+TORCH ?= 2.11.0 2.13.0 2.14.1
+compat: .venv/bin/python
+	@for release in $(TORCH); do \
+	  folder=$$(mktemp -d) && grep -v '^torch' constraints.txt > $$folder/constraints.txt && begun=$$(date +%s) && \
+	  $(PYTHON) -m venv $$folder/venv && $$folder/venv/bin/python -m pip install --quiet \
+	    --constraint $$folder/constraints.txt torch==$$release --editable '.[cosmictagger,test]' && \
+	  $$folder/venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal; status=$$?; \
+	  rm -rf $$folder; echo "torch $$release: status $$status, $$(( $$(date +%s) - begun )) s"; \
+	  [ $$status = 0 ] || exit $$status; \
+	done
 
 # Every library's own limit, and that of our kernels.
 compat-isa: .venv/test.stamp
