@@ -147,3 +147,18 @@ def test_another_shape_than_pytorchs_rule_says_is_refused_by_name():
     step = fullframe.tile(Net(lambda x: F.multilabel_margin_loss(x, labels, reduction="none")))
     with pytest.raises(fullframe.UnsupportedOpError, match=r"multilabel_margin_loss.* shape \(\), .* says \(1,\)"):
         step(torch.randn(4, dtype=torch.float64))
+
+
+def test_tensors_without_elements_share_no_memory():
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("a", torch.zeros(0, 3, dtype=torch.float64))
+            self.register_buffer("b", torch.zeros(0, dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            self.a.mul_(2)
+            return x * 2 + self.b.sum()
+
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float64)
+    assert torch.equal(fullframe.tile(Empty(), tile=2)(x), x * 2)

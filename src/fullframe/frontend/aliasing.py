@@ -49,14 +49,16 @@ def refuse_identities(call: Call, snapshot: GuardSnapshot) -> None:
 def refuse_shared(
     changed: Collection[int], tensors: Sequence[torch.Tensor], names: Sequence[str], unused: frozenset[int]
 ) -> None:
-    """Refuse changes in place of memory that two of the call's tensors share, if both are used."""
+    """Refuse changes in place of memory that two of the call's tensors share, if both are used.
+
+    Tensors without elements share none, though all of them lie at the same address.
+    """
     places: dict[int, list[int]] = {}
-    for k, t in enumerate(tensors if changed else ()):
-        if t.layout is torch.strided and k not in unused:
-            places.setdefault(t.untyped_storage().data_ptr(), []).append(k)
-    for k in changed:
-        strided = tensors[k].layout is torch.strided
-        for j in places.get(tensors[k].untyped_storage().data_ptr(), ()) if strided else ():
+    lying = {k for k, t in enumerate(tensors if changed else ()) if t.layout is torch.strided and t.numel()}
+    for k in lying - unused:
+        places.setdefault(tensors[k].untyped_storage().data_ptr(), []).append(k)
+    for k in lying.intersection(changed):
+        for j in places.get(tensors[k].untyped_storage().data_ptr(), ()):
             if j != k and _overlap(tensors[k], tensors[j]):
                 raise CaptureError(
                     f"the step changes {names[k]} in place, and {names[j]} shares its memory; a recorded "
