@@ -26,7 +26,8 @@ class Section:
     """A slice of the graph: per tile, from windows of ``loads`` to tiles of ``saves`` and to sums.
 
     ``ops`` are in runnable order; ``saves`` are stored tile by tile; ``sums`` are reductions over
-    the tiles. A section of untiled values has one tile.
+    the tiles. A section of untiled values has one tile. A ``clone`` makes stored
+    values again; ``recompute`` of a section's expensive ops have run before.
     """
 
     ops: tuple[Op, ...]
@@ -34,6 +35,7 @@ class Section:
     saves: tuple[Value, ...]
     sums: tuple[Op, ...]
     clone: bool = False
+    recompute: int = 0
 
     @property
     def outputs(self) -> tuple[Value, ...]:

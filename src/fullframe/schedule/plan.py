@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from math import prod
+from typing import Any
 
 from fullframe.ir import region as box
 from fullframe.ir.graph import Graph, Value
-from fullframe.partition.fusion import FusionGroup, work_of
+from fullframe.partition.fusion import FusionGroup, Work, work_of
 from fullframe.partition.sections import Section
 from fullframe.partition.tile_axes import Span, Tile, TileAxes, tiled
 from fullframe.storage.protocol import DEVICE, HOST, Slot
@@ -42,6 +43,12 @@ class Grid:
     def tiles(self) -> Iterator[Tile]:
         """All tiles, the last axis fastest."""
         return (self.tile(p) for p in product(*(range(n) for n in self.counts())))
+
+    def corners(self) -> Iterator[Tile]:
+        """The first tile, one from the middle, and the last: where there is much halo, what a tile takes at most."""
+        counts = self.counts()
+        ends = dict.fromkeys((tuple((n - 1) // 2 for n in counts), (0,) * len(counts), tuple(n - 1 for n in counts)))
+        return (self.tile(p) for p in ends)
 
     def samples(self) -> Iterator[Tile]:
         """One tile of each class: first, second and last along every axis."""
@@ -94,7 +101,8 @@ class Bytes:
 class Plan:
     """Immutable; printable. ``stages[:early]`` make the outputs that are handed out first; of ``max_in_flight``
     stages in a row any may be in work at the same time, if they need not wait for each other. ``tight``: the C
-    library is told to give back what is free, since the budget has no room for all that it would keep."""
+    library is told to give back what is free, since the budget has no room for all that it would keep. ``fastest``:
+    operations of expensive ops in the plan that makes nothing again."""
 
     graph: Graph
     tile_axes: TileAxes
@@ -107,6 +115,7 @@ class Plan:
     whole: tuple[str, ...] = ()
     max_in_flight: int = 1
     tight: bool = False
+    fastest: float = 0.0
 
     @cached_property
     def offloaded(self) -> Collection[Value]:
@@ -138,6 +147,7 @@ def describe(plan: Plan) -> str:
     saved = [v for s in plan.stages for v in s.section.saves if tiled(v, plan.tile_axes)]
     barriers = [op for s in plan.stages for op in s.section.sums]
     clones = sum(s.section.clone for s in plan.stages)
+    again = sum(s.section.recompute for s in plan.stages)
     rest = len(plan.stages) - len(tiled_stages)
     lines = [
         f"plan: {len(plan.graph.ops)} ops in {len(tiled_stages)} tiled sections and {rest} untiled",
@@ -145,6 +155,9 @@ def describe(plan: Plan) -> str:
         f"  projected {human(b.total)} of a budget of {human(plan.budget)}: stored maps {human(b.arena)}, "
         f"untiled {human(b.untiled)}, windows {human(b.scratch)}, outputs {human(b.outputs)}, fixed {human(b.fixed)}",
     ]
+    if again:
+        more = arithmetic(plan) / max(1.0, plan.fastest)
+        lines.append(f"  expensive ops made again {again}, arithmetic {more:.2f} times that of the fastest plan")
     lines += [f"  stored maps {human(b.host)} in the host's memory, copied tile by tile"] * bool(b.host)
     lines += [f"  runs whole: {name}" for name in plan.whole]
     for k, stage in enumerate(plan.stages):
@@ -165,7 +178,7 @@ def _line(plan: Plan, k: int, stage: Stage) -> str:
     loads = " ".join(v.name for v in s.loads if tiled(v, plan.tile_axes)) or "-"
     saves = " ".join(f"{v.name}{list(v.shape)}" for v in s.saves) or "-"
     sums = " ".join(f"{op.output.name}" for op in s.sums) or "-"
-    mark = "again " if s.clone else ""
+    mark = "again " if s.clone else f"again {s.recompute} " if s.recompute else ""
     tiles = "x".join(map(str, stage.grid.counts())) or "1"
     frees = " ".join(v.name for v in stage.frees if tiled(v, plan.tile_axes)) or "-"
     work = f"{len(s.ops)} ops, tiles {tiles}, halo {halo(plan, stage):.0%}"
@@ -184,6 +197,28 @@ def halo(plan: Plan, stage: Stage) -> float:
                 made += box.size(work.region)
                 owned += prod(op.output.shape) / len(stage.grid)
     return max(0.0, made / owned - 1) if owned else 0.0
+
+
+def arithmetic(plan: Plan) -> float:
+    """Operations of expensive ops, halo included, as if all tiles were like one from the middle."""
+    total = 0.0
+    for stage in plan.stages:
+        section = stage.section
+        tile = stage.grid.tile(tuple((n - 1) // 2 for n in stage.grid.counts()))
+        works = work_of(stage.groups, section.saves, frozenset(section.sums), plan.tile_axes, tile)[0]
+        total += operations(works) * len(stage.grid)
+    return total
+
+
+def operations(works: Sequence[Work]) -> float:
+    """Operations of the expensive ops of a tile."""
+    total = 0.0
+    for work in works:
+        for op in (*work.group.ops, *work.group.sums):
+            rule: Any = op.rule
+            if rule.heavy:
+                total += rule.cost(op, box.size(work.region))
+    return total
 
 
 KEPT = 1 << 14  # tiles of a plan whose tasks are kept in any case,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from math import prod
@@ -13,13 +13,15 @@ from fullframe.partition.fusion import fusion_groups
 from fullframe.partition.saved_values import SavedValues, choose_saved_values
 from fullframe.partition.sections import Section, build_sections
 from fullframe.partition.tile_axes import TileAxes, find_tile_axes, tiled
+from fullframe.schedule.clones import Draft, rematerialize_until
+from fullframe.schedule.cost import spent
 from fullframe.schedule.memory import lifetimes, place, rounded
 from fullframe.schedule.order import interleave, orders
 from fullframe.schedule.plan import KEPT as TASKS
 from fullframe.schedule.plan import LARGE, NBYTES, Bytes, Plan, Stage
-from fullframe.schedule.rematerialize import Draft, rematerialize_until
 from fullframe.schedule.request import Request
-from fullframe.schedule.tiling import choose_grid, window_bytes
+from fullframe.schedule.tiling import choose_grid, deep_grid, window_bytes
+from fullframe.schedule.within import within
 from fullframe.storage.protocol import DEVICE, HOST, Slot
 
 FIXED = 100_000_000  # what importing torch's recording machinery, touching its libraries and the threads take
@@ -27,6 +29,8 @@ PER_OP = 20 << 10  # and the objects of a recorded and planned op
 PER_FORM = 1 << 19  # and the machine code that a library keeps for each form of convolution
 KEPT = 2  # times what windows take is held by the C library, which keeps some of what is given back,
 KEPT_AT_MOST = 3  # and so many times where the budget has room for it: it is then never told to let go
+LITTLE = 0.02  # of all that a step takes: stored maps that are no more are not worth a search
+Steps = dict[tuple[Section, int], Stage]
 STREAMS = 3  # tiles in work where maps live in a second tier: one is fetched, one computed, one put back
 
 
@@ -67,24 +71,56 @@ def _sizes(graph: Graph, saved: SavedValues) -> dict[Value, int]:
 
 
 def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
-    """Rematerialize until the whole plan fits; report the smallest plan seen if it never does."""
-    smallest: Plan | None = None
+    """The plan that makes nothing again if it fits, else the fastest found that does; `BudgetError` names the
+    smallest.
+    """
     fixed = _fixed(graph) if request.fixed is None else request.fixed
-    helped = True
-    stages: dict[Section, Stage] = {}
-    while True:
-        made = _finish(graph, draft, replace(request, max_in_flight=1), stages, fixed)
-        over = max(made.projected_bytes - request.budget, made.bytes.host - request.host)
-        if over <= 0:
-            return _roomy(_pipelined(graph, draft, request, stages, fixed) or made, request)
-        if smallest is None or made.projected_bytes < smallest.projected_bytes:
-            smallest = made
-        if not helped:
+    fastest = sum(spent(op) for section in draft.stages for op in section.ops if op.rule.heavy)
+    stages: Steps = {}
+
+    def finish(draft: Draft, most: int) -> Plan:
+        return _finish(graph, draft, replace(request, max_in_flight=1, most=most), stages, fixed)
+
+    def over(made: Plan) -> int:
+        return max(made.projected_bytes - request.budget, made.bytes.host - request.host)
+
+    made = finish(draft, 0)
+    if over(made) > 0:
+        cloned, smallest = _cloned(draft, made, finish, over)
+        maps = made.bytes.arena + made.bytes.host
+        if over(smallest) <= 0:
+            draft, made = cloned, smallest
+        elif maps < LITTLE * (made.bytes.total + made.bytes.host):
             raise _refusal(smallest, request)
-        helped = rematerialize_until(draft, draft.peak() - over)
+        else:
+            found = within(graph, draft, made, finish, over)
+            if over(found.plan) > 0:
+                raise _refusal(min(smallest, found.plan, key=over), request)
+            draft, made, request = found.draft, found.plan, replace(request, most=found.most)
+    found = _roomy(_pipelined(graph, draft, request, stages, fixed) or made, request)
+    return replace(found, fastest=fastest)
 
 
-def _pipelined(graph: Graph, draft: Draft, request: Request, known: dict[Section, Stage], fixed: int) -> Plan | None:
+def _cloned(
+    draft: Draft, made: Plan, finish: Callable[[Draft, int], Plan], over: Callable[[Plan], int]
+) -> tuple[Draft, Plan]:
+    """The draft with values dropped and made again by sections of their own until its plan fits; the smallest plan
+    seen where that is not enough.
+    """
+    saved = draft.saved
+    saved = replace(saved, tile_axes=dict(saved.tile_axes), stored=set(saved.stored), maker=dict(saved.maker))
+    draft = replace(draft, saved=saved, stages=[*draft.stages], order=dict(draft.order), sizes=dict(draft.sizes))
+    smallest = made
+    while over(made) > 0 and rematerialize_until(draft, draft.peak() - over(made)):
+        made = finish(draft, 0)
+        smallest = min(smallest, made, key=over)
+    if over(made) > 0:
+        made = finish(draft, 0)
+        smallest = min(smallest, made, key=over)
+    return draft, smallest
+
+
+def _pipelined(graph: Graph, draft: Draft, request: Request, known: Steps, fixed: int) -> Plan | None:
     """A plan of the same sections with as many in work at once as fit, those of several branches in turns."""
     if request.max_in_flight == 1:
         return None
@@ -144,7 +180,7 @@ def _refusal(plan: Plan, request: Request) -> Exception:
 # Tiles, scratch and places -------------------------------------------------------------------------
 
 
-def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, Stage], fixed: int,
+def _finish(graph: Graph, draft: Draft, request: Request, known: Steps, fixed: int,
             linger: int = 0) -> Plan:  # fmt: skip
     """The plan of a draft; ``known`` keeps the stages of sections that an earlier draft had too. For ``linger``
     stages more no other map gets the place of one, where the peak allows it: nobody need then wait for its
@@ -159,11 +195,14 @@ def _finish(graph: Graph, draft: Draft, request: Request, known: dict[Section, S
         if value not in kept:
             frees[last].append(value)
     for section in draft.stages:
-        if section not in known:
-            known[section] = _stage(section, tile_axes, request, frozenset(maps) if request.host else frozenset())
+        key = section, request.most if section.recompute else 0
+        if key not in known:
+            known[key] = _stage(section, tile_axes, request, frozenset(maps) if request.host else frozenset())
+    made = [known[s, request.most if s.recompute else 0] for s in draft.stages]
     reversals = _reversals(draft, maps)
     stages = tuple(
-        replace(known[s], frees=tuple(f), reversed=reversals[s]) for s, f in zip(draft.stages, frees, strict=True)
+        replace(stage, frees=tuple(f), reversed=reversals[stage.section])
+        for stage, f in zip(made, frees, strict=True)
     )
     small = {v: n for v, n in sizes.items() if v not in maps}
     usage = lives.usage(len(stages), small)
@@ -211,8 +250,11 @@ def _scratch(stages: Sequence[Stage], workers: int) -> int:
 def _stage(section: Section, tile_axes: TileAxes, request: Request, offloaded: frozenset[Value]) -> Stage:
     grid = choose_grid(section, tile_axes, request)
     groups = fusion_groups(section, tile_axes, request.fusable)
+    if section.recompute:
+        grid = deep_grid(section, groups, tile_axes, grid, request)
+    tiles = grid.corners() if section.recompute else grid.samples()
     device = request.fixed is not None
-    window = max(window_bytes(section, groups, tile_axes, tile, offloaded, device) for tile in grid.samples())
+    window = max(window_bytes(section, groups, tile_axes, tile, offloaded, device) for tile in tiles)
     running = min(request.workers, len(grid))
     waiting = (len(grid) - 1).bit_length()  # nodes of a sum's tree, one a level
     held = 8 * (waiting + running)

@@ -16,7 +16,8 @@ class Request:
     tier, in which the stored maps may live where they do not fit in the budget; 0 where there is none. ``fixed``:
     bytes that are taken whatever the plan; None: an estimate of what recording, plan and libraries take, which lie in
     the same memory. ``max_in_flight``: how many stages in a row may be in work at the same time where the budget has
-    room for it."""
+    room for it. ``most``: bytes that the windows of the tiles in work may take in stages that make values again, if
+    there are tiles so small."""
 
     budget: int
     workers: int
@@ -28,3 +29,4 @@ class Request:
     host: int = 0
     fixed: int | None = None
     max_in_flight: int = 1
+    most: int = 0

@@ -8,10 +8,11 @@ from typing import Any
 
 from fullframe.ir import region as box
 from fullframe.ir.graph import Value
-from fullframe.partition.fusion import FusionGroup, work_of
+from fullframe.ir.region import Region
+from fullframe.partition.fusion import FusionGroup, Work, work_of
 from fullframe.partition.sections import Section
 from fullframe.partition.tile_axes import Tile, TileAxes, tiled
-from fullframe.schedule.plan import Grid
+from fullframe.schedule.plan import Grid, operations
 from fullframe.schedule.request import Request
 
 WINDOW = 1_400_000  # bytes of the largest window of a tile: about the second-level cache of one core,
@@ -32,7 +33,12 @@ def window_bytes(section: Section, groups: Sequence[FusionGroup], tile_axes: Til
     Parts of the maps that live ``offloaded`` are windows too. On a ``device`` libraries copy what a convolution
     reads.
     """
-    works, regions = work_of(groups, section.saves, frozenset(section.sums), tile_axes, tile)
+    made = work_of(groups, section.saves, frozenset(section.sums), tile_axes, tile)
+    return _most(section, *made, offloaded, device)
+
+
+def _most(section: Section, works: Sequence[Work], regions: dict[Value, Region], offloaded: Collection[Value] = (),
+          device: bool = False) -> int:  # fmt: skip
     last = {value: k for k, work in enumerate(works) for value in work.group.reads}
     alive = {v: box.size(regions[v]) * v.itemsize for v in section.loads if v in offloaded and v in last}
     most = 0
@@ -124,3 +130,63 @@ def _alignment(section: Section, tile_axes: TileAxes, extents: dict[int, int]) -
                 if tile_axis in extents and n > 0 and extents[tile_axis] % n == 0:
                     found[tile_axis] = max(found.get(tile_axis, 1), extents[tile_axis] // n)
     return {tile_axis: n for tile_axis, n in found.items() if n <= 64}
+
+
+# Tiles of stages that make values again -----------------------------------------------------------------------------
+
+SIZES = (-4, -2, -1, 0, 1, 2, 3, 4, 6, 8)  # powers of two times `WINDOW` that the largest window of a tile may have
+SLOWER = 0.08  # of the time is added by each doubling of windows beyond the cache
+CALL = 400_000  # operations that could be done while an op is called
+
+
+def deep_grid(
+    section: Section, groups: Sequence[FusionGroup], tile_axes: TileAxes, grid: Grid, request: Request
+) -> Grid:
+    """Tiles of a section with much halo: strips or squares, of the size that is fastest among those whose windows
+    keep to the request's limit, or the least."""
+    root = _root(section, tile_axes)
+    if root is None or len(grid) == 1 or request.tile is not None:
+        return grid
+    axes = [(tile_axis, n) for tile_axis, n in zip(tile_axes[root], root.shape, strict=True) if tile_axis is not None]
+    ratio = _alignment(section, tile_axes, dict(axes))
+    maps = [v for op in section.ops for v in (op.output, *op.inputs) if tiled(v, tile_axes)]
+    largest = max((v.nbytes for v in maps), default=1)
+    workers = request.workers
+    best: tuple[float, float, Grid] | None = None
+    tried: set[Grid] = set()
+    for power in SIZES:
+        for squares in (False, True):
+            found = _cut(axes, ratio, WINDOW * 2.0**power / largest, squares=squares)
+            if found in tried or (len(found) < 2 * workers and root.nbytes >= LEAST and workers > 1):
+                continue
+            tried.add(found)
+            tile = found.tile(tuple((n - 1) // 2 for n in found.counts()))
+            made = work_of(groups, section.saves, frozenset(section.sums), tile_axes, tile)
+            window = _most(section, *made) * min(workers, len(found))
+            spent = operations(made[0]) * (1 + SLOWER * max(0, power))
+            time = (spent + CALL * len(groups)) * len(found)
+            over = float(max(0, window - request.most))
+            if best is None or (over, time) < best[:2]:
+                best = over, time, found
+    return grid if best is None else best[2]
+
+
+def _cut(axes: Sequence[tuple[int, int]], ratio: dict[int, int], share: float, *, squares: bool) -> Grid:
+    """A grid whose tiles are about this share of the image: whole rows, or as many pixels along each axis."""
+    chosen = []
+    rest = list(axes)
+    for position, (tile_axis, extent) in enumerate(axes):
+        if share >= 1:
+            break
+        rest = rest[1:]
+        wanted = extent * share
+        if squares and (position > 0 or len(axes) < 3) and rest:
+            area = share * extent * prod(n for _, n in rest)
+            wanted = min(extent, area ** (1 / (1 + len(rest))))
+        align = ratio.get(tile_axis, 1)
+        pieces = max(1, round(extent / max(1, wanted)))
+        stage = min(extent, -(-extent // (pieces * align)) * align)
+        if stage < extent:
+            chosen.append((tile_axis, extent, stage))
+        share = share * extent / stage
+    return Grid(tuple(chosen))

@@ -1,0 +1,102 @@
+"""Within a budget: the fastest plan found that stores no more than fits.
+
+First a ladder of states with less and less stored, whatever the budget, until one fits: the smallest of them is the
+smallest budget that is named. Then, from the bytes that this one leaves, the best state for the limit is searched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fullframe.ir.graph import Graph
+from fullframe.schedule.clones import Draft
+from fullframe.schedule.plan import Plan
+from fullframe.schedule.rematerialize import Stages
+from fullframe.schedule.search import Search, best_of
+
+SHARES = (0.8, 0.6, 0.4, 0.25, 0.15, 0.08, 0.04, 0.0)  # of the most that is stored at once
+MOST = (64 << 20, 0)  # bytes of the windows in work where values are recomputed; 0: as few as may be
+WINDOW = 4 << 20  # bytes of the largest window of a tile that the search counts halo for
+LEAST = 0.15  # of the most that is stored at once: rungs below it are looked at when the smallest is to be named
+TRIES = 4
+MANY = 400  # stages, beyond which none are joined: looking at all pairs would take too long
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A draft, the bytes that its windows may take, the plan of both, and the operations that it counts for."""
+
+    draft: Draft
+    most: int
+    plan: Plan
+    cost: float
+
+
+Finish = Callable[[Draft, int], Plan]
+
+
+def within(graph: Graph, draft: Draft, base: Plan, finish: Finish, over: Callable[[Plan], int]) -> Found:
+    """What fits, as fast as was found; the smallest plan there is where none does. ``over`` says by how many bytes a
+    plan does not fit."""
+    both = [Stages(graph, draft, WINDOW, join=False)]
+    if len(draft.stages) <= MANY:
+        joined = Stages(graph, draft, WINDOW, join=True)
+        both += [joined] * any(not (s.wanted or s.offers) for s in joined.stages)
+    fits, peak = _ladder(both, base, finish, over)
+    if over(fits.plan) > 0:
+        return fits
+    best = fits
+    for stages in both:
+        limit = peak - over(fits.plan)
+        for _ in range(TRIES):
+            state = best_of(stages.search, limit)
+            if state is None:
+                break
+            made = _made(stages, state, fits.most, finish)
+            if over(made.plan) <= 0:
+                best = made if made.cost < best.cost else best
+                break
+            limit -= over(made.plan)
+    return best
+
+
+def _ladder(both: list[Stages], base: Plan, finish: Finish, over: Callable[[Plan], int]) -> tuple[Found, int]:
+    """The first rung that fits, or the smallest, and the most that is stored at once on it."""
+    smallest: tuple[Found, int] | None = None
+    states = [stages.search.copy() for stages in both]
+    tops = [max(state.profile(), default=0) for state in states]
+    passed: list[tuple[Stages, Search]] = []
+
+    def rung(stages: Stages, state: Search) -> bool:
+        nonlocal smallest
+        for most in MOST:
+            found = _made(stages, state, most, finish), max(state.profile(), default=0)
+            if smallest is None or over(found[0].plan) < over(smallest[0].plan):
+                smallest = found
+            if over(found[0].plan) <= 0:
+                return True
+            if found[0].plan.bytes.scratch * 16 < found[0].plan.bytes.total:
+                break  # smaller windows would not help much
+        return False
+
+    for share in SHARES:
+        for k, stages in enumerate(both):
+            states[k].drop(tops[k] * share)
+            peak = max(states[k].profile(), default=0)
+            if over(base) > base.bytes.total + base.bytes.host - base.bytes.outputs - peak:
+                many = (
+                    len(stages.stages) > MANY
+                )  # the maps alone would not fit; they may be the smallest all the same
+                passed += [(stages, states[k].copy())] * (share <= LEAST or not many)
+            elif rung(stages, states[k].copy()) and smallest is not None:
+                return smallest
+    for stages, state in passed:
+        rung(stages, state)
+    assert smallest is not None
+    return smallest
+
+
+def _made(stages: Stages, state: Search, most: int, finish: Finish) -> Found:
+    made = stages.draft(state)
+    return Found(made, most, finish(made, most), state.total)

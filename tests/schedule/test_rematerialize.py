@@ -1,0 +1,120 @@
+"""Values made again through any number of expensive ops: exact, within the limit, and never what is pinned."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from forcing import storing
+from fuzzing import uncompiled
+from torch import nn
+
+import fullframe
+from fullframe.ir.graph import Graph
+from fullframe.partition.saved_values import choose_saved_values
+from fullframe.schedule.plan import Plan, arithmetic
+
+
+class Net(nn.Module):
+    """Two levels with batch norm, max pooling and a skip."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        pairs = [(1, width), (width, width), (width, 2 * width), (2 * width, 2 * width), (3 * width, width)]
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairs)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for _, b in pairs)
+        self.last = nn.Conv2d(width, 3, 1)
+
+    def part(self, k, x):
+        return torch.relu(self.norms[k](self.convs[k](x)))
+
+    def forward(self, x):
+        skip = self.part(1, self.part(0, x))
+        low = self.part(3, self.part(2, F.max_pool2d(skip, 2)))
+        return self.last(self.part(4, torch.cat([skip, F.interpolate(low, scale_factor=2.0)], 1)))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def stepped(net, step, image, label):
+    """Loss, gradients and buffers of one step."""
+    loss = step(image, label)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in net.parameters()), *net.buffers()]
+
+
+def same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).abs().max()) <= 1e-9 * max(1.0, float(b.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("share", "join", "fill", "train"), [(0.5, False, 0.0, True), (0.0, True, 0.0, True), (0.0, False, 0.5, False)]
+)
+def test_a_step_that_stores_little_is_exact(share, join, fill, train):
+    net, image, label = (
+        Net().double().train(train),
+        torch.randn(1, 1, 24, 32).double(),
+        torch.randint(0, 3, (1, 24, 32)),
+    )
+    plain, whole = copy.deepcopy(net), copy.deepcopy(net)
+    expected = stepped(plain, lambda x, y: F.cross_entropy(plain(x), y), image, label)
+    stored = fullframe.tile(whole, loss=F.cross_entropy, workers=1).plan(image, label)
+    with storing(share, join=join, fill=fill, window=20_000), uncompiled():
+        step = fullframe.tile(net, loss=F.cross_entropy, workers=1)
+        plan = step.plan(image, label)
+        found = stepped(net, step, image, label)
+    assert plan.bytes.arena < stored.bytes.arena
+    assert sum(s.section.recompute for s in plan.stages) > 2
+    same(found, expected)
+
+
+def test_a_forward_without_gradients_stores_little_and_is_exact():
+    net, image = Net().double().eval(), torch.randn(1, 1, 24, 32).double()
+    with torch.no_grad(), storing(0.0, join=True, window=20_000), uncompiled():
+        tiled = fullframe.tile(net, workers=1)
+        assert tiled.plan(image).bytes.arena < 3 * image.nbytes
+        same([tiled(image)], [net(image)])
+
+
+def test_outputs_that_come_before_their_gradients_are_exact():
+    net, image = Net().double(), torch.randn(1, 1, 24, 32).double()
+    plain = copy.deepcopy(net)
+    (plain(image) ** 2).sum().backward()
+    with storing(0.0, join=True, window=20_000), uncompiled():
+        (fullframe.tile(net, workers=1)(image) ** 2).sum().backward()
+    same([p.grad for p in net.parameters()], [p.grad for p in plain.parameters()])
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_what_is_pinned_is_made_once(join):
+    net, image, label = Net(), torch.randn(1, 1, 24, 32), torch.randint(0, 3, (1, 24, 32))
+    with storing(0.0, join=join, window=20_000):
+        plan = fullframe.tile(net, loss=F.cross_entropy, workers=1).plan(image, label)
+    pinned = choose_saved_values(plan.graph, plan.tile_axes).pinned
+    assert pinned
+    for value in pinned:
+        assert sum(op.output.name.split("'")[0] == value.name for s in plan.stages for op in s.section.ops) == 1
+
+
+def test_every_stage_reads_what_is_stored_when_it_runs():
+    net, image, label = Net(), torch.randn(1, 1, 24, 32), torch.randint(0, 3, (1, 24, 32))
+    with storing(0.2, join=True, fill=0.6, window=20_000):
+        plan = fullframe.tile(net, loss=F.cross_entropy, workers=1).plan(image, label)
+    known = set(plan.graph.inputs) | set(plan.graph.constants)
+    for stage in plan.stages:
+        assert known.issuperset(stage.section.loads)
+        known |= set(stage.section.outputs)
+        known -= set(stage.frees)
+
+
+def test_the_plan_says_what_is_made_again():
+    net, image, label = Net(), torch.zeros(1, 1, 24, 32), torch.zeros(1, 24, 32, dtype=torch.long)
+    with storing(0.0, join=True, window=20_000):
+        plan = fullframe.tile(net, loss=F.cross_entropy, workers=1).plan(image, label)
+    assert "times that of the fastest plan" in str(plan) and "again" in str(plan)
+    assert isinstance(plan, Plan) and isinstance(plan.graph, Graph) and arithmetic(plan) > 0
