@@ -126,13 +126,18 @@ def _cut(op: Op, tensors: Tensors, region: Region) -> list[torch.Tensor]:
     return windows
 
 
-def _same(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
+def _largest(t: torch.Tensor) -> float:
+    """The largest finite number of a tensor, 0 where it has none."""
+    finite = t[t.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def _same(a: torch.Tensor, b: torch.Tensor, tolerance: float, scale: float = 0.0) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not (a.dtype.is_floating_point or a.dtype.is_complex) or tolerance == 0:
         return torch.equal(a, b)
-    finite = b[b.isfinite()]
-    scale = float(finite.abs().max()) if finite.numel() else 1.0
+    scale = max(scale, _largest(b))
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * (scale or 1.0), equal_nan=True)
 
 
@@ -171,15 +176,22 @@ def _reaches(op: Op, region: Region, windows: Tensors, before: torch.Tensor, pro
 
 
 def combines(op: Op, tensors: Tensors, random: Random, *, tolerance: float = 1e-12) -> bool:
-    """Whether partial results over a random disjoint cover of the driver add up to the whole."""
+    """Whether partial results over a random disjoint cover of the driver add up to the whole.
+
+    ``tolerance`` is relative to the largest of the results and of the partial ones: what these are rounded to stays
+    where they cancel.
+    """
     rule: Any = op.rule
     driver = box.full(tuple(tensors[rule.driver].shape))
     whole = rule.finish(op, rule.run(op, driver, list(tensors)))
     total = rule.start(op, op.output.shape, tensors[rule.driver].device)
     parts = [_parts(op, driver, axis, random) for axis in range(len(driver))]
+    largest = 0.0
     for cell in product(*parts):
-        rule.combine(op, total[box.slices(rule.out_region(op, cell))], rule.run(op, cell, _cut(op, tensors, cell)))
-    return _same(rule.finish(op, total), whole, tolerance)
+        partial = rule.run(op, cell, _cut(op, tensors, cell))
+        largest = max(largest, _largest(partial))
+        rule.combine(op, total[box.slices(rule.out_region(op, cell))], partial)
+    return _same(rule.finish(op, total), whole, tolerance, largest)
 
 
 def _parts(op: Op, driver: Region, axis: int, random: Random) -> list[Interval]:
