@@ -147,7 +147,7 @@ def branch(net: Any, h: torch.Tensor) -> torch.Tensor:
 
 def test_a_branch_is_taken_as_the_data_fall_and_told_of_once():
     images = [image() for _ in range(6)]
-    with pytest.warns(UserWarning, match=r"depends on the data at test_questions.py:\d+ .*net.k.sum") as told:
+    with pytest.warns(UserWarning, match=r"depends on the data at test_conditions.py:\d+ .*net.k.sum") as told:
         step = both(branch, images)
     assert len(told) == 1
     assert len(step._fullframe["programs"]) == 2
@@ -274,7 +274,7 @@ def test_more_ways_than_a_few_are_refused():
     step = fullframe.tile(Net(function), tile=4)
     with (
         warnings.catch_warnings(),
-        pytest.raises(fullframe.CaptureError, match=r"test_questions.py:\d+ .*torch.where"),
+        pytest.raises(fullframe.CaptureError, match=r"test_conditions.py:\d+ .*torch.where"),
     ):
         warnings.simplefilter("ignore")
         for _ in range(4 * MAX_PATHS):
@@ -302,7 +302,7 @@ def test_a_number_in_a_message_is_no_refusal_and_elsewhere_is():
     with pytest.raises(ValueError, match="the largest number is <float64 tensor"):
         step(BAD)
     named = fullframe.tile(Net(lambda net, h: {f"{h.max():.3f}": h}), tile=4)
-    with pytest.raises(fullframe.CaptureError, match=r"test_questions.py:\d+ .*into a text"):
+    with pytest.raises(fullframe.CaptureError, match=r"test_conditions.py:\d+ .*into a text"):
         named(image())
 
 
