@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from fullframe.errors import CaptureError
 from fullframe.frontend.aliasing import refuse_shared
 from fullframe.frontend.inputs import Call, Tensors
 from fullframe.ir.graph import Value, followers
+from fullframe.ops.primitives.rule import UnexpectedShapeError
 from fullframe.runtime.execution_paths import assuming
 from fullframe.runtime.executor import Run
 from fullframe.runtime.replay_cuda import CudaReplays, Feed
@@ -71,7 +73,7 @@ def run_forward(
         stores = pool.take(plan.bytes.stores, device)
         run = Run(plan, stores, device)
         run.feed([f.value for f in feeds], [f.tensor for f in feeds])
-        with assuming(program, run):
+        with assuming(program, run), _naming_resized(program, call):
             run.advance(plan.early if graph.late else len(plan.stages))
     try:
         program.settle(run.values)
@@ -82,7 +84,6 @@ def run_forward(
     outputs = _handed_out(program, run)
     guard = _guard(program, call, run, outputs) if graph.late else []
     _take_apart(program, run, [tensors[k] for k in program.changed])
-    _refuse_resized(program, call, run)
     rerun_inputs = [_as_it_was(tensors[k], k in program.changed, k < len(call.parameters)) for k in wanted]
     for k, value in program.changed.items():
         with torch.inference_mode(tensors[k].is_inference()), torch.no_grad():
@@ -101,15 +102,20 @@ def _as_it_was(tensor: torch.Tensor, changed: bool, parameter: bool) -> torch.Te
     return None if lost else tensor
 
 
-def _refuse_resized(program: Program, call: Call, run: Run) -> None:
-    """Refuse what an op has given another shape as it ran, which the recording could not see."""
-    for k, value in program.changed.items():
-        new, old = run.values[value].shape, call.tensors[k].shape
-        if new != old:
-            raise CaptureError(
-                f"an op of the step changes {call.names[k]} from shape {tuple(old)} to {tuple(new)} while it runs, "
-                "as observers of quantisation do in their first call; call the plain module once before it is tiled"
-            )
+@contextmanager
+def _naming_resized(program: Program, call: Call) -> Iterator[None]:
+    """Name the buffer to which an op has given another shape as it ran, which the recording could not see."""
+    try:
+        yield
+    except UnexpectedShapeError as error:
+        for k, value in program.changed.items():
+            if value is error.value:
+                raise CaptureError(
+                    f"an op of the step changes {call.names[k]} from shape {tuple(value.shape)} to {error.shape} as "
+                    "it runs, as observers of quantisation do in their first call; call the plain module once before "
+                    "it is tiled"
+                ) from None
+        raise
 
 
 def revive(program: Program, call: Call, made: Sequence[torch.Tensor]) -> None:

@@ -72,6 +72,17 @@ class BaseRule:
         return self.kind == "layout" or self.selects(op)
 
 
+class UnexpectedShapeError(UnsupportedOpError):
+    """An op makes its ``value`` in another ``shape`` than PyTorch's own rule of its shapes says."""
+
+    def __init__(self, op: Op, shape: tuple[int, ...]):
+        super().__init__(
+            f"{op.target} makes a tensor of shape {shape}, and PyTorch's own rule of shapes, by which the step was "
+            f"recorded, says {tuple(op.output.shape)}; give it an input of another shape"
+        )
+        self.value, self.shape = op.output, shape
+
+
 class Whole(BaseRule):
     """An op known only by its name: all of the inputs, all of the output, once."""
 
@@ -83,10 +94,7 @@ class Whole(BaseRule):
     def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
         made = super().run(op, region, windows)
         if tuple(made.shape) != tuple(op.output.shape):
-            raise UnsupportedOpError(
-                f"{op.target} makes a tensor of shape {tuple(made.shape)}, and PyTorch's own rule of its shapes, by "
-                f"which the step was recorded, says {tuple(op.output.shape)}; give it an input of another shape"
-            )
+            raise UnexpectedShapeError(op, tuple(made.shape))
         return made
 
 
