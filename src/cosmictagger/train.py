@@ -256,11 +256,11 @@ def _start(recipe: Recipe, out: Path, running: Running, resumed: dict | None) ->
         if kept.exists() or (out / "log.jsonl").exists():
             raise DataError(f"{out}: holds a training already; go on with --resume, or name another folder")
         return state
-    if not kept.exists() and (out / "recipe.json").is_file():
+    old = (out / "checkpoint").is_dir()
+    if not (kept.exists() or old) and (out / "recipe.json").is_file():
         _check_described(resumed, out)
         return state  # it ended before its first checkpoint
     if not kept.is_file():
-        old = (out / "checkpoint").is_dir()
         raise DataError(
             f"{out}: no checkpoint to resume from" + ", but for an older one, which could hold code" * old
         )

@@ -10,12 +10,14 @@ from test_plan import Residual, gradients
 
 import fullframe
 from fullframe.compiler import pipeline
-from fullframe.schedule import tiling
+from fullframe.schedule import planner, tiling
 
 
 @pytest.fixture
 def second_tier(monkeypatch):
-    """Plans may use the host's memory as if the processor were a device with a memory of its own."""
+    """Plans may use the host's memory as if the processor were a device with a memory of its own; and values are made
+    again by sections of their own only, which leaves maps for it."""
+    monkeypatch.setattr(planner, "LITTLE", 2)
     made = pipeline.request_for
     monkeypatch.setattr(pipeline, "request_for", lambda *args: replace(made(*args), host=10**9))
     return monkeypatch

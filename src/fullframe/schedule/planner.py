@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from math import prod
 
@@ -30,6 +29,7 @@ PER_FORM = 1 << 19  # and the machine code that a library keeps for each form of
 KEPT = 2  # times what windows take is held by the C library, which keeps some of what is given back,
 KEPT_AT_MOST = 3  # and so many times where the budget has room for it: it is then never told to let go
 LITTLE = 0.02  # of all that a step takes: stored maps that are no more are not worth a search
+MANY = 400  # stages, beyond which a search for what to make again would take minutes: it is left out
 Steps = dict[tuple[Section, int], Stage]
 STREAMS = 3  # tiles in work where maps live in a second tier: one is fetched, one computed, one put back
 
@@ -42,9 +42,19 @@ def plan(graph: Graph, request: Request) -> Plan:
     """
     if not request.host:
         return _plan(graph, request)
-    with suppress(BudgetError, UnsupportedOpError):
+    alone: BudgetError | None = None
+    try:
         return _plan(graph, replace(request, host=0))
-    return _plan(graph, replace(request, workers=max(request.workers, STREAMS)))
+    except BudgetError as error:
+        alone = error
+    except UnsupportedOpError:
+        pass
+    try:
+        return _plan(graph, replace(request, workers=max(request.workers, STREAMS)))
+    except BudgetError as error:
+        if alone is not None and alone.smallest < error.smallest:
+            raise alone from None
+        raise
 
 
 def _plan(graph: Graph, request: Request) -> Plan:
@@ -90,7 +100,7 @@ def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
         maps = made.bytes.arena + made.bytes.host
         if over(smallest) <= 0:
             draft, made = cloned, smallest
-        elif maps < LITTLE * (made.bytes.total + made.bytes.host):
+        elif maps < LITTLE * (made.bytes.total + made.bytes.host) or len(draft.stages) > MANY:
             raise _refusal(smallest, request)
         else:
             found = within(graph, draft, made, finish, over)

@@ -18,9 +18,7 @@ from fullframe.schedule.search import Search, best_of
 SHARES = (0.8, 0.6, 0.4, 0.25, 0.15, 0.08, 0.04, 0.0)  # of the most that is stored at once
 MOST = (64 << 20, 0)  # bytes of the windows in work where values are recomputed; 0: as few as may be
 WINDOW = 4 << 20  # bytes of the largest window of a tile that the search counts halo for
-LEAST = 0.15  # of the most that is stored at once: rungs below it are looked at when the smallest is to be named
 TRIES = 4
-MANY = 400  # stages, beyond which none are joined: looking at all pairs would take too long
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +38,8 @@ def within(graph: Graph, draft: Draft, base: Plan, finish: Finish, over: Callabl
     """What fits, as fast as was found; the smallest plan there is where none does. ``over`` says by how many bytes a
     plan does not fit."""
     both = [Stages(graph, draft, WINDOW, join=False)]
-    if len(draft.stages) <= MANY:
-        joined = Stages(graph, draft, WINDOW, join=True)
-        both += [joined] * any(not (s.wanted or s.offers) for s in joined.stages)
+    joined = Stages(graph, draft, WINDOW, join=True)
+    both += [joined] * any(not (s.wanted or s.offers) for s in joined.stages)
     fits, peak = _ladder(both, base, finish, over)
     if over(fits.plan) > 0:
         return fits
@@ -85,10 +82,8 @@ def _ladder(both: list[Stages], base: Plan, finish: Finish, over: Callable[[Plan
             states[k].drop(tops[k] * share)
             peak = max(states[k].profile(), default=0)
             if over(base) > base.bytes.total + base.bytes.host - base.bytes.outputs - peak:
-                many = (
-                    len(stages.stages) > MANY
-                )  # the maps alone would not fit; they may be the smallest all the same
-                passed += [(stages, states[k].copy())] * (share <= LEAST or not many)
+                # The maps alone would not fit; they may be the smallest all the same.
+                passed.append((stages, states[k].copy()))
             elif rung(stages, states[k].copy()) and smallest is not None:
                 return smallest
     for stages, state in passed:
