@@ -125,7 +125,7 @@ def test_a_part_that_nothing_is_asked_of_costs_nothing():
         step(image, labels)[0].backward()
     assert close(grads(net), grads(twin))
     programs = list(step._fullframe["programs"].values())
-    assert [p.asks.programs for p in programs] == [{}] and not programs[0].graph.late
+    assert [p.variants.programs for p in programs] == [{}] and not programs[0].graph.late
     alone = fullframe.tile(plain_net(), loss=F.cross_entropy, tile=TILE).plan(image, labels)
     mine = step.plan(image, labels)
     backward = [sum(op.target.startswith("tile.conv") for op in p.graph.ops) for p in (alone, mine)]
@@ -137,8 +137,8 @@ def test_later_steps_are_planned_for_what_was_asked():
     for _ in range(3):
         add_up(step(*batch()))
     (program,) = step._fullframe["programs"].values()
-    assert program.asks.guess == {0, 1}
-    assert set(program.asks.programs) == {(frozenset((0, 1)), True), (frozenset((0, 1)), False)}
+    assert program.variants.guess == {0, 1}
+    assert set(program.variants.programs) == {(frozenset((0, 1)), True), (frozenset((0, 1)), False)}
 
 
 class Heads(nn.Module):
