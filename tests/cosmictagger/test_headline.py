@@ -12,7 +12,9 @@ from cosmictagger.batches import Crop, place
 from cosmictagger.data import EventFile, shrink_labels
 from cosmictagger.simulate import Detector, simulate_numbered
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+sys.path.append(
+    str(Path(__file__).resolve().parents[2] / "bench")
+)  # last: a script there has the name of a package here
 import headline
 import headline_scores
 import headline_table
