@@ -30,7 +30,7 @@ KEPT = 2  # times what windows take is held by the C library, which keeps some o
 KEPT_AT_MOST = 3  # and so many times where the budget has room for it: it is then never told to let go
 LITTLE = 0.02  # of all that a step takes: stored maps that are no more are not worth a search
 MANY = 400  # stages, beyond which a search for what to make again would take minutes: it is left out
-Steps = dict[tuple[Section, int], Stage]
+Known = dict[tuple[Section, int], Stage]
 STREAMS = 3  # tiles in work where maps live in a second tier: one is fetched, one computed, one put back
 
 
@@ -86,7 +86,7 @@ def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
     """
     fixed = _fixed(graph) if request.fixed is None else request.fixed
     fastest = sum(spent(op) for section in draft.stages for op in section.ops if op.rule.heavy)
-    stages: Steps = {}
+    stages: Known = {}
 
     def finish(draft: Draft, most: int) -> Plan:
         return _finish(graph, draft, replace(request, max_in_flight=1, most=most), stages, fixed)
@@ -130,7 +130,7 @@ def _cloned(
     return draft, smallest
 
 
-def _pipelined(graph: Graph, draft: Draft, request: Request, known: Steps, fixed: int) -> Plan | None:
+def _pipelined(graph: Graph, draft: Draft, request: Request, known: Known, fixed: int) -> Plan | None:
     """A plan of the same sections with as many in work at once as fit, those of several branches in turns."""
     if request.max_in_flight == 1:
         return None
@@ -190,7 +190,7 @@ def _refusal(plan: Plan, request: Request) -> Exception:
 # Tiles, scratch and places -------------------------------------------------------------------------
 
 
-def _finish(graph: Graph, draft: Draft, request: Request, known: Steps, fixed: int,
+def _finish(graph: Graph, draft: Draft, request: Request, known: Known, fixed: int,
             linger: int = 0) -> Plan:  # fmt: skip
     """The plan of a draft; ``known`` keeps the stages of sections that an earlier draft had too. For ``linger``
     stages more no other map gets the place of one, where the peak allows it: nobody need then wait for its
