@@ -14,8 +14,9 @@ from cosmictagger.atomic import replacing
 from cosmictagger.data import DataError
 from cosmictagger.model import VARIANTS, NetworkConfig, UResNet
 
-METADATA = "network"
-ORIGIN = "origin"
+METADATA = "cosmictagger"
+"""The one entry of a file's metadata: several would be written in an order that differs from file to file, and equal
+trainings leave files that are equal byte for byte."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,8 @@ class Origin:
 def save_weights(net: UResNet, path: Path, origin: Origin | None = None) -> None:
     """Write parameters and buffers, with the network's configuration, and what is known of their origin, in the
     file's metadata."""
-    metadata = {METADATA: json.dumps(asdict(net.config))}
-    if origin is not None:
-        metadata[ORIGIN] = json.dumps(asdict(origin))
-    write_tensors(path, net.state_dict(), metadata)
+    about = {"network": asdict(net.config)} | ({} if origin is None else {"origin": asdict(origin)})
+    write_tensors(path, net.state_dict(), {METADATA: json.dumps(about)})
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -51,11 +50,12 @@ def load_origin(path: Path) -> Origin | None:
     """What a weights file says of its origin; None where it says nothing. Raises DataError if that makes no sense."""
     try:
         with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(ORIGIN)
+            text = (file.metadata() or {}).get(METADATA, "{}")
     except (SafetensorError, OSError):
         return None
     try:
-        return None if text is None else Origin(**json.loads(text))
+        about = json.loads(text)
+        return Origin(**about["origin"]) if "origin" in about else None
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}: its description of the training cannot be used: {error}") from error
 
@@ -109,8 +109,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], NetworkConfig | None]:
 def _config(path: Path, text: str) -> NetworkConfig:
     known = {f.name for f in fields(NetworkConfig)}
     try:
-        return NetworkConfig(**{k: v for k, v in json.loads(text).items() if k in known})
-    except (ValueError, TypeError) as error:
+        return NetworkConfig(**{k: v for k, v in json.loads(text)["network"].items() if k in known})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: its description of the network cannot be used: {error}") from error
 
 

@@ -127,7 +127,9 @@ def _cut(op: Op, tensors: Tensors, region: Region) -> list[torch.Tensor]:
 
 
 def _largest(t: torch.Tensor) -> float:
-    """The largest finite number of a tensor, 0 where it has none."""
+    """The largest finite number of a tensor, 0 where it has none; a Boolean has no size to be wrong by."""
+    if t.dtype == torch.bool:
+        return 0.0
     finite = t[t.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0
 
