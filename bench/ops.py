@@ -23,12 +23,12 @@ Written by `python bench/ops.py`; {setting}.
 
 Each op of a recorded step has one rule, which says what a region of its output reads and runs it on windows.
 *enough* and *tight*: NaN outside the footprint never reaches the output, each face inside it does for some numbers;
-for pointwise ops each element read stands beside one that is made (`test_footprints.py`, where `loose` names
+for pointwise ops each element read stands beside one that is made (`tests/support/footprints.py`, where `loose` names
 what may read more, and why). *adds up*: partial results over uneven disjoint covers of the driver give the whole
 (the same file). *bitwise*: small whole numbers, no bit of difference (`test_lattice.py`). *network*: a small
 network with the op, tiled, against float64 plain PyTorch, loss, every gradient and buffer (`test_rules.py`).
 A rule, a class of rules or a decomposition without its case fails the suite (`test_every_rule_has_a_case`,
-`test_every_lowering_has_a_case`).
+`test_every_decomposition_has_a_case`).
 """
 
 
@@ -56,7 +56,8 @@ def table(counts: Counter[str]) -> str:
 
 def counted() -> tuple[Counter[str], Counter[str], int]:
     """Distinct ops by name, networks by class of rule, and the number of networks."""
-    from test_footprints import graph_of, signature
+    from footprints import signature
+    from rule_cases import graph_of
     from usage_cases import CASES
 
     seen: set[str] = set()

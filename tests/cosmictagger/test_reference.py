@@ -37,13 +37,16 @@ def cases(ordinary: dict) -> list:
 
 STEPS = cases(
     {
-        ("light", (40, 72)): NAMES,
-        ("focal", 33): ("sum_plain", "norm_none_no_connection"),
+        ("light", (40, 72)): ("conv_resample_multiplicative", "block_concat"),
+        ("focal", 33): ("norm_none_no_connection",),
         ("none", (32, 160)): ("uresnet_default",),
     }
 )
+QUICK = [("sum_plain", (40, 72)), ("deeper", (40, 72))]
 FORWARDS = [
-    pytest.param(name, tile, marks=() if tile in (None, (40, 72)) else pytest.mark.slow, id=f"{name}-{tile}")
+    pytest.param(
+        name, tile, marks=() if (name, tile) in QUICK or tile is None else pytest.mark.slow, id=f"{name}-{tile}"
+    )
     for name, tile in product(NAMES, TILES)
 ]
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from rule_cases import PLANE
-from test_footprints import evaluated, graph_of
+from footprints import evaluated
+from rule_cases import PLANE, graph_of
 from torch import nn
 from usage_cases import CASES
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fullframe
 from fullframe.check import twin
+from fullframe.ir.graph import Graph
 from fullframe.ops import decompose
 from fullframe.runtime import fused as fused
 from fullframe.testing import Difference, agree
@@ -20,7 +22,7 @@ from fullframe.testing import Difference, agree
 CASES: dict[str, Case] = {}
 USED: set[str] = set()  # the recorded calls met so far
 PLANE, LINE, SOLID = (2, 4, 9, 11), (2, 4, 23), (1, 4, 5, 6, 7)
-TILES = {3: (5, 2), 4: ((3, 5), 2), 5: (3,)}
+TILES = {3: (5, 2), 4: ((3, 5), (2, 6)), 5: (3,)}
 
 
 @dataclass(frozen=True)
@@ -95,18 +97,38 @@ def _plain_kernels(groups: Any, **_: Any) -> Any:
 _build_many = fused.build_many
 
 
-@cache
+_GRAPHS: dict[str, Graph] = {}
+
+
 def difference(name: str, tile: Any) -> Difference:
     """The worst difference of a case, and its plan; the network, image and target follow from its name."""
+    with _noted():
+        net, x, loss, target = _made(CASES[name], name)
+        found = agree(net, [x], loss, target=target, tile=tile)
+    _GRAPHS.setdefault(name, found.plan.graph)
+    return found
+
+
+def graph_of(name: str) -> Graph:
+    """The graph of a case, recorded once."""
+    if name not in _GRAPHS:
+        with _noted():
+            net, x, loss, target = _made(CASES[name], name)
+            _GRAPHS[name] = fullframe.tile(net, loss=loss, tile=CASES[name].tiles[0]).plan(x, target).graph
+    return _GRAPHS[name]
+
+
+@contextmanager
+def _noted() -> Iterator[None]:
     with (
         mock.patch.object(fused, "build_many", _plain_kernels),
         mock.patch.object(decompose, "DECOMPOSITIONS", _Noted(decompose.DECOMPOSITIONS)),
     ):
-        return _difference(name, tile)
+        yield
 
 
-def _difference(name: str, tile: Any) -> Difference:
-    it = CASES[name]
+def _made(it: Case, name: str) -> tuple[nn.Module, torch.Tensor, Callable[..., torch.Tensor], Any]:
+    """Network, image, loss and target."""
     torch.manual_seed(sum(map(ord, name)))
     net = it.make().double().train(it.train)
     for p in net.parameters():
@@ -114,12 +136,12 @@ def _difference(name: str, tile: Any) -> Difference:
     x = torch.randn(it.shape, dtype=torch.float64, requires_grad=True)
     if it.loss is not None:
         assert it.target is not None
-        return agree(net, [x], it.loss, target=it.target(), tile=tile)
+        return net, x, it.loss, it.target()
     with torch.no_grad():
         outputs = twin(net)(x)
     outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
     target = [torch.randn(o.shape, dtype=torch.float64) for o in outputs]
-    return agree(net, [x], weighted, target=target, tile=tile)
+    return net, x, weighted, target
 
 
 # Convolutions ------------------------------------------------------------------------------------
