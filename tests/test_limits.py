@@ -13,7 +13,7 @@ LINES, FUNCTION, PARAMETERS = 500, 60, 6
 # A decomposition has the arguments of its ATen op.
 OF_ATEN = ENGINE / "ops" / "decompositions"
 # Functions with one parameter more: the check of a user's network, and the geometry of a convolution.
-MORE = {"check.check", "native.weight_gradient.weight_grad"}
+MORE = {"check.check", "native.weight_gradient.weight_grad", "tiled.tile"}
 
 FILES = sorted(ENGINE.rglob("*.py"))
 

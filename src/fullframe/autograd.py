@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +73,7 @@ def run_forward(
         stores = pool.take(plan.bytes.stores, device)
         run = Run(plan, stores, device)
         run.feed([f.value for f in feeds], [f.tensor for f in feeds])
-        with assuming(program, run), _naming_resized(program, call):
+        with stores.released_on_failure(), assuming(program, run), _naming_resized(program, call):
             run.advance(plan.early if graph.late else len(plan.stages))
     try:
         program.settle(run.values)
@@ -295,7 +295,8 @@ def _scaled(program: Program, grads: Sequence[torch.Tensor | None], used: dict[i
 def _finished(program: Program, made: Made, pool: Pool, used: dict[int, torch.Tensor]) -> Grads | None:
     """Gradients by the run that made the outputs; None where zeros in the place of others spoil them."""
     _unchanged(made.guard)
-    grads = _advanced(program, made.run, used)
+    with nullcontext() if made.stores is None else made.stores.released_on_failure():
+        grads = _advanced(program, made.run, used)
     if made.stores is not None:
         pool.give(made.stores)
     unused = [v for v, k in zip(_late(program), program.requested, strict=True) if k not in used]
@@ -325,7 +326,8 @@ def _rerun(ctx: Any, used: dict[int, torch.Tensor], saved: Sequence[torch.Tensor
         fed[program.graph.seed] = ctx.seed
     read = [v for v in fed if v in program.read]
     run.feed(read, [fed[v] for v in read])
-    grads = _advanced(program, run, used)
+    with stores.released_on_failure():
+        grads = _advanced(program, run, used)
     pool.give(stores)
     return grads
 

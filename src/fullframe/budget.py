@@ -10,17 +10,18 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
-def parse_bytes(budget: int | str) -> int:
-    """Bytes from a number or text like "8 GB" (10^9) or "7.5 GiB" (2^30); ValueError otherwise."""
+def parse_bytes(budget: int | str, name: str = "budget") -> int:
+    """Bytes from a number or text like "8 GB" (10^9) or "7.5 GiB" (2^30); ValueError or TypeError with the name of
+    what it is the number of otherwise."""
     if isinstance(budget, str):
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", budget)
         if match is None or match[2].upper() not in UNITS:
-            raise ValueError(f"budget {budget!r} is not a number of bytes; write for example '8 GB' or 8_000_000_000")
+            raise ValueError(f"{name} {budget!r} is not a number of bytes; write for example '8 GB' or 8_000_000_000")
         budget = int(float(match[1]) * UNITS[match[2].upper()])
     if not isinstance(budget, (int, float)):
-        raise TypeError(f"budget is a number of bytes, or text such as '8 GB'; got {budget!r}")
+        raise TypeError(f"{name} is a number of bytes, or text such as '8 GB'; got {budget!r}")
     if isinstance(budget, bool) or not 0 < budget < float("inf"):
-        raise ValueError(f"budget {budget!r} must be a positive number of bytes")
+        raise ValueError(f"{name} {budget!r} must be a positive number of bytes")
     return int(budget)
 
 

@@ -29,6 +29,8 @@ from fullframe.runtime.explain import explain
 from fullframe.runtime.replay_cuda import CudaReplays
 from fullframe.schedule.plan import Plan
 from fullframe.storage.pool import Pool
+from fullframe.storage.protocol import DISK
+from fullframe.storage.unnamed_file import disk_folder
 from fullframe.torch_compat import current_transform, forward_mode
 
 
@@ -40,9 +42,10 @@ class Tiled(nn.Module):
     written to the wrapped module.
     """
 
-    def __init__(self, module: nn.Module, criterion: Callable[..., Any] | None, options: Options):
+    def __init__(self, module: nn.Module, criterion: Callable[..., Any] | None, options: Options,
+                 pool: Pool | None = None):  # fmt: skip
         super().__init__()
-        state: dict[str, Any] = {"pair": Pair(module, criterion), "options": options}
+        state: dict[str, Any] = {"pair": Pair(module, criterion), "options": options, "pool": pool or Pool()}
         self.__dict__["_fullframe"] = state | _empty()
         for name in SHARED:
             self.__dict__[name] = getattr(module, name)  # of a traced module not in its dictionary
@@ -88,7 +91,8 @@ class Tiled(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_fullframe"] = state["_fullframe"] | _empty()
+        pool = Pool(state["_fullframe"]["pool"].told)
+        state["_fullframe"] = state["_fullframe"] | _empty() | {"pool": pool}
         return state
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -263,7 +267,6 @@ def _empty() -> dict[str, Any]:
         "changes": Changes(),
         "last": None,
         "made": "",
-        "pool": Pool(),
         "replays": CudaReplays(),
         "lock": ForkSafeLock(),
     }
@@ -285,6 +288,8 @@ def tile(
     budget: int | str | None = None,
     tile: int | Sequence[int] | None = None,
     workers: int | None = None,
+    disk: int | str | None = None,
+    folder: str | os.PathLike[str] | None = None,
 ) -> Tiled:
     """Run a module, or its training step, tile by tile within a memory budget.
 
@@ -304,10 +309,16 @@ def tile(
         inputs, parameters and gradients. None: what is free under the container's limit.
     tile: forces the tile, in pixels of the input: one extent per spatial axis or one for all.
     workers: threads over tiles on the CPU; None: one per core.
+    disk: bytes, or text as for the budget: what the maps that do not fit the budget may take on a disk, in a
+        file without a name. The plan says how many bytes a step writes there. None: no disk is used.
+    folder: where that file lies; None: the system's temporary folder. It may not be in memory itself (tmpfs).
 
     Raises
     ------
-    BudgetError: (at the first call) no plan fits the budget; the message names the smallest.
+    BudgetError: (at the first call) no plan fits the budget, with the disk there is; the message names the
+        smallest budget.
+    OSError: the folder cannot be used; (at a call, before anything has run) the disk has not so many bytes free
+        as the plan takes; (at a call) it fails to read or write, and no parameter, buffer or gradient is changed.
     CaptureError: the step depends on data or randomness that a recording would freeze.
     UnsupportedOpError: an op must run whole and does not fit.
 
@@ -322,14 +333,30 @@ def tile(
     torch.Size([2, 1, 3, 3])
     """
     nbytes = None if budget is None else parse_bytes(budget)
-    extents = _extents(tile)
-    if workers is not None and not _whole(workers):
-        raise TypeError(f"workers={workers!r} must be a whole number of threads")
+    extents, threads = _extents(tile), _threads(workers)
     if loss is not None and not callable(loss):
         raise TypeError(f"loss={loss!r} must be a function or Module of (output, target)")
+    on_disk, told = _disk(budget, disk, folder)
+    return Tiled(module, loss, Options(nbytes, extents, threads, on_disk), Pool(told))
+
+
+def _threads(workers: Any) -> int:
+    if workers is not None and not _whole(workers):
+        raise TypeError(f"workers={workers!r} must be a whole number of threads")
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers} must be positive; leave it out for one per core")
-    return Tiled(module, loss, Options(nbytes, extents, workers or _cores()))
+    return workers or _cores()
+
+
+def _disk(budget: Any, disk: int | str | None, folder: str | os.PathLike[str] | None) -> tuple[int, dict[str, Any]]:
+    """Bytes on disk that maps may take, and what the store is told of their folder."""
+    if disk is None:
+        if folder is not None:
+            raise ValueError(f"folder={str(folder)!r} is where maps lie on disk, of which there are none; give disk=")
+        return 0, {}
+    if budget is None:
+        raise ValueError(f"disk={disk!r} is for maps that do not fit a budget, and there is none; give budget=")
+    return parse_bytes(disk, "disk"), {DISK: {"folder": disk_folder(folder)}}
 
 
 def _extents(tile: Any) -> int | tuple[int, ...] | None:

@@ -198,6 +198,15 @@ class StoreContract:
         gc.collect()
         assert seen() is None
 
+    def test_it_can_be_let_go_twice_and_with_maps_in_it(self):
+        (slot,) = slots_of(((64, 64), torch.float32))
+        store = self.make(slot.nbytes)
+        store.open(slot)
+        store.put(slot, box.full(slot.shape), torch.zeros(64, 64, device=self.device))
+        store.expect(slot, box.full(slot.shape))
+        store.release()
+        store.release()
+
     def test_stores_are_made_apart(self):
         (slot,) = slots_of(((16,), torch.int32))
         stores = [self.make(slot.nbytes) for _ in range(3)]

@@ -16,8 +16,9 @@ import fullframe
 from fullframe.compiler import pipeline
 from fullframe.ir import region as box
 from fullframe.schedule import tiling
-from fullframe.storage import pool
+from fullframe.storage import pool, unnamed_file
 from fullframe.storage.arena import Arena, shaped
+from fullframe.storage.disk import Disk
 from fullframe.storage.offload import Host
 from fullframe.storage.pool import Pool
 from fullframe.storage.protocol import DEVICE, HOST
@@ -53,6 +54,9 @@ class Memory:
     def close(self, slot):
         del self.maps[slot]
 
+    def release(self):
+        self.maps.clear()
+
 
 class TestArena(StoreContract):
     def make(self, nbytes):
@@ -62,6 +66,19 @@ class TestArena(StoreContract):
 class TestHost(StoreContract):
     def make(self, nbytes):
         return Host(nbytes, self.device)
+
+
+class TestDisk(StoreContract):
+    def make(self, nbytes):
+        return Disk(nbytes, self.device)
+
+
+class TestDiskWithoutDirectAccess(TestDisk):
+    """As on a file system that has none: all goes by the page cache."""
+
+    @pytest.fixture(autouse=True)
+    def cached(self, monkeypatch):
+        monkeypatch.setattr(unnamed_file, "_direct", lambda fd: None)
 
 
 class TestMemory(StoreContract):
@@ -75,6 +92,9 @@ if torch.cuda.is_available():
         device = torch.device("cuda:0")
 
     class TestHostOfADevice(TestHost):
+        device = torch.device("cuda:0")
+
+    class TestDiskOfADevice(TestDisk):
         device = torch.device("cuda:0")
 
 

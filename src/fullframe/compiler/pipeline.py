@@ -306,14 +306,16 @@ def request_for(graph: Graph, call: Call, options: Options, first_grad: int) -> 
     tile = None if forced is None else tuple(forced)
     if not device.windows:
         max_in_flight = MAX_IN_FLIGHT if options.workers > 1 else 1
-        return Request(budget, options.workers, roots, fusable, tile, free, max_in_flight=max_in_flight)
+        return Request(budget, options.workers, roots, fusable, tile, free, disk=options.disk,
+                       max_in_flight=max_in_flight)  # fmt: skip
     host = device_of(CPU).free_bytes(CPU)
     # What a recorded run keeps besides: its inputs, and what it makes, to be copied out.
     lasting = len(call.parameters) + len(call.buffers)
     copies = sum(t.nbytes for t in call.tensors[lasting:]) + sum(v.nbytes for v in graph.outputs if v is not None)
     return Request(
-        budget, 1, roots, fusable, tile, free, window=budget // device.windows, host=host, fixed=FIXED + copies
-    )
+        budget, 1, roots, fusable, tile, free, window=budget // device.windows, host=host, disk=options.disk,
+        fixed=FIXED + copies
+    )  # fmt: skip
 
 
 def capture(recording: Recording) -> Graph:

@@ -25,11 +25,12 @@ from fullframe.schedule.request import Request
 
 @dataclass(frozen=True)
 class Options:
-    """Budget in bytes (None: what is free when first planned), forced tile, worker threads."""
+    """Budget in bytes (None: what is free when first planned), forced tile, worker threads, and bytes of a disk."""
 
     budget: int | None
     tile: int | tuple[int, ...] | None
     workers: int
+    disk: int = 0
 
 
 @dataclass(eq=False)

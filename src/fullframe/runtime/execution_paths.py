@@ -74,7 +74,7 @@ def assuming(program: Program, run: Run) -> Iterator[None]:
     """Inside a step fails for what it has assumed, if that is not so, rather than for what follows from it."""
     try:
         yield
-    except (Diverged, MemoryError):
+    except (Diverged, MemoryError, OSError):
         raise
     except Exception as error:
         if not program.settle(run.values):

@@ -42,13 +42,13 @@ class Runtime:
     def __init__(self, plan: Plan, device: torch.device):
         self.kernels: Kernels = build(plan, device)
         self.constants = {v: t.to(device) for v, t in plan.graph.constants.items()}
-        self.tiles = Tiles(plan.stages, room_of(plan))
+        self.tiles = Tiles(plan.stages, room_of(plan), frozenset(plan.offloaded))
         # A caller's own memory: what is handed out, and what is not cut into tiles.
         outputs = {v for v in plan.graph.outputs if v is not None}
         self.maps = {v for s in plan.stages for v in s.section.outputs if tiled(v, plan.tile_axes)}
         self.slots = {v: slot for v, slot in plan.slots.items() if v not in outputs}
-        self.kept = self.maps - outputs
-        self.records = device_of(device).replay == BYTECODE and not plan.offloaded and bytecode_available()
+        self.kept = (self.maps - outputs).difference(plan.offloaded)
+        self.records = device_of(device).replay == BYTECODE and bytecode_available()
         self.dependencies = dependencies_of(plan, [is_expensive(stage) for stage in plan.stages])
         self.schedules: dict[tuple[int, int, bool], Schedule] = {}
         self.written: set[int] = set()  # from which stages on the plan has run
@@ -86,6 +86,7 @@ class Run:
     def __init__(self, plan: Plan, stores: Stores, device: torch.device):
         self.plan, self.arena, self.device = plan, stores.arena, device
         self.offloaded = {v: stores.map(plan.slots[v]) for v in plan.offloaded}
+        self.opened: set[Value] = set()  # of the maps that live elsewhere
         self.runtime = runtime_of(plan, device)
         self.values: dict[Value, torch.Tensor] = dict(self.runtime.constants)
         self.position = 0
@@ -144,7 +145,7 @@ class Run:
         stage = self.plan.stages[number]
         for value in stage.section.saves:
             if value in self.offloaded:
-                self.offloaded[value].open()
+                self._open(value)
             elif value in self.runtime.maps or 0 in value.shape:  # no job makes what is empty
                 self.values[value] = self.allocate(value)
         return Sums(stage.section.sums, len(stage.grid), self.device, together=not self.runtime.records)
@@ -164,16 +165,21 @@ class Run:
     def _keep(self, value: Value, made: torch.Tensor) -> None:
         """Put what is made in one piece where it lives."""
         if value in self.offloaded:
-            self.offloaded[value].open()
+            self._open(value)
             self.offloaded[value].put(box.full(value.shape), made)
         else:
             self.values[value] = self.allocate(value).copy_(made) if value in self.runtime.kept else made
+
+    def _open(self, value: Value) -> None:
+        self.opened.add(value)
+        self.offloaded[value].open()
 
     def free(self, number: int) -> None:
         """Let go of what nothing reads after a stage, once all before it are done, too."""
         self.poll()
         for value in self.plan.stages[number].frees:
-            if value in self.offloaded:
+            if value in self.opened:
+                self.opened.discard(value)
                 self.offloaded[value].close()
             self.values.pop(value, None)  # what bytecode has made and nobody in Python saw is not there
 

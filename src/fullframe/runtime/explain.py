@@ -12,6 +12,7 @@ from fullframe.compiler.program import Program
 from fullframe.device import CXX, device_of
 from fullframe.runtime.executor import Runtime, runtime_of
 from fullframe.schedule.plan import Plan, human
+from fullframe.storage.protocol import DISK
 
 
 def explain(program: Program, place: torch.device, reason: str) -> str:
@@ -23,7 +24,7 @@ def explain(program: Program, place: torch.device, reason: str) -> str:
     runtime = runtime_of(plan, place)
     capture = f"made in this call ({reason})" if reason else "that of a former call"
     lasting = "" if program.lasting else "; not kept, for the call changes what it reads"
-    stored = ", ".join(f"{human(n)} in the memory of the {name}" for name, n in plan.bytes.stores.items() if n)
+    stored = ", ".join(_stored(plan))
     return "\n".join((
         f"capture: {capture}{lasting}",
         f"plan: {len(plan.stages)} stages, {human(plan.projected_bytes)} projected of a budget of "
@@ -33,6 +34,15 @@ def explain(program: Program, place: torch.device, reason: str) -> str:
         f"ops run whole: {', '.join(plan.whole) or 'none'}",
         f"stored maps: {stored or 'none'}",
     ))  # fmt: skip
+
+
+def _stored(plan: Plan) -> Iterator[str]:
+    for name, n in plan.bytes.stores.items():
+        if n and name == DISK:
+            read, written = plan.disk_traffic
+            yield f"{human(n)} on disk ({human(read)} read and {human(written)} written in a step)"
+        elif n:
+            yield f"{human(n)} in the memory of the {name}"
 
 
 def _kernels(runtime: Runtime, place: torch.device) -> str:
@@ -52,7 +62,10 @@ def _tiles(runtime: Runtime, plan: Plan) -> Iterator[str]:
     open_yet = sum(tile is None or not tile.settled for tile in tiles)
     yield f"{recorded} of {count} in bytecode"
     if not runtime.records:
-        yield "the others in Python (no bytecode: another device, maps away from it, or no compiler)"
+        yield "the others in Python (no bytecode: another device, or no compiler)"
     elif recorded < count:
         yield f"{open_yet} not recorded yet"
-        yield f"{count - recorded - open_yet} in Python (no instruction for what they do, or too many to keep)"
+        yield (
+            f"{count - recorded - open_yet} in Python (no instruction for what they do, maps away from the device, or "
+            "too many to keep)"
+        )

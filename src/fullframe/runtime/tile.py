@@ -130,8 +130,10 @@ class Tiles:
     They do not hold the plan, which is the key under which they are found.
     """
 
-    def __init__(self, stages: Sequence[Stage], room: int):
-        """So many tiles are kept; those of the other stages are made anew each time."""
+    def __init__(self, stages: Sequence[Stage], room: int, offloaded: frozenset[Value] = frozenset()):
+        """So many tiles are kept; those of the other stages are made anew each time. What reads or writes maps that
+        are ``offloaded`` is made in Python."""
+        self.offloaded = [not offloaded.isdisjoint((*s.section.loads, *s.section.outputs)) for s in stages]
         self.kept: list[list[Tile | None] | None] = []
         for stage in stages:
             fits = len(stage.grid) <= room
@@ -145,7 +147,7 @@ class Tiles:
         found = kept[k] if kept is not None else None
         if found is None:
             stage = plan.stages[number]
-            found = Tile(task_of(plan, stage, tile_at(stage, k)), kept is not None)
+            found = Tile(task_of(plan, stage, tile_at(stage, k)), kept is not None and not self.offloaded[number])
             if kept is not None:
                 kept[k] = found
         return found
@@ -161,8 +163,8 @@ def part_of(tensor: torch.Tensor, part: Part) -> torch.Tensor:
 
 
 def _recordable(task: Task) -> bool:
-    """Whether nothing is fetched from elsewhere, and what it makes besides maps is small."""
-    return not task.fetches and all(v.nbytes <= LARGE for v in _untiled(task))
+    """Whether what it makes besides maps is small."""
+    return all(v.nbytes <= LARGE for v in _untiled(task))
 
 
 def _outside_arena(task: Task, values: Mapping[Value, torch.Tensor], arena: Arena) -> list[Value]:

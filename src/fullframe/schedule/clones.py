@@ -36,6 +36,13 @@ class Draft:
     sizes: dict[Value, int]
     versions: dict[Value, list[Value]] = field(default_factory=dict)
 
+    def copy(self) -> Draft:
+        """Another draft, which may be improved apart."""
+        saved = self.saved
+        saved = replace(saved, tile_axes=dict(saved.tile_axes), stored=set(saved.stored), maker=dict(saved.maker))
+        versions = {v: [*clones] for v, clones in self.versions.items()}
+        return Draft(saved, [*self.stages], self.early, dict(self.order), self.kept, dict(self.sizes), versions)
+
     def lifetimes(self) -> Lifetimes:
         return lifetimes(self.stages, self.kept)
 

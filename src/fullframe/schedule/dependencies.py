@@ -62,7 +62,11 @@ def _slots(plan: Plan, values: Sequence[Value]) -> list[Slot]:
 def _follows(stage: Stage, made: frozenset[Value], writes: Sequence[Slot], touched: Sequence[Slot]) -> bool:
     if not made.isdisjoint(stage.section.loads):
         return True
-    return any(a.offset < b.offset + b.nbytes and b.offset < a.offset + a.nbytes for a in writes for b in touched)
+    return any(
+        a.tier == b.tier and a.offset < b.offset + b.nbytes and b.offset < a.offset + a.nbytes
+        for a in writes
+        for b in touched
+    )
 
 
 def _large(plan: Plan, stage: Stage) -> bool:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from fullframe.ir import region as box
 from fullframe.ir.graph import Graph, Value
 from fullframe.partition.fusion import FusionGroup, Work, work_of
 from fullframe.partition.sections import Section
 from fullframe.partition.tile_axes import Span, Tile, TileAxes, tiled
-from fullframe.storage.protocol import DEVICE, HOST, Slot
+from fullframe.storage.protocol import DEVICE, DISK, HOST, Slot
 
 LARGE = 1 << 20  # bytes of untiled values, from which on a stage that makes them waits until all before it are done
 
@@ -52,8 +52,15 @@ class Grid:
 
     def samples(self) -> Iterator[Tile]:
         """One tile of each class: first, second and last along every axis."""
-        choices = [sorted({0, min(1, n - 1), n - 1}) for n in self.counts()]
-        return (self.tile(p) for p in product(*choices))
+        return (tile for tile, _ in self.classes())
+
+    def classes(self) -> Iterator[tuple[Tile, int]]:
+        """One tile of each class, and how many tiles there are of it."""
+        counts = self.counts()
+        choices = [sorted({0, min(1, n - 1), n - 1}) for n in counts]
+        for position in product(*choices):
+            inner = (n - 2 for n, k in zip(counts, position, strict=True) if n > 2 and k == 1)
+            yield self.tile(position), prod(inner)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +84,8 @@ class Bytes:
     tiles in work and sums in progress (``scratch``, with what the C library keeps of them), outputs handed to the
     caller, and ``fixed``, an estimate of what the recording, the plan, its tiles' tasks and the libraries take.
     ``host`` is the arena where the maps
-    live in the host's memory and not on the device: it is not part of the total."""
+    live in the host's memory and not on the device, ``disk`` that of the maps on a disk: they are not part of the
+    total."""
 
     arena: int
     untiled: int
@@ -85,16 +93,24 @@ class Bytes:
     outputs: int
     fixed: int
     host: int = 0
+    disk: int = 0
 
     @property
     def stores(self) -> dict[str, int]:
         """Bytes of each memory in which maps live, by its name."""
-        return {DEVICE: self.arena, HOST: self.host}
+        return {DEVICE: self.arena, HOST: self.host, DISK: self.disk}
 
     @property
     def total(self) -> int:
         """All that count against the budget."""
         return self.arena + self.untiled + self.scratch + self.outputs + self.fixed
+
+
+class Traffic(NamedTuple):
+    """Bytes of maps that a step fetches from a store, and bytes that it puts there."""
+
+    read: int
+    written: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +137,11 @@ class Plan:
     def offloaded(self) -> Collection[Value]:
         """The stored maps that live in another memory than the device's."""
         return {v for v, slot in self.slots.items() if slot.tier != DEVICE}
+
+    @cached_property
+    def disk_traffic(self) -> Traffic:
+        """What a step reads from the disk and writes to it."""
+        return traffic(self, DISK)
 
     @property
     def projected_bytes(self) -> int:
@@ -159,6 +180,11 @@ def describe(plan: Plan) -> str:
         more = arithmetic(plan) / max(1.0, plan.fastest)
         lines.append(f"  expensive ops made again {again}, arithmetic {more:.2f} times that of the fastest plan")
     lines += [f"  stored maps {human(b.host)} in the host's memory, copied tile by tile"] * bool(b.host)
+    if b.disk:
+        read, written = plan.disk_traffic
+        lines.append(
+            f"  stored maps {human(b.disk)} on disk; a step reads {human(read)} there and writes {human(written)}"
+        )
     lines += [f"  runs whole: {name}" for name in plan.whole]
     for k, stage in enumerate(plan.stages):
         if k == plan.early and k > 0:
@@ -219,6 +245,20 @@ def operations(works: Sequence[Work]) -> float:
             if rule.heavy:
                 total += rule.cost(op, box.size(work.region))
     return total
+
+
+def traffic(plan: Plan, tier: str) -> Traffic:
+    """What goes to the maps of a tier and comes from there in a step, halo included."""
+    there = {v for v, slot in plan.slots.items() if slot.tier == tier}
+    read = written = 0
+    for stage in plan.stages:
+        section = stage.section
+        written += sum(v.nbytes for v in section.outputs if v in there)
+        loads = [v for v in section.loads if v in there]
+        for tile, count in stage.grid.classes() if loads else ():
+            regions = work_of(stage.groups, section.saves, frozenset(section.sums), plan.tile_axes, tile)[1]
+            read += count * sum(box.size(regions[v]) * v.itemsize for v in loads if v in regions)
+    return Traffic(read, written)
 
 
 KEPT = 1 << 14  # tiles of a plan whose tasks are kept in any case,

@@ -14,14 +14,15 @@ from fullframe.partition.sections import Section, build_sections
 from fullframe.partition.tile_axes import TileAxes, find_tile_axes, tiled
 from fullframe.schedule.clones import Draft, rematerialize_until
 from fullframe.schedule.cost import spent
-from fullframe.schedule.memory import lifetimes, place, rounded
+from fullframe.schedule.memory import Lifetimes, lifetimes, place, rounded
 from fullframe.schedule.order import interleave, orders
+from fullframe.schedule.placement import spill
 from fullframe.schedule.plan import KEPT as TASKS
-from fullframe.schedule.plan import LARGE, NBYTES, Bytes, Plan, Stage
+from fullframe.schedule.plan import LARGE, NBYTES, Bytes, Plan, Stage, arithmetic
 from fullframe.schedule.request import Request
 from fullframe.schedule.tiling import choose_grid, deep_grid, window_bytes
-from fullframe.schedule.within import within
-from fullframe.storage.protocol import DEVICE, HOST, Slot
+from fullframe.schedule.within import cheapest, within
+from fullframe.storage.protocol import DEVICE, DISK, DISK_BUFFER, HOST, Slot
 
 FIXED = 100_000_000  # what importing torch's recording machinery, touching its libraries and the threads take
 PER_OP = 20 << 10  # and the objects of a recorded and planned op
@@ -29,32 +30,58 @@ PER_FORM = 1 << 19  # and the machine code that a library keeps for each form of
 KEPT = 2  # times what windows take is held by the C library, which keeps some of what is given back,
 KEPT_AT_MOST = 3  # and so many times where the budget has room for it: it is then never told to let go
 LITTLE = 0.02  # of all that a step takes: stored maps that are no more are not worth a search
+REPEATS = 3  # times that the room for maps is estimated, which depends on the windows of what is on disk
 MANY = 400  # stages, beyond which a search for what to make again would take minutes: it is left out
-Known = dict[tuple[Section, int], Stage]
+Known = dict[tuple[Section, int, frozenset[Value] | None], Stage]
+PER_BYTE = 500  # operations that are made in the time in which a disk takes or gives a byte: 250 GFLOP/s, 0.5 GB/s
+DEAR = 1.05  # times the price of the arithmetic alone, from which on it may pay to store less on a disk
 STREAMS = 3  # tiles in work where maps live in a second tier: one is fetched, one computed, one put back
 
 
 def plan(graph: Graph, request: Request) -> Plan:
     """Plan a graph for a budget; raises `BudgetError` naming the smallest budget that would do.
 
-    Maps go to the second tier, if there is one, only where nothing else fits: recomputing them is far cheaper than
-    the way there and back.
+    Maps go to the host's memory, if that is another one, only where nothing else fits: recomputing them is far
+    cheaper than the way there and back. They go to a disk where nothing else fits, or where all else makes so much
+    again that the disk is faster.
     """
-    if not request.host:
-        return _plan(graph, request)
-    alone: BudgetError | None = None
-    try:
-        return _plan(graph, replace(request, host=0))
-    except BudgetError as error:
-        alone = error
-    except UnsupportedOpError:
-        pass
-    try:
-        return _plan(graph, replace(request, workers=max(request.workers, STREAMS)))
-    except BudgetError as error:
-        if alone is not None and alone.smallest < error.smallest:
-            raise alone from None
-        raise
+    found: Plan | None = None
+    refused: BudgetError | None = None
+    for allowed in _tiers(request):
+        if found is not None and not (allowed.disk and _again(found)):
+            break
+        try:
+            made = _plan(graph, allowed)
+        except BudgetError as error:
+            refused = error if refused is None or error.smallest <= refused.smallest else refused
+        except UnsupportedOpError:
+            if allowed.host == request.host and allowed.disk == request.disk and found is None:
+                raise
+        else:
+            found = made if found is None or price(made) < price(found) else found
+    if found is None:
+        assert refused is not None
+        raise refused
+    return found
+
+
+def _again(plan: Plan) -> bool:
+    """Whether anything is made again in a plan."""
+    return any(stage.section.clone or stage.section.recompute for stage in plan.stages)
+
+
+def _tiers(request: Request) -> list[Request]:
+    """The request without memories but the device's own, and then with more and more of those that there are."""
+    found = [replace(request, host=0, disk=0)]
+    if request.host:
+        request = replace(request, workers=max(request.workers, STREAMS))
+        found.append(replace(request, disk=0))
+    return [*found, request] if request.disk else found
+
+
+def price(plan: Plan) -> float:
+    """What a step costs, in operations: its expensive ops, and what the disk could have been spared."""
+    return arithmetic(plan) + PER_BYTE * sum(plan.disk_traffic) if plan.bytes.disk else arithmetic(plan)
 
 
 def _plan(graph: Graph, request: Request) -> Plan:
@@ -95,12 +122,17 @@ def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
         return max(made.projected_bytes - request.budget, made.bytes.host - request.host)
 
     made = finish(draft, 0)
-    if over(made) > 0:
+    if over(made) <= 0:
+        if made.bytes.disk and len(draft.stages) <= MANY and price(made) > DEAR * arithmetic(made):
+            found = cheapest(graph, draft, finish, over, price)
+            if found is not None and price(found.plan) < price(made):
+                draft, made, request = found.draft, found.plan, replace(request, most=found.most)
+    else:
         cloned, smallest = _cloned(draft, made, finish, over)
-        maps = made.bytes.arena + made.bytes.host
+        offloaded = made.bytes.host + made.bytes.disk
         if over(smallest) <= 0:
             draft, made = cloned, smallest
-        elif maps < LITTLE * (made.bytes.total + made.bytes.host) or len(draft.stages) > MANY:
+        elif made.bytes.arena + offloaded < LITTLE * (made.bytes.total + offloaded) or len(draft.stages) > MANY:
             raise _refusal(smallest, request)
         else:
             found = within(graph, draft, made, finish, over)
@@ -117,10 +149,7 @@ def _cloned(
     """The draft with values dropped and made again by sections of their own until its plan fits; the smallest plan
     seen where that is not enough.
     """
-    saved = draft.saved
-    saved = replace(saved, tile_axes=dict(saved.tile_axes), stored=set(saved.stored), maker=dict(saved.maker))
-    draft = replace(draft, saved=saved, stages=[*draft.stages], order=dict(draft.order), sizes=dict(draft.sizes))
-    smallest = made
+    draft, smallest = draft.copy(), made
     while over(made) > 0 and rematerialize_until(draft, draft.peak() - over(made)):
         made = finish(draft, 0)
         smallest = min(smallest, made, key=over)
@@ -141,7 +170,7 @@ def _pipelined(graph: Graph, draft: Draft, request: Request, known: Known, fixed
 
     draft = replace(draft, stages=interleave(draft.stages, draft.early, draft.kept, draft.sizes, trivial))
     for max_in_flight in (request.max_in_flight, 2):
-        made = _finish(graph, draft, replace(request, max_in_flight=max_in_flight), known, fixed, max_in_flight - 1)
+        made = _finish(graph, draft, replace(request, max_in_flight=max_in_flight), known, fixed)
         if made.projected_bytes <= request.budget:
             return made
     return None
@@ -180,8 +209,9 @@ def _refusal(plan: Plan, request: Request) -> Exception:
             f"{budget:,}. Raise the budget, or give the op a rule in fullframe/ops"
         )
     whole = f"; of its ops {', '.join(plan.whole)} can only run whole" if plan.whole else ""
+    disk = f" and {request.disk:,} on disk" if request.disk else ""
     return BudgetError(
-        f"the step does not fit in a budget of {budget:,} bytes; the smallest that would do is "
+        f"the step does not fit in a budget of {budget:,} bytes{disk}; the smallest that would do is "
         f"{least:,} bytes ({least / 1e9:.3f} GB){whole}",
         least,
     )
@@ -190,25 +220,60 @@ def _refusal(plan: Plan, request: Request) -> Exception:
 # Tiles, scratch and places -------------------------------------------------------------------------
 
 
-def _finish(graph: Graph, draft: Draft, request: Request, known: Known, fixed: int,
-            linger: int = 0) -> Plan:  # fmt: skip
-    """The plan of a draft; ``known`` keeps the stages of sections that an earlier draft had too. For ``linger``
-    stages more no other map gets the place of one, where the peak allows it: nobody need then wait for its
-    readers."""
+def _finish(graph: Graph, draft: Draft, request: Request, known: Known, fixed: int) -> Plan:
+    """The plan of a draft; ``known`` keeps the stages of sections that an earlier draft had too.
+
+    With a disk, the nearest memory holds what it can, and the disk the other maps.
+    """
+    maps = {v: n for v, n in draft.sizes.items() if tiled(v, draft.saved.tile_axes)}
+    if not request.disk:
+        return _arranged(graph, draft, request, known, fixed, frozenset())
+    lives = draft.lifetimes()
+
+    def spilled(room: int) -> Plan:
+        far = spill(draft.stages, lives, maps, room, request.disk)
+        return _arranged(graph, draft, request, known, fixed, far)
+
+    if request.host:
+        return spilled(request.host)
+    # Parts of maps on disk are windows: these are the largest that there may be.
+    largest = _arranged(graph, draft, request, known, fixed, frozenset(maps))
+    room = request.budget - largest.bytes.total
+    made = spilled(room)
+    for _ in range(REPEATS):
+        spare = request.budget - made.bytes.total
+        if spare < 0:
+            room = min(room, made.bytes.arena) + spare  # there are gaps between the maps
+            made = spilled(room)
+        elif made.bytes.disk:
+            other = spilled(room + spare)
+            if other.bytes.total > request.budget or other.bytes.disk >= made.bytes.disk:
+                break
+            room, made = room + spare, other
+    return made
+
+
+def _arranged(graph: Graph, draft: Draft, request: Request, known: Known, fixed: int,
+              far: frozenset[Value]) -> Plan:  # fmt: skip
+    """The plan of a draft with these maps on disk. While stages are in flight no other map gets the place of one,
+    where the peak allows it: nobody need then wait for its readers."""
     tile_axes, sizes = draft.saved.tile_axes, draft.sizes
     lives = draft.lifetimes()
     maps = {v: n for v, n in sizes.items() if tiled(v, tile_axes)}
-    offsets, arena = place(lives.lingering(len(draft.stages), maps, linger), maps)
+    slots, stored = _slots(lives, len(draft.stages), maps, request, far)
     frees: list[list[Value]] = [[] for _ in draft.stages]
     kept = set(draft.kept)
     for value, last in lives.last.items():
         if value not in kept:
             frees[last].append(value)
+    offloaded = frozenset(maps) if request.host else far
+    made = []
     for section in draft.stages:
-        key = section, request.most if section.recompute else 0
+        away = offloaded.intersection((*section.loads, *section.outputs)) if far else offloaded
+        key = section, request.most if section.recompute else 0, away if far else None
         if key not in known:
-            known[key] = _stage(section, tile_axes, request, frozenset(maps) if request.host else frozenset())
-    made = [known[s, request.most if s.recompute else 0] for s in draft.stages]
+            known[key] = _stage(section, tile_axes, request, away)
+        made.append(known[key])
     reversals = _reversals(draft, maps)
     stages = tuple(
         replace(stage, frees=tuple(f), reversed=reversals[stage.section])
@@ -228,15 +293,32 @@ def _finish(graph: Graph, draft: Draft, request: Request, known: Known, fixed: i
     outputs = sum(v.nbytes for v in draft.kept if v not in given)
     whole = tuple(f"{op.target} ({op.path or 'in the step'})" for s in stages for op in s.section.ops
                   if op.rule.kind == "whole" and tiled(op.output, tile_axes))  # fmt: skip
-    tier = HOST if request.host else DEVICE
-    slots = {v: Slot(offsets[v], maps[v], v.shape, v.dtype, v.itemsize, tier) for v in offsets}
-    here, offloaded = (0, arena) if request.host else (arena, 0)
     if request.fixed is None:  # tasks lie in the same memory
         fixed += NBYTES * min(TASKS, sum(len(s.grid) for s in stages))
+        fixed += DISK_BUFFER * request.workers * bool(far)
     held = scratch * (KEPT if request.fixed is None else 1)
-    total = Bytes(here, max(0, untiled - scratch), held, outputs, fixed, offloaded)
+    total = Bytes(stored.get(DEVICE, 0), max(0, untiled - scratch), held, outputs, fixed, stored.get(HOST, 0),
+                  stored.get(DISK, 0))  # fmt: skip
     return Plan(graph, tile_axes, stages, draft.early, slots, total, request.budget, request.workers, whole,
                 request.max_in_flight)  # fmt: skip
+
+
+def _slots(
+    lives: Lifetimes, stages: int, maps: dict[Value, int], request: Request, far: frozenset[Value]
+) -> tuple[dict[Value, Slot], dict[str, int]]:
+    """A place for each map, in the nearest memory or on disk, and how many bytes of each are taken."""
+    slots: dict[Value, Slot] = {}
+    stored: dict[str, int] = {}
+    near = HOST if request.host else DEVICE
+    for tier, part in ((near, maps.keys() - far), (DISK, far)):
+        chosen = {v: n for v, n in maps.items() if v in part} if far else maps
+        if tier == DISK and not far:
+            continue
+        offsets, stored[tier] = place(lives.lingering(stages, chosen, request.max_in_flight - 1), chosen)
+        if tier == DISK and stored[tier] > request.disk:
+            offsets, stored[tier] = place(lives, chosen)
+        slots |= {v: Slot(at, maps[v], v.shape, v.dtype, v.itemsize, tier) for v, at in offsets.items()}
+    return slots, stored
 
 
 def _reversals(draft: Draft, maps: dict[Value, int]) -> dict[Section, bool]:

@@ -13,11 +13,12 @@ class Request:
     """What to plan for. ``roots``: the inputs' tileable axes. ``tile``: forced tile as (input value, axis, pixels)
     triples. ``free``: values not counted (gradients). ``fusable``: whether a pointwise op or a sum has a place in a
     fusion group. ``window``: bytes that the largest window of a tile may have at least. ``host``: bytes of a second
-    tier, in which the stored maps may live where they do not fit in the budget; 0 where there is none. ``fixed``:
-    bytes that are taken whatever the plan; None: an estimate of what recording, plan and libraries take, which lie in
-    the same memory. ``max_in_flight``: how many stages in a row may be in work at the same time where the budget has
-    room for it. ``most``: bytes that the windows of the tiles in work may take in stages that make values again, if
-    there are tiles so small."""
+    tier, in which the stored maps may live where they do not fit in the budget; 0 where there is none. ``disk``:
+    bytes of a further one, for the maps that have no place in the nearest of the others. ``fixed``: bytes that are
+    taken whatever the plan; None: an estimate of what recording, plan and libraries take, which lie in the same
+    memory. ``max_in_flight``: how many stages in a row may be in work at the same time where the budget has room for
+    it. ``most``: bytes that the windows of the tiles in work may take in stages that make values again, if there are
+    tiles so small."""
 
     budget: int
     workers: int
@@ -27,6 +28,7 @@ class Request:
     free: frozenset[Value] = frozenset()
     window: int = 0
     host: int = 0
+    disk: int = 0
     fixed: int | None = None
     max_in_flight: int = 1
     most: int = 0

@@ -37,9 +37,7 @@ Finish = Callable[[Draft, int], Plan]
 def within(graph: Graph, draft: Draft, base: Plan, finish: Finish, over: Callable[[Plan], int]) -> Found:
     """What fits, as fast as was found; the smallest plan there is where none does. ``over`` says by how many bytes a
     plan does not fit."""
-    both = [Stages(graph, draft, WINDOW, join=False)]
-    joined = Stages(graph, draft, WINDOW, join=True)
-    both += [joined] * any(not (s.wanted or s.offers) for s in joined.stages)
+    both = _both(graph, draft)
     fits, peak = _ladder(both, base, finish, over)
     if over(fits.plan) > 0:
         return fits
@@ -56,6 +54,33 @@ def within(graph: Graph, draft: Draft, base: Plan, finish: Finish, over: Callabl
                 break
             limit -= over(made.plan)
     return best
+
+
+def cheapest(
+    graph: Graph, draft: Draft, finish: Finish, over: Callable[[Plan], int], price: Callable[[Plan], float]
+) -> Found | None:
+    """Of the states on the ladder whose plans fit, the one that has the lowest price; None where none fits."""
+    best: tuple[float, Found] | None = None
+    for stages in _both(graph, draft):
+        state = stages.search.copy()
+        top = max(state.profile(), default=0)
+        for share in SHARES:
+            state.drop(top * share)
+            for most in MOST:
+                found = _made(stages, state.copy(), most, finish)
+                if over(found.plan) <= 0:
+                    cost = price(found.plan)
+                    best = (cost, found) if best is None or cost < best[0] else best
+                    break
+    return None if best is None else best[1]
+
+
+def _both(graph: Graph, draft: Draft) -> list[Stages]:
+    """The stages of a draft as they are, and joined where that changes anything."""
+    joined = Stages(graph, draft, WINDOW, join=True)
+    return [Stages(graph, draft, WINDOW, join=False)] + [joined] * any(
+        not (s.wanted or s.offers) for s in joined.stages
+    )
 
 
 def _ladder(both: list[Stages], base: Plan, finish: Finish, over: Callable[[Plan], int]) -> tuple[Found, int]:
@@ -81,7 +106,7 @@ def _ladder(both: list[Stages], base: Plan, finish: Finish, over: Callable[[Plan
         for k, stages in enumerate(both):
             states[k].drop(tops[k] * share)
             peak = max(states[k].profile(), default=0)
-            if over(base) > base.bytes.total + base.bytes.host - base.bytes.outputs - peak:
+            if over(base) > base.bytes.total + base.bytes.host + base.bytes.disk - base.bytes.outputs - peak:
                 # The maps alone would not fit; they may be the smallest all the same.
                 passed.append((stages, states[k].copy()))
             elif rung(stages, states[k].copy()) and smallest is not None:

@@ -43,6 +43,9 @@ class Arena:
     def close(self, slot: Slot) -> None:
         """As `Store.close`."""
 
+    def release(self) -> None:
+        """As `Store.release`: with its last reference."""
+
 
 def view(block: torch.Tensor, slot: Slot) -> torch.Tensor:
     """The map of a slot in a block of bytes."""

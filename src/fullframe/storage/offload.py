@@ -50,6 +50,9 @@ class Host:
     def close(self, slot: Slot) -> None:
         """As `Store.close`."""
 
+    def release(self) -> None:
+        """As `Store.release`: with its last reference."""
+
 
 def _copy(to: torch.Tensor, source: torch.Tensor) -> None:
     """Not waited for where both are one run of bytes; else torch copies by way of the processor, which knows nothing

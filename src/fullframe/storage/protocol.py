@@ -16,8 +16,10 @@ from fullframe.ir.region import Region
 if TYPE_CHECKING:
     import torch
 
-DEVICE, HOST = "device", "host"
-"""The names of the memories that there are: the device's own, and that of the processor beside it."""
+DEVICE, HOST, DISK = "device", "host", "disk"
+"""The names of the memories that there are: the device's own, that of the processor beside it, and a disk."""
+DISK_BUFFER = 1 << 20
+"""Bytes by which each thread reads and writes maps on a disk."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +47,7 @@ class Store(Protocol):
 
     Any thread may fetch and put. The caller sees to it that no region is fetched while one that overlaps it is being
     put, that nothing is fetched that has not been put since its slot was opened, and that slots which are open at the
-    same time share no byte.
+    same time share no byte, but with one of which nothing is read any more.
 
     What goes wrong with the memory itself is an `OSError` or a `MemoryError` that names it. It is raised by the call
     that meets it, or, where a store works behind the caller's back, by any later one: at the latest by a fetch of
@@ -78,4 +80,9 @@ class Store(Protocol):
 
     def close(self, slot: Slot) -> None:
         """End the life of a map: nothing of it is read any more, and its bytes may become another's."""
+        ...
+
+    def release(self) -> None:
+        """The store is let go, after a fault say: nothing is asked of it any more, and what it holds that others
+        could use is free, though somebody may still refer to it."""
         ...
