@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budgeting import Asked, Grown, measured, run
+from disks import UNet, folder_on_disk
 from torch import nn
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell peaks")
@@ -25,8 +26,16 @@ def columns():
     return Asked(net.double(), image, torch.zeros(1, 4, 260, 260, dtype=torch.float64), F.mse_loss, 1)
 
 
-@pytest.mark.parametrize("make", [line, columns])
+def disk():
+    """Nearly all maps are on disk: the windows of tiles, and the buffers by which they come from there, are left."""
+    net = UNet(8)
+    return Asked(net, torch.randn(1, 1, 560, 640), torch.zeros(1, 560, 640).long(), F.cross_entropy, 2, disk=10**9)
+
+
+@pytest.mark.parametrize("make", [line, columns, disk])
 def test_the_smallest_budget_is_kept_and_needed(make, tmp_path):
+    if make is disk:
+        folder_on_disk()
     grown = measured(make(), tmp_path)
     assert grown.projected <= grown.budget
     assert grown.held, grown

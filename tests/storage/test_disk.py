@@ -170,9 +170,9 @@ def test_the_plan_says_what_is_read_and_written_and_that_is_so(forced):
     assert "on disk; a step reads" in text and "and writes" in text
     for _ in range(3):
         step(image, label).backward()
-    file = file_of(step)
-    assert (file.read_bytes, file.written_bytes) == tuple(3 * n for n in plan.disk_traffic)
-    assert plan.bytes.disk <= file.nbytes and "in the memory of the disk" not in step.explain()
+    store = step._fullframe["pool"]._idle["disk"].store
+    assert (store.fetched, store.stored) == tuple(3 * n for n in plan.disk_traffic)
+    assert plan.bytes.disk <= store.file.nbytes and "in the memory of the disk" not in step.explain()
     assert "on disk" in step.explain()
 
 
@@ -395,8 +395,10 @@ import sys, torch
 sys.path[:0] = {paths!r}
 import fullframe
 from fullframe.schedule import planner
-from test_disk import case, on_disk
+from test_disk import case, disk, on_disk, unnamed_file
 planner.PER_BYTE, planner.LITTLE = 0, 2
+for module in (planner, disk, unnamed_file):
+    module.DISK_BUFFER = 1 << 15
 net, image, label = case()
 step = on_disk(net, image, label, workers=2)
 while True:

@@ -14,7 +14,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ BELOW, LEFT = 1.3, 50_000_000  # and projected so many times what is measured, a
 
 @dataclass(frozen=True)
 class Asked:
-    """A network with all that its step takes; the ``smallest`` budget is filled in once it is known."""
+    """A network with all that its step takes; the ``smallest`` budget is filled in once it is known. With bytes of a
+    ``disk``, maps go there rather than that anything is made again."""
 
     net: nn.Module
     input: Any
@@ -41,6 +42,7 @@ class Asked:
     loss: Callable[..., Any] | None
     workers: int
     smallest: int = 0
+    disk: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,16 +92,32 @@ def drawn(seed: int) -> Asked | None:
     return Asked(case.net.to(dtype), input, target, case.loss, 1 + seed % 2)
 
 
+def tiled(asked: Asked, budget: int) -> Any:
+    import fullframe
+
+    if not asked.disk:
+        return fullframe.tile(asked.net, loss=asked.loss, budget=budget, workers=asked.workers)
+    from disks import folder_on_disk
+
+    from fullframe.schedule import planner
+
+    planner.PER_BYTE, planner.LITTLE = 0, 2
+    folder = folder_on_disk()
+    return fullframe.tile(
+        asked.net, loss=asked.loss, budget=budget, workers=asked.workers, disk=asked.disk, folder=folder
+    )
+
+
 def ask(asked: Asked) -> Asked:
     """With the smallest budget that is said to do."""
     import fullframe
 
-    step = fullframe.tile(asked.net, loss=asked.loss, budget=1, workers=asked.workers)
+    step = tiled(asked, 1)
     arguments = (asked.input,) if asked.loss is None else (asked.input, asked.target)
     try:
         step.plan(*arguments)
     except fullframe.BudgetError as error:
-        return Asked(asked.net, asked.input, asked.target, asked.loss, asked.workers, error.smallest)
+        return replace(asked, smallest=error.smallest)
     raise AssertionError("a step within one byte")
 
 
@@ -111,10 +129,9 @@ def take(asked: Asked) -> Grown:
     arguments = (asked.input,) if asked.loss is None else (asked.input, asked.target)
     CLEAR.write_text("5")  # asks the kernel to forget the highest resident set so far
     before = status("VmRSS")
-    import fullframe
-
-    step = fullframe.tile(asked.net, loss=asked.loss, budget=asked.smallest, workers=asked.workers)
+    step = tiled(asked, asked.smallest)
     plan = step.plan(*arguments)
+    assert bool(plan.bytes.disk) is bool(asked.disk)
     recorded = status("VmHWM") - before
     for _ in range(STEPS):
         made = [t for t in pytree.tree_leaves(step(*arguments)) if isinstance(t, torch.Tensor) and t.requires_grad]

@@ -295,7 +295,7 @@ def _arranged(graph: Graph, draft: Draft, request: Request, known: Known, fixed:
                   if op.rule.kind == "whole" and tiled(op.output, tile_axes))  # fmt: skip
     if request.fixed is None:  # tasks lie in the same memory
         fixed += NBYTES * min(TASKS, sum(len(s.grid) for s in stages))
-        fixed += DISK_BUFFER * request.workers * bool(far)
+        fixed += 2 * DISK_BUFFER * request.workers * bool(far)  # one more for what is cut out of a band
     held = scratch * (KEPT if request.fixed is None else 1)
     total = Bytes(stored.get(DEVICE, 0), max(0, untiled - scratch), held, outputs, fixed, stored.get(HOST, 0),
                   stored.get(DISK, 0))  # fmt: skip

@@ -7,6 +7,7 @@ within it a run for each of its rows.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from math import prod
 
@@ -19,6 +20,9 @@ from fullframe.storage.arena import dense, empty_map
 from fullframe.storage.protocol import DISK_BUFFER, Slot
 from fullframe.storage.unnamed_file import Run, UnnamedFile, disk_folder
 
+SHORT = 4096  # bytes of a run below which more is read than is asked for,
+WIDER = 4  # but no more than so many times as much along an axis
+
 
 class Disk:
     """A `Store` of so many bytes in a ``folder``, for runs on a ``device``.
@@ -29,6 +33,8 @@ class Disk:
     def __init__(self, nbytes: int, device: torch.device, folder: str | os.PathLike[str] | None = None):
         self.nbytes, self.device = nbytes, device
         self.file = UnnamedFile(disk_folder(folder), nbytes)
+        self.fetched = self.stored = 0  # bytes of regions so far
+        self._lock = threading.Lock()
 
     def open(self, slot: Slot) -> None:
         """As `Store.open`."""
@@ -39,15 +45,35 @@ class Disk:
     def fetch(self, slot: Slot, region: Region) -> torch.Tensor:
         """As `Store.fetch`: a copy, channels innermost for images and volumes."""
         made = empty_map(box.shape_of(region), slot.dtype, CPU)
-        self.file.read(list(_runs(slot, region, made.data_ptr())))
+        self._read(slot, region, made)
+        with self._lock:
+            self.fetched += made.nbytes
         return made if self.device == CPU else made.to(self.device)
+
+    def _read(self, slot: Slot, region: Region, made: torch.Tensor) -> None:
+        wide = _widened(slot, region)
+        if wide == region:
+            self.file.read(list(_runs(slot, region, made.data_ptr())))
+            return
+        for part in _parts(wide, slot.itemsize):
+            band = empty_map(box.shape_of(part), slot.dtype, CPU)
+            self.file.read(list(_runs(slot, part, band.data_ptr())))
+            inside = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(part, region, strict=True))
+            if not box.is_empty(inside):
+                made[box.slices(inside, region)].copy_(band[box.slices(inside, part)])
 
     def put(self, slot: Slot, region: Region, window: torch.Tensor) -> None:
         """As `Store.put`."""
         if not device_of(window.device).on_host:
             window = empty_map(window.shape, window.dtype, window.device).copy_(window).to(CPU)
-        for part, piece in [(region, window)] if dense(window) else _slabs(region, window):
-            self.file.write(list(_runs(slot, part, piece.data_ptr())))
+        if dense(window):
+            self.file.write(list(_runs(slot, region, window.data_ptr())))
+        else:
+            for part in _parts(region, slot.itemsize):
+                piece = empty_map(box.shape_of(part), slot.dtype, CPU).copy_(window[box.slices(part, region)])
+                self.file.write(list(_runs(slot, part, piece.data_ptr())))
+        with self._lock:
+            self.stored += window.nbytes
 
     def close(self, slot: Slot) -> None:
         """As `Store.close`."""
@@ -86,17 +112,29 @@ def _runs(slot: Slot, region: Region, address: int) -> Iterator[Run]:
         yield Run(at, address + k * each, each)
 
 
-def _slabs(region: Region, window: torch.Tensor) -> Iterator[tuple[Region, torch.Tensor]]:
-    """A window of any layout as parts in the order of the file, each a copy of no more than a buffer's bytes."""
-    for axis in _inner(tuple(window.shape)):
-        extent = window.shape[axis]
-        if window.nbytes <= DISK_BUFFER or extent == 1:
-            continue
-        low = region[axis][0]
-        step = max(1, extent * DISK_BUFFER // window.nbytes)
-        for at in range(0, extent, step):
-            n = min(step, extent - at)
-            part = (*region[:axis], (low + at, low + at + n), *region[axis + 1 :])
-            yield from _slabs(part, window.narrow(axis, at, n))
+def _widened(slot: Slot, region: Region) -> Region:
+    """The region with those of its inner axes in full whose parts would be very short runs: channels of many."""
+    spans = list(region)
+    run = slot.itemsize
+    for axis in reversed(_inner(slot.shape)):
+        low, high = region[axis]
+        run *= high - low
+        if run >= SHORT or (high - low) * WIDER < slot.shape[axis]:
+            break
+        spans[axis] = (0, slot.shape[axis])
+        run = run // (high - low) * slot.shape[axis] if high > low else 0
+    return tuple(spans) if not box.is_empty(region) else region
+
+
+def _parts(region: Region, itemsize: int) -> Iterator[Region]:
+    """A region as parts in the order of the file, each of no more than a buffer's bytes where one row is not."""
+    nbytes = box.size(region) * itemsize
+    axes = [a for a in _inner(box.shape_of(region)) if region[a][1] - region[a][0] > 1]
+    if nbytes <= DISK_BUFFER or not axes:
+        yield region
         return
-    yield region, empty_map(window.shape, window.dtype, CPU).copy_(window)
+    axis = axes[0]
+    low, high = region[axis]
+    step = max(1, (high - low) * DISK_BUFFER // nbytes)
+    for at in range(low, high, step):
+        yield from _parts((*region[:axis], (at, min(high, at + step)), *region[axis + 1 :]), itemsize)

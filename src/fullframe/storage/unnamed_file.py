@@ -79,7 +79,6 @@ class UnnamedFile:
 
     def __init__(self, folder: Path, nbytes: int):
         self.folder, self.nbytes = folder, -(-max(nbytes, 1) // BLOCK) * BLOCK
-        self.read_bytes = self.written_bytes = 0
         self._owner, self._lock, self._local = os.getpid(), threading.Lock(), threading.local()
         self._lingering: deque[tuple[int, int]] = deque()
         self._cached = _open(folder)
@@ -112,8 +111,6 @@ class UnnamedFile:
                     ctypes.memmove(run.address, address + run.offset - start, run.nbytes)
                 if self._direct is None:
                     _let_go(fd, start, stop - start)
-                with self._lock:
-                    self.read_bytes += sum(run.nbytes for run in group)
 
     def write(self, runs: Sequence[Run]) -> None:
         """Write runs from memory."""
@@ -126,8 +123,6 @@ class UnnamedFile:
                 self._write_cached(run, 0, first - run.offset)
                 self._write_direct(run, first, last)
                 self._write_cached(run, last - run.offset, run.nbytes)
-                with self._lock:
-                    self.written_bytes += run.nbytes
 
     def _write_direct(self, run: Run, first: int, last: int) -> None:
         for start in range(first, last, DISK_BUFFER):
