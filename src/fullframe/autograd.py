@@ -134,8 +134,7 @@ def revive(program: Program, call: Call, made: Sequence[torch.Tensor]) -> None:
 def _take_apart(program: Program, run: Run, changed: Tensors) -> None:
     """Copies of what is still wanted and lies in memory that is about to change: two buffers may trade places."""
     written = {_memory(t) for t in changed}
-    grads = program.graph.outputs[len(program.graph.outputs) - len(program.wanted) :]
-    for value in (*program.changed.values(), *grads):
+    for value in (*program.changed.values(), *program.graph.gradients):
         if value in run.values and _memory(run.values[value]) in written:
             run.values[value] = run.values[value].clone()
 
@@ -153,7 +152,7 @@ def _feeds(program: Program, call: Call, seed: torch.Tensor | None) -> list[Feed
 
 def _handed_out(program: Program, run: Run) -> Tensors:
     """The outputs; one that is there twice, as ``loss`` and ``loss.detach()`` are, in memory of its own each time."""
-    values = program.graph.outputs[: program.outputs]
+    values = program.graph.handed_out
     found = [(v, run.result(v)) for v in values]
     for v, t in found:
         if v is not None and t is not None and run.values[v] is t:
@@ -379,11 +378,10 @@ def _without(program: Program, grads: Grads, used: Iterable[Value], unused: Iter
     """None for what only outputs that the loss left out depend on, as in PyTorch."""
     ops = program.graph.ops
     reached, left_out = followers(ops, used), followers(ops, unused)
-    values = program.graph.outputs[len(program.graph.outputs) - len(grads) :]
-    return [None if v in left_out and v not in reached else g for v, g in zip(values, grads, strict=True)]
+    pairs = zip(program.graph.gradients, grads, strict=True)
+    return [None if v in left_out and v not in reached else g for v, g in pairs]
 
 
 def _gradients(program: Program, run: Run) -> Grads:
-    start = len(program.graph.outputs) - len(program.wanted)
-    found = zip(program.graph.outputs[start:], program.strides[program.outputs :], strict=True)
+    found = zip(program.graph.gradients, program.strides[program.graph.signature.handed_out :], strict=True)
     return [laid_out(run.result(v), s) for v, s in found]

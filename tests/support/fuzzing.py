@@ -263,7 +263,7 @@ def planned(case: Case) -> tuple[Tiled, Any, Program, planner.Request]:
     call = called(case, step)
     program = step._program(call)
     options = step._fullframe["options"]
-    request = request_for(program.graph, call, options, program.outputs + len(call.tensors))
+    request = request_for(program.graph, call, options)
     try:
         smallest = planner.plan(program.graph, replace(request, budget=1)).projected_bytes
     except fullframe.BudgetError as error:

@@ -23,6 +23,7 @@ from fullframe.frontend.opaque_leaves import OpaqueLeaf
 from fullframe.frontend.outputs import Tree, flatten
 from fullframe.frontend.reads import ReadLog
 from fullframe.frontend.side_effects import SideEffectTracker
+from fullframe.ir.graph import GraphSignature
 from fullframe.storage.arena import packed
 from fullframe.torch_compat import pytree
 
@@ -45,6 +46,7 @@ class JointFunction:
         fixed = len(call.parameters) + len(call.buffers)
         self.side_effects = SideEffectTracker(call.snapshot, capture_mode.names, call.tensors, fixed)
         self.criterion = call.pair.criterion is not None
+        self.signature = GraphSignature()  # once it has been called
         self.at_once = False  # whether there is one gradient to begin with, which is one
         self.returned = Tree(None, ())
         self.strides: tuple[Strides, ...] = ()  # of the outputs, and of the gradients
@@ -110,9 +112,11 @@ class JointFunction:
         self.devices = tuple(t.device for t in results)
         self.strides = tuple(_strides(t) for t in (*results, *grads))
         self._like_parameters(len(results))
+        flags = self.conditions.flags
         # What a former call left is there until this one's takes its place: twice in the arithmetic.
         repeated = [results[k] for k in sorted(self.side_effects.used)]
-        return [*results, *repeated, *self.conditions.flags, *(_detached(t) for t in kept), *grads], seeds
+        self.signature = GraphSignature(len(results), len(repeated), len(flags), len(kept), len(grads))
+        return [*results, *repeated, *flags, *(_detached(t) for t in kept), *grads], seeds
 
     def _placeholders(self, tensors: Sequence[torch.Tensor]) -> Tensors:
         """What stands for the call's tensors in its forward, with the attributes that users gave these."""

@@ -8,7 +8,7 @@ so no alias survives.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,20 +16,19 @@ from typing import Any
 import torch
 
 from fullframe.capture.function_mode import CaptureMode
+from fullframe.capture.joint import JointFunction
 from fullframe.errors import CaptureError
-
-Function = Callable[..., "tuple[Sequence[torch.Tensor | None], Sequence[torch.Tensor]]"]
 
 
 @dataclass
 class Recording:
     """A function to record: called with one tensor per input, and run on ``device``.
 
-    It returns its outputs, and tensors that stand for inputs that arrive late: whatever it computed
-    them from, in the graph they are inputs.
+    It returns its outputs, as its signature says, and tensors that stand for inputs that arrive late: whatever it
+    computed them from, in the graph they are inputs.
     """
 
-    function: Function
+    function: JointFunction
     inputs: list[torch.Tensor]
     names: list[str]
     capture_mode: CaptureMode

@@ -64,7 +64,7 @@ def restricted_to(graph: Graph, used: Collection[Value], device: torch.device, a
     made = Graph(
         [v for v in graph.inputs if v not in graph.late or v in late],
         live_ops(ops, [v for v in outputs if v is not None]),
-        outputs, graph.early if late else 0, late, graph.constants, graph.seed, graph.strides,
+        outputs, graph.signature, late, graph.constants, graph.seed, graph.strides,
     )  # fmt: skip
     verify(made)
     return made
@@ -72,14 +72,14 @@ def restricted_to(graph: Graph, used: Collection[Value], device: torch.device, a
 
 def backward_of(graph: Graph) -> Graph:
     """A graph that makes nothing but gradients."""
-    outputs = [None if k < graph.early else v for k, v in enumerate(graph.outputs)]
+    outputs = [*(None for _ in graph.early), *graph.outputs[len(graph.early) :]]
     ops = live_ops(graph.ops, [v for v in outputs if v is not None])
     return replace(graph, ops=ops, outputs=outputs)
 
 
 def _refuse_early(graph: Graph, missing: Collection[Value]) -> None:
     """Refuse what is to be handed on before the backward, and follows from these."""
-    if any(v in missing for v in graph.outputs[: graph.early]):
+    if any(v in missing for v in graph.early):
         raise CaptureError(
             "the backward changes a buffer or keeps a tensor, by a hook say, and its gradients are asked of several "
             "outputs of the step, or of another than its scalar loss, so that they are made later; return one loss, "

@@ -120,14 +120,10 @@ def _compile(
     passed = tuple(sorted(opaque or ()))
     snapshot, choices = read_log.snapshot(call.roots, call.entries(passed))
     refuse_identities(call, snapshot)
-    outputs = len(joint.differentiable)
-    _expect(graph, outputs, joint.strides)
-    conditions = tuple(joint.conditions.noted)
-    start = outputs + len(joint.side_effects.used) + len(conditions)
-    first_grad = start + len(call.tensors)
+    _expect(graph, joint.strides)
     others = {id(t) for t in call.others}
     unused = frozenset(k for k, t in enumerate(call.tensors) if id(t) in others and id(t) not in capture_mode.used)
-    changed = changes(graph, start, first_grad)
+    changed = changes(graph)
     numbers = tuple(sorted(capture_mode.numbers))
     terms = Terms(joint.wanted, joint.alive, numbers, unused, tuple(joint.side_effects.effects), joint.returned)
     output_classes = joint.output_classes
@@ -139,27 +135,24 @@ def _compile(
             | joint.output_classes.given.keys()
         )
         try:
-            count = len(call.tensors)
             terms, order = narrowed(call, snapshot, reads, terms, needed)
         except LookupError:
             reads = replace(reads, choices=None)
         else:
             reads = replace(reads, numbers=terms.numbers)
-            reorder(graph, start, order, count)
+            reorder(graph, order)
             output_classes = output_classes.renumbered({k: number for number, k in enumerate(order)})
-            first_grad += len(order) - count
-            changed = changes(graph, start, first_grad)
+            changed = changes(graph)
     refuse_shared(changed, call.tensors, call.names, terms.unused)
     _refuse_changed_late(call, graph, changed)
-    request = request_for(graph, call, options, first_grad)
-    graph, requested, variants = _variants(graph, call, joint, first_grad, request)
-    planned = plan(graph, freed(request, graph, len(joint.wanted)))
+    request = request_for(graph, call, options)
+    graph, requested, variants = _variants(graph, call, joint, request)
+    planned = plan(graph, freed(request, graph))
     return Program(
-        graph, planned, terms.returned, outputs, start,
-        terms.wanted, tuple(joint.differentiable), lasting and call.snapshot.lasting,
+        graph, planned, terms.returned, terms.wanted, tuple(joint.differentiable), lasting and call.snapshot.lasting,
         terms.effects, tuple(joint.detached), reads, joint.devices, terms.unused, joint.lost, terms.alive,
         requested, variants, "" if lasting and call.snapshot.lasting else _moved(call, before, reads),
-        output_classes, joint.strides, conditions,
+        output_classes, joint.strides, tuple(joint.conditions.noted),
     )  # fmt: skip
 
 
@@ -208,22 +201,20 @@ def _refuse_changed_late(call: Call, graph: Graph, changed: Mapping[int, Value])
             )
 
 
-def _expect(graph: Graph, outputs: int, strides: Sequence[Strides]) -> None:
+def _expect(graph: Graph, strides: Sequence[Strides]) -> None:
     """Have what a run hands out made in the layout that it will have."""
-    results = graph.outputs[:outputs] + graph.outputs[len(graph.outputs) - (len(strides) - outputs) :]
-    for value, expected in zip(results, strides, strict=True):
+    for value, expected in zip(graph.handed_out + graph.gradients, strides, strict=True):
         if value is not None and expected is not None and value not in graph.inputs:
             graph.strides.setdefault(value, expected)
 
 
 def _variants(
-    graph: Graph, call: Call, joint: JointFunction, first_grad: int, request: Request
+    graph: Graph, call: Call, joint: JointFunction, request: Request
 ) -> tuple[Graph, tuple[int, ...], BackwardVariants | None]:
     """What is planned first, of which outputs it has the gradient, and of which it could have."""
     requested = tuple(k for k, yes in enumerate(joint.differentiable) if yes)
     if not graph.late:
         return graph, requested, None
-    graph.early = first_grad
     late = dict(zip(requested, (v for v in graph.inputs if v in graph.late), strict=True))
     variants = BackwardVariants(graph, late, request, call.device, frozenset(requested))
     if not joint.criterion:
@@ -283,7 +274,7 @@ def _forgetful(caches: Sequence[Any]) -> Iterator[None]:
             cache.cache_clear()
 
 
-def request_for(graph: Graph, call: Call, options: Options, first_grad: int) -> Request:
+def request_for(graph: Graph, call: Call, options: Options) -> Request:
     end = len(call.tensors)
     images = [
         (v, axes) for v, axes in zip(graph.inputs[end - len(call.inputs) : end], call.spatial, strict=True) if axes
@@ -302,7 +293,7 @@ def request_for(graph: Graph, call: Call, options: Options, first_grad: int) -> 
         forced = [(image, 0, 1), *((image, a, n) for a, n in zip(axes, extents, strict=True))]
     device = device_of(call.device)
     budget = options.budget if options.budget is not None else device.free_bytes(call.device)
-    free = frozenset(v for v in graph.outputs[first_grad:] if v is not None)
+    free = frozenset(v for v in graph.gradients if v is not None)
     tile = None if forced is None else tuple(forced)
     if not device.windows:
         max_in_flight = MAX_IN_FLIGHT if options.workers > 1 else 1
@@ -320,7 +311,8 @@ def request_for(graph: Graph, call: Call, options: Options, first_grad: int) -> 
 
 def capture(recording: Recording) -> Graph:
     """Record a function as a graph in normal form; raises `CaptureError` where it cannot be."""
-    return decompose_graph(record(recording), recording.names, recording.device)
+    module = record(recording)
+    return decompose_graph(module, recording.names, recording.device, recording.function.signature)
 
 
 def record(recording: Recording) -> Any:

@@ -53,9 +53,8 @@ class BackwardVariants:
 class Program:
     """A captured and planned call.
 
-    The graph's outputs are ``outputs`` tensors to hand out (those of the call's own output, then those left behind),
-    then up to ``start`` those left behind again, then the new contents of each of `Call.tensors`, then the gradients
-    of those at ``wanted``. ``returned`` says how to make the call's own output of its tensors, ``side_effects`` where
+    The graph's signature says which of its outputs are what; the gradients are those of the tensors at ``wanted``.
+    ``returned`` says how to make the call's own output of its tensors, ``side_effects`` where
     the forward leaves tensors, and ``detached`` which of those handed out have lost a graph. ``lasting`` is False
     where the forward changes what it reads (a counter) or reads what nobody can look at (an iterator), so that the
     next call must be recorded anew. ``reads`` is what belongs to its key, and the terms of all numbers and places
@@ -65,15 +64,12 @@ class Program:
     is given, in the order of ``late``, or the one whose gradient it takes to be one. ``variants`` are the others of
     which they may be asked; None where there is only that one. ``moved`` is a place, in words, that the forward
     itself changes. ``output_classes`` says of which classes the outputs are. ``strides`` are those of the outputs,
-    and then of the gradients, in plain PyTorch. ``conditions`` are what the recording has assumed to hold or not,
-    whose truth is the last of the outputs up to ``start``.
+    and then of the gradients, in plain PyTorch. ``conditions`` are what the recording has assumed to hold or not.
     """
 
     graph: Graph
     plan: Plan
     returned: Tree
-    outputs: int
-    start: int
     wanted: tuple[int, ...]
     differentiable: tuple[bool, ...]
     lasting: bool
@@ -107,7 +103,7 @@ class Program:
         if (used, alone) not in variants.programs:
             graph = restricted_to(variants.graph, {variants.late[k] for k in used}, variants.device)
             graph = backward_of(graph) if alone else graph
-            planned = plan(graph, freed(variants.request, graph, len(self.wanted)))
+            planned = plan(graph, freed(variants.request, graph))
             found = replace(self, graph=graph, plan=planned, requested=tuple(sorted(used)), variants=None)
             variants.programs[used, alone] = found
         return variants.programs[used, alone]
@@ -119,14 +115,12 @@ class Program:
 
     def settle(self, values: Mapping[Value, torch.Tensor]) -> bool:
         """Look at what the recording has assumed (`conditions.settle`)."""
-        flags = self.graph.outputs[self.start - len(self.conditions) : self.start]
-        return settle(self.conditions, [None if v is None else values.get(v) for v in flags])
+        return settle(self.conditions, [None if v is None else values.get(v) for v in self.graph.flags])
 
     @property
     def gradients(self) -> list[Value | None]:
         """Of each of ``wanted``, whichever output it is asked of."""
-        graph = self.graph if self.variants is None else self.variants.graph
-        return graph.outputs[len(graph.outputs) - len(self.wanted) :]
+        return (self.graph if self.variants is None else self.variants.graph).gradients
 
     @property
     def reached(self) -> list[int]:
@@ -145,13 +139,12 @@ class Program:
     @cached_property
     def changed(self) -> dict[int, Value]:
         """Of each tensor that the step changes in place, by its number, the new contents."""
-        return changes(self.graph, self.start, len(self.graph.outputs) - len(self.wanted))
+        return changes(self.graph)
 
     @cached_property
     def made(self) -> frozenset[Value]:
         """The values that a run is there for: outputs, new contents, gradients."""
-        first = len(self.graph.outputs) - len(self.wanted)
-        found = (*self.graph.outputs[: self.start], *self.graph.outputs[first:])
+        found = (*self.graph.outputs[: self.graph.signature.first_content], *self.graph.gradients)
         return frozenset((*(v for v in found if v is not None), *self.changed.values()))
 
     @cached_property
@@ -165,8 +158,8 @@ class Program:
         if not self.graph.late:
             return frozenset()
         late = (op for stage in self.plan.stages[self.plan.early :] for op in stage.section.ops)
-        grads = self.graph.outputs[len(self.graph.outputs) - len(self.wanted) :]
-        return frozenset((*(v for op in late for v in op.inputs), *(v for v in grads if v is not None)))
+        grads = (v for v in self.graph.gradients if v is not None)
+        return frozenset((*(v for op in late for v in op.inputs), *grads))
 
     @cached_property
     def ruled(self) -> bool:
@@ -187,12 +180,11 @@ class Program:
         WriteBack(call.snapshot, outputs, self.detached, call.tensors).put(self.side_effects)
 
 
-def changes(graph: Graph, start: int, end: int) -> dict[int, Value]:
+def changes(graph: Graph) -> dict[int, Value]:
     """New contents, by the number of the input, where the output for it is not that input itself."""
-    new = enumerate(graph.outputs[start:end])
-    return {k: v for k, v in new if v is not None and v is not graph.inputs[k]}
+    return {k: v for k, v in enumerate(graph.contents) if v is not None and v is not graph.inputs[k]}
 
 
-def freed(request: Request, graph: Graph, wanted: int) -> Request:
+def freed(request: Request, graph: Graph) -> Request:
     """A request for another version of its graph, whose gradients may be other values."""
-    return replace(request, free=frozenset(v for v in graph.outputs[len(graph.outputs) - wanted :] if v is not None))
+    return replace(request, free=frozenset(v for v in graph.gradients if v is not None))

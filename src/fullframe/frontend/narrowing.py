@@ -63,10 +63,12 @@ def narrowed(
     return found, order
 
 
-def reorder(graph: Graph, start: int, order: list[int], count: int) -> None:
-    """Put a graph's inputs for the call's ``count`` tensors, and its outputs for them from ``start`` on, in order."""
+def reorder(graph: Graph, order: list[int]) -> None:
+    """Put a graph's inputs for the call's tensors, and their new contents, in order."""
+    first, count, contents = graph.signature.first_content, graph.signature.contents, graph.contents
     graph.inputs[:count] = [graph.inputs[k] for k in order]
-    graph.outputs[start : start + count] = [graph.outputs[start + k] for k in order]
+    graph.outputs[first : first + count] = [contents[k] for k in order]
+    graph.signature = replace(graph.signature, contents=len(order))
 
 
 def _effect(effect: SideEffect, old: GuardSnapshot, new: GuardSnapshot, numbers: dict[int, int]) -> SideEffect:

@@ -181,22 +181,71 @@ def arg(op: Op, position: int, default: Any = None) -> Any:
     return op.args[position] if position < len(op.args) else default
 
 
+@dataclass(frozen=True)
+class GraphSignature:
+    """What the outputs of a graph are: so many of each kind, in this order.
+
+    ``handed_out``   what the caller gets: the tensors of the call's own output, then those that it leaves behind.
+    ``repeated``     of those left behind, what takes the place of a former call's in the arithmetic.
+    ``conditions``   what the recording has assumed to hold or not.
+    ``contents``     the new contents of each tensor of the call.
+    ``gradients``    those of the tensors that want one.
+    """
+
+    handed_out: int = 0
+    repeated: int = 0
+    conditions: int = 0
+    contents: int = 0
+    gradients: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.first_content + self.contents + self.gradients
+
+    @property
+    def first_content(self) -> int:
+        return self.handed_out + self.repeated + self.conditions
+
+
 @dataclass
 class Graph:
-    """Inputs, ops in runnable order, and outputs (``None`` where a slot has no tensor).
+    """Inputs, ops in runnable order, and outputs (``None`` where one has no tensor), which ``signature`` tells apart.
 
-    ``phase`` counts how many of the outputs must be ready before any input in ``late`` arrives:
-    a tiled module hands out its outputs before it is given their gradients.
+    Inputs in ``late`` are the gradients of outputs: a tiled module hands out its outputs before it is given them.
     """
 
     inputs: list[Value]
     ops: list[Op]
     outputs: list[Value | None]
-    early: int = 0
+    signature: GraphSignature = GraphSignature()
     late: frozenset[Value] = frozenset()
     constants: dict[Value, Any] = field(default_factory=dict)
     seed: Value | None = None  # the input that random numbers follow from; the last of the inputs
     strides: dict[Value, tuple[int, ...]] = field(default_factory=dict)  # of outputs, as their caller expects them
+
+    @property
+    def handed_out(self) -> list[Value | None]:
+        return self.outputs[: self.signature.handed_out]
+
+    @property
+    def flags(self) -> list[Value | None]:
+        """The truth of each condition."""
+        end = self.signature.first_content
+        return self.outputs[end - self.signature.conditions : end]
+
+    @property
+    def contents(self) -> list[Value | None]:
+        first = self.signature.first_content
+        return self.outputs[first : first + self.signature.contents]
+
+    @property
+    def gradients(self) -> list[Value | None]:
+        return self.outputs[len(self.outputs) - self.signature.gradients :]
+
+    @property
+    def early(self) -> list[Value | None]:
+        """The outputs that must be ready before the gradients of any arrive."""
+        return self.outputs[: len(self.outputs) - self.signature.gradients] if self.late else []
 
     def __str__(self) -> str:
         head = f"graph({', '.join(map(repr, self.inputs))})"
@@ -206,13 +255,15 @@ class Graph:
 
 
 def verify(graph: Graph) -> None:
-    """Assert that every op reads values made before it and that no value is made twice."""
+    """Assert that every op reads values made before it, that no value is made twice, and that all outputs are told
+    apart."""
     known: set[Value] = set(graph.inputs) | set(graph.constants)
     for op in graph.ops:
         assert all(v in known for v in op.inputs), f"{op!r} reads a value not made yet"
         assert op.output not in known, f"{op!r} makes a value twice"
         known.add(op.output)
     assert all(v is None or v in known for v in graph.outputs), "an output is never made"
+    assert graph.signature.total == len(graph.outputs), f"{len(graph.outputs)} outputs are not {graph.signature}"
 
 
 def live_ops(ops: Iterable[Op], wanted: Iterable[Value]) -> list[Op]:

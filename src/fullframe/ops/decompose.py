@@ -11,12 +11,13 @@ from torch.fx import Node
 from fullframe import torch_compat
 from fullframe.capture.trace import own_generator
 from fullframe.errors import CaptureError
-from fullframe.ir.graph import Graph, Value, live_ops, verify
+from fullframe.ir.graph import Graph, GraphSignature, Value, live_ops, verify
 from fullframe.ops.builder.builder import Builder
 from fullframe.ops.builder.registry import DECOMPOSITIONS
 
 
-def decompose_graph(module: Any, names: Sequence[str], device: torch.device) -> Graph:
+def decompose_graph(module: Any, names: Sequence[str], device: torch.device, signature: GraphSignature) -> Graph:
+    """A recorded module as a graph in normal form, its inputs named."""
     builder = Builder()
     builder.device = device
     made: dict[Node, Any] = {}
@@ -48,7 +49,7 @@ def decompose_graph(module: Any, names: Sequence[str], device: torch.device) -> 
     ops = live_ops(builder.ops, wanted)
     seed = builder.seed
     inputs += later if seed is None else [*later, seed]
-    graph = Graph(inputs, ops, outputs, late=frozenset(later), constants=constants, seed=seed)
+    graph = Graph(inputs, ops, outputs, signature, frozenset(later), constants, seed)
     verify(graph)
     return graph
 

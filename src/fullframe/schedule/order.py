@@ -18,7 +18,7 @@ def orders(graph: Graph, sections: Sequence[Section], sizes: dict[Value, int]) -
     """
     needs = _needs(sections)
     depth = _depths(needs)
-    early = {v for v in graph.outputs[: graph.early] if v is not None}
+    early = {v for v in graph.early if v is not None}
     first = [k for k, s in enumerate(sections) if early & set(s.outputs)]
     users = [[] for _ in sections]
     for k, wanted in enumerate(needs):
