@@ -325,7 +325,10 @@ def test_a_condition_in_the_backward_is_refused():
         fullframe.tile(net, loss=lambda y, t: (y * t).sum(), tile=4)(image(), torch.ones(()))
 
 
-def test_distributions_check_their_arguments():
+def test_distributions_check_their_arguments(monkeypatch):
+    # torch.compile, once it is used, turns the checks off for the whole process.
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
+
     class Draws(nn.Module):
         def __init__(self, offset: float):
             super().__init__()
