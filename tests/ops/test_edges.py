@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from databases import Trial, judged
 from fuzzing import uncompiled
+from networks import agree
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fullframe
+from fullframe.ops.numerics import interpolate as taps
 
 L = torch.linalg
 
@@ -162,3 +165,56 @@ def test_tensors_without_elements_share_no_memory():
 
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64)
     assert torch.equal(fullframe.tile(Empty(), tile=2)(x), x * 2)
+
+
+def means_of_long_windows(x: torch.Tensor) -> list[torch.Tensor]:
+    """Bins of different sizes, of sizes that differ by one, overlapping and half in the padding."""
+    return [
+        F.adaptive_avg_pool2d(x, (1, 2)),
+        F.adaptive_avg_pool2d(x, 3),
+        F.avg_pool2d(x, (1, 401), stride=350, padding=(0, 70)),
+        F.interpolate(x, size=(2, 2), mode="area"),
+    ]
+
+
+class Outputs(nn.Module):
+    """A convolution, and some function of what it makes."""
+
+    def __init__(self, function: Any):
+        super().__init__()
+        self.conv, self.function = nn.Conv2d(3, 2, 3, padding=1), function
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [y.flatten(1) for y in self.function(self.conv(x).relu())]
+
+
+def test_means_of_long_windows_are_right() -> None:
+    agree(Outputs(means_of_long_windows), torch.randn(1, 3, 9, 2001, dtype=torch.float64), tile=(5, 300))
+
+
+def test_sums_of_long_windows_take_few_calls() -> None:
+    """They are not added up element by element."""
+    calls: list[Any] = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x, spec = torch.randn(1, 2, 4, 5001), taps.Spec("adaptive", 5001, 2)
+    found = taps.forward_table(spec, 0, 2, x.dtype, x.device)
+    with Counting():
+        made = taps.divided(taps.apply(x, 3, found, 2), [spec], [(0, 2)])
+    assert torch.allclose(made, F.adaptive_avg_pool2d(x, (4, 2)), atol=1e-5)
+    assert len(calls) < 150
+
+
+def test_equal_long_windows_have_equal_means() -> None:
+    """Whatever lies beside them, and wherever they begin."""
+    spec = taps.Spec("average", 4000, 4, kernel=1000, stride=1000)
+    assert taps.wide(spec)
+    window = torch.randn(1, 2, 5, 1000)
+    for x in (window.repeat(1, 1, 1, 4), window.repeat(1, 1, 1, 4).transpose(2, 3).contiguous().transpose(2, 3)):
+        made = taps.apply(x, 3, taps.forward_table(spec, 0, 4, x.dtype, x.device), 4)
+        part = taps.apply(x[..., 2000:3000], 3, taps.forward_table(spec, 2, 3, x.dtype, x.device), 1)
+        assert torch.equal(made, made[..., :1].expand_as(made)) and torch.equal(part, made[..., :1])

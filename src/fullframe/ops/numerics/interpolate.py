@@ -188,6 +188,8 @@ def reads(spec: Spec, low: int, high: int) -> tuple[int, int]:
     """Input interval that outputs ``[low, high)`` read."""
     if high <= low:
         return 0, 0
+    if wide(spec):
+        return _windows_within(spec, low, high)
     ends = [low, high - 1]
     if spec.mode == "reflect":  # the turning points decide as well
         ends += [p for p in (spec.padding, spec.padding + spec.source - 1) if low < p < high - 1]
@@ -197,9 +199,24 @@ def reads(spec: Spec, low: int, high: int) -> tuple[int, int]:
     return min(used), max(used) + 1
 
 
+def _windows_within(spec: Spec, low: int, high: int) -> tuple[int, int]:
+    """As `reads`, where the windows of a mean are too long to be listed."""
+    windows = [w for p in range(low, high) if (w := _mean_window(spec, p)[0])]
+    return (min(w.start for w in windows), max(w.stop for w in windows)) if windows else (0, 0)
+
+
 def _within(spec: Spec, low: int, high: int) -> tuple[int, int]:
     used = [i for p in range(low, high) for i, _ in taps_at(spec, p)]
     return (min(used), max(used) + 1) if used else (0, 0)
+
+
+def _edges(spec: Spec, position: int) -> tuple[int, int]:
+    """The first and the last input that an output reads; where it would, if a window has none."""
+    if spec.mode in MEANS:
+        window = _mean_window(spec, position)[0]
+        return (window[0], window[-1]) if window else (position * spec.stride - spec.padding,) * 2
+    taps = taps_at(spec, position)
+    return taps[0][0], taps[-1][0]
 
 
 @lru_cache(maxsize=65536)
@@ -214,8 +231,7 @@ def readers(spec: Spec, low: int, high: int) -> tuple[int, int]:
         a, b = 0, spec.target
         while a < b:
             middle = (a + b) // 2
-            taps = taps_at(spec, middle) or [(middle * spec.stride - spec.padding, 0.0)]
-            edge = taps[-1][0] if end else taps[0][0]
+            edge = _edges(spec, middle)[end]
             a, b = (a, middle) if edge >= wanted else (middle + 1, b)
         return a
 
@@ -248,9 +264,30 @@ class Table(NamedTuple):
     spare: tuple[torch.Tensor | None, ...]
 
 
+class Windows(NamedTuple):
+    """Output i is the sum of the inputs from ``first[i]`` up to ``last[i]``, counted from the first input read."""
+
+    first: tuple[int, ...]
+    last: tuple[int, ...]
+
+
+def wide(spec: Spec) -> bool:
+    """Whether outputs are sums of so many inputs that one after the other costs less than tap by tap.
+
+    It depends on the whole axis alone, so that every tile adds up in the same order.
+    """
+    if spec.mode not in MEANS:
+        return False
+    inputs = spec.kernel if spec.mode == "average" else spec.source // spec.target
+    return spec.target * inputs.bit_length() < inputs
+
+
 @table
-def forward_table(spec: Spec, low: int, high: int, dtype: torch.dtype, device: torch.device) -> Table:
+def forward_table(spec: Spec, low: int, high: int, dtype: torch.dtype, device: torch.device) -> Table | Windows:
     """Taps of outputs ``[low, high)``."""
+    if wide(spec):
+        origin, windows = reads(spec, low, high)[0], [_mean_window(spec, p)[0] for p in range(low, high)]
+        return Windows(*zip(*((w.start - origin, max(w.start, w.stop) - origin) for w in windows), strict=True))
     rows = [taps_at(spec, position) for position in range(low, high)]
     return _table(rows, reads(spec, low, high)[0], dtype, device)
 
@@ -261,9 +298,13 @@ def backward_table(spec: Spec, low: int, high: int, dtype: torch.dtype, device: 
     first, last = readers(spec, low, high)
     rows: list[Taps] = [[] for _ in range(low, high)]
     for out in range(first, last):
-        for index, weight in taps_at(spec, out):
-            if low <= index < high:
-                rows[index - low].append((out, weight))
+        if spec.mode in MEANS:
+            window = _mean_window(spec, out)[0]
+            taps = [(index, 1.0) for index in range(max(low, window.start), min(high, window.stop))]
+        else:
+            taps = [(index, weight) for index, weight in taps_at(spec, out) if low <= index < high]
+        for index, weight in taps:
+            rows[index - low].append((out, weight))
     return _table(rows, first, dtype, device)
 
 
@@ -284,8 +325,27 @@ def _table(rows: list[Taps], origin: int, dtype: torch.dtype, device: torch.devi
     return Table(tuple(index), tuple(weight), tuple(run), tuple(spare))
 
 
-def apply(x: torch.Tensor, axis: int, table: Table, length: int) -> torch.Tensor:
+def _added(x: torch.Tensor, axis: int, first: int, last: int) -> torch.Tensor:
+    """The sum over part of an axis, which stays with one element.
+
+    Halves are added until one element is left: a library's sum would take an order that depends on where the elements
+    lie, and equal windows must give equal sums.
+    """
+    if first == last:
+        return torch.zeros_like(x.narrow(axis, 0, 1))
+    x, rest = x.narrow(axis, first, last - first), None
+    while (n := x.shape[axis]) > 1:
+        if n % 2:
+            odd = x.narrow(axis, n - 1, 1)
+            rest = odd if rest is None else rest + odd
+        x = x.narrow(axis, 0, n // 2) + x.narrow(axis, n // 2, n // 2)
+    return x if rest is None else x + rest
+
+
+def apply(x: torch.Tensor, axis: int, table: Table | Windows, length: int) -> torch.Tensor:
     """Sum of weighted gathers along one axis of a window cut to what the table reads."""
+    if isinstance(table, Windows):
+        return torch.cat([_added(x, axis, *window) for window in zip(*table, strict=True)], axis)
     if axis > 1 and x.dim() in (4, 5) and x.stride(1) == 1:  # index_select would move the channels outwards
         return apply(x.movedim(1, -1), axis - 1, table, length).movedim(-1, 1)
     shape = [1] * x.dim()

@@ -80,7 +80,9 @@ class Resample(BaseRule):
     def skips(self, spec: Spec) -> bool:
         return copied(spec)
 
-    def table(self, spec: Spec, region: Interval, dtype: torch.dtype, device: torch.device) -> taps.Table:
+    def table(
+        self, spec: Spec, region: Interval, dtype: torch.dtype, device: torch.device
+    ) -> taps.Table | taps.Windows:
         return taps.forward_table(spec, *region, dtype, device)
 
     def quick(self, x: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor | None:
@@ -125,7 +127,7 @@ class Resample(BaseRule):
         read, lead = self.footprint(op, region)[0], self.lead(op)
         tables = 0
         for spec, (low, high), (first, last) in zip(op.args[1], region[lead:], read[lead:], strict=True):
-            if not self.skips(spec) and high > low:
+            if not self.skips(spec) and high > low and not taps.wide(spec):
                 tables += (2 + (last - first) // (high - low)) * 2 * (TENSOR + 8 * (high - low))
         return 2 * (nbytes_of(op, [read]) + made_of(op, region)) + tables
 
