@@ -214,7 +214,8 @@ def _edges(spec: Spec, position: int) -> tuple[int, int]:
     """The first and the last input that an output reads; where it would, if a window has none."""
     if spec.mode in MEANS:
         window = _mean_window(spec, position)[0]
-        return (window[0], window[-1]) if window else (position * spec.stride - spec.padding,) * 2
+        beside = position * spec.stride - spec.padding
+        return (window[0], window[-1]) if window else (beside, beside)
     taps = taps_at(spec, position)
     return taps[0][0], taps[-1][0]
 
