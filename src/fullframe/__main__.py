@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from fullframe import torch_compat
 from fullframe.budget import host_bytes
 from fullframe.codegen.toolchain import cxx
+from fullframe.storage.unnamed_file import disk_folder
 
 
 def facts() -> dict[str, str]:
@@ -27,6 +29,7 @@ def facts() -> dict[str, str]:
         "missing in torch": ", ".join(torch_compat.missing()) or "nothing",
         "threads": f"{torch.get_num_threads()} of torch, {_cores()} cores for this process",
         "memory": f"{host_bytes() / 1e9:.2f} GB free, with what the container's limits leave; {_limits()}",
+        "maps on disk": _disk(),
         "CUDA devices": ", ".join(map(_device, range(torch.cuda.device_count()))) or "none",
     }
 
@@ -61,6 +64,15 @@ def _limits() -> str:
     found = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
     words = {k: "unlimited" if n == resource.RLIM_INFINITY else f"{n / 1e9:.2f} GB" for k, n in found.items()}
     return ", ".join(f"{name} {text}" for name, text in words.items())
+
+
+def _disk() -> str:
+    """Where maps lie on disk unless a folder is named, and how much room there is."""
+    try:
+        folder = disk_folder(None)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return f"in {folder}, {shutil.disk_usage(folder).free / 1e9:.2f} GB free, unless folder= names another"
 
 
 def _device(index: int) -> str:

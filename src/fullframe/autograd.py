@@ -70,7 +70,7 @@ def run_forward(
     stores: Stores | None = None
     run = kept.replays.replay(program, pool, device, feeds)
     if run is None:
-        stores = pool.take(plan.bytes.stores, device)
+        stores = pool.take(plan.bytes.stores, device, plan.bytes.spare)
         run = Run(plan, stores, device)
         run.feed([f.value for f in feeds], [f.tensor for f in feeds])
         with stores.released_on_failure(), assuming(program, run), _naming_resized(program, call):
@@ -318,7 +318,7 @@ def _rerun(ctx: Any, used: dict[int, torch.Tensor], saved: Sequence[torch.Tensor
                 "changed it, or it was made in inference mode. Add up the losses and call backward once"
             )
     plan, pool = program.plan, ctx.kept.pool
-    stores = pool.take(plan.bytes.stores, ctx.device)
+    stores = pool.take(plan.bytes.stores, ctx.device, plan.bytes.spare)
     run = Run(plan, stores, ctx.device)
     fed = {whole.variants.graph.inputs[k]: t for k, t in zip(whole.rerun_inputs, saved, strict=True) if t is not None}
     if program.graph.seed is not None:

@@ -40,6 +40,11 @@ def forced(monkeypatch):
     return folder_on_disk()
 
 
+def read_ahead(monkeypatch, yes=True):
+    """Let stores read ahead and write behind, whatever the plan has left for that."""
+    monkeypatch.setattr(disk.Disk, "spare", property(lambda _: (64 << 20) * yes, lambda *_: None))
+
+
 def case(kind=UNet, dtype=torch.float64):
     torch.manual_seed(0)
     net = kind() if kind is UNet else kind(blocks=2)
@@ -81,10 +86,16 @@ def state(net):
 
 
 @pytest.mark.parametrize(
-    ("kind", "workers", "tile", "more"),
-    [(UNet, 1, None, 0), (UNet, 2, None, 1_000_000), (Residual, 1, (70, 13), 0), (Residual, 2, None, 700_000)],
+    ("kind", "workers", "tile", "more", "ahead"),
+    [
+        (UNet, 1, None, 0, False),
+        (UNet, 2, None, 1_000_000, True),
+        (Residual, 1, (70, 13), 0, True),
+        (Residual, 2, None, 700_000, False),
+    ],
 )
-def test_a_step_is_that_of_plain_pytorch(forced, kind, workers, tile, more):
+def test_a_step_is_that_of_plain_pytorch(forced, monkeypatch, kind, workers, tile, more, ahead):
+    read_ahead(monkeypatch, ahead)
     net, image, label = case(kind)
     plain = copy.deepcopy(net)
     step = on_disk(net, image, label, more, tile=tile, workers=workers)
@@ -118,11 +129,12 @@ def test_narrow_numbers_are_no_further_from_the_truth(forced, dtype):
 def test_workers_and_the_way_to_the_disk_change_no_bit(forced, monkeypatch):
     net, image, label = case(dtype=torch.float32)
     found = []
-    for workers, direct in ((1, True), (2, True), (2, False)):
+    for workers, direct, ahead in ((1, True, False), (2, True, True), (2, False, False)):
         one = copy.deepcopy(net)
         with monkeypatch.context() as patched:
             if not direct:
                 patched.setattr(unnamed_file, "_direct", lambda fd: None)
+            read_ahead(patched, ahead)
             step = on_disk(one, image, label, workers=workers, tile=24)
             for _ in range(2):
                 made = gradients(one, step, image, label)
@@ -167,7 +179,7 @@ def test_the_plan_says_what_is_read_and_written_and_that_is_so(forced):
     step = on_disk(net, image, label, workers=2)
     plan = step.plan(image, label)
     text = str(plan)
-    assert "on disk; a step reads" in text and "and writes" in text
+    assert "on disk; a step reads" in text and "and writes" in text and "ahead and behind" in text
     for _ in range(3):
         step(image, label).backward()
     store = step._fullframe["pool"]._idle["disk"].store
@@ -185,6 +197,18 @@ def test_maps_stay_in_memory_as_far_as_the_budget_goes(forced):
         assert plan.projected_bytes <= budget
         written.append(plan.disk_traffic.written)
     assert written == sorted(written, reverse=True) and written[0] > written[2] and written[-1] == 0
+
+
+def test_what_the_budget_leaves_is_for_reading_ahead(forced):
+    net, image, label = case()
+    image, label = image[:1, :, :1, :1].expand(2, 1, 288, 368), label[:, :1, :1].expand(2, 288, 368)
+    budget = least(net, image, label, workers=2)
+    found = []
+    for more in (0, 20_000_000):
+        plan = fullframe.tile(net, loss=loss, budget=budget + more, disk="1 GB", workers=2).plan(image, label)
+        assert plan.projected_bytes <= budget + more and plan.bytes.disk
+        found.append(plan.bytes.spare)
+    assert found[0] == 0 < found[1]
 
 
 def test_the_smallest_budget_named_is_enough_whatever_the_disk(forced):
@@ -275,9 +299,11 @@ def fails(code, after=0):
 
 
 @pytest.mark.parametrize(
-    ("name", "workers", "calls"), [("preadv", 1, 3), ("preadv", 2, 1), ("pwritev", 1, 1), ("pwritev", 2, 3)]
+    ("name", "workers", "calls", "ahead"),
+    [("preadv", 1, 3, False), ("preadv", 2, 1, True), ("pwritev", 1, 3, True), ("pwritev", 2, 1, False)],
 )
-def test_an_error_of_the_disk_changes_nothing(forced, monkeypatch, name, workers, calls):
+def test_an_error_of_the_disk_changes_nothing(forced, monkeypatch, name, workers, calls, ahead):
+    read_ahead(monkeypatch, ahead)
     net, image, label = case()
     plain = copy.deepcopy(net)
     step = on_disk(net, image, label, workers=workers)

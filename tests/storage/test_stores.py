@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import PAGE, StoreContract
+from disks import folder_on_disk
 from test_plan import Residual, gradients
 
 import fullframe
@@ -19,9 +20,10 @@ from fullframe.schedule import tiling
 from fullframe.storage import pool, unnamed_file
 from fullframe.storage.arena import Arena, shaped
 from fullframe.storage.disk import Disk
+from fullframe.storage.in_flight import THREADS
 from fullframe.storage.offload import Host
 from fullframe.storage.pool import Pool
-from fullframe.storage.protocol import DEVICE, HOST
+from fullframe.storage.protocol import DEVICE, DISK_BUFFER, HOST
 
 CPU = torch.device("cpu")
 
@@ -70,7 +72,25 @@ class TestHost(StoreContract):
 
 class TestDisk(StoreContract):
     def make(self, nbytes):
-        return Disk(nbytes, self.device)
+        return Disk(nbytes, self.device, folder_on_disk())
+
+
+class TestDiskAhead(StoreContract):
+    """What is put is written behind, and what is expected is read ahead."""
+
+    def make(self, nbytes):
+        store = Disk(nbytes, self.device, folder_on_disk())
+        store.spare = 64 << 20
+        return store
+
+
+class TestDiskWithLittleToSpare(StoreContract):
+    """Some is under way, and some is waited for."""
+
+    def make(self, nbytes):
+        store = Disk(nbytes, self.device, folder_on_disk())
+        store.spare = 2 * THREADS * DISK_BUFFER + 700
+        return store
 
 
 class TestDiskWithoutDirectAccess(TestDisk):

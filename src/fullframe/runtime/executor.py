@@ -216,7 +216,9 @@ class Run:
         counted = self.plan.bytes
         made = sum(v.nbytes for v in {*self.plan.graph.outputs} if v is not None and v not in self.plan.graph.inputs)
         before, self.runtime.written = self.runtime.written, self.runtime.written | {self.position}
-        return HeapTrimmer(counted.untiled + counted.scratch + made if self.position in before else None)
+        return HeapTrimmer(
+            counted.untiled + counted.scratch + counted.spare + made if self.position in before else None
+        )
 
 
 def _as_plain(tensor: torch.Tensor) -> torch.Tensor:

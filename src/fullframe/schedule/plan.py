@@ -85,7 +85,7 @@ class Bytes:
     caller, and ``fixed``, an estimate of what the recording, the plan, its tiles' tasks and the libraries take.
     ``host`` is the arena where the maps
     live in the host's memory and not on the device, ``disk`` that of the maps on a disk: they are not part of the
-    total."""
+    total. ``spare`` is for what is read ahead and written behind there."""
 
     arena: int
     untiled: int
@@ -94,6 +94,7 @@ class Bytes:
     fixed: int
     host: int = 0
     disk: int = 0
+    spare: int = 0
 
     @property
     def stores(self) -> dict[str, int]:
@@ -103,7 +104,7 @@ class Bytes:
     @property
     def total(self) -> int:
         """All that count against the budget."""
-        return self.arena + self.untiled + self.scratch + self.outputs + self.fixed
+        return self.arena + self.untiled + self.scratch + self.outputs + self.fixed + self.spare
 
 
 class Traffic(NamedTuple):
@@ -183,7 +184,8 @@ def describe(plan: Plan) -> str:
     if b.disk:
         read, written = plan.disk_traffic
         lines.append(
-            f"  stored maps {human(b.disk)} on disk; a step reads {human(read)} there and writes {human(written)}"
+            f"  stored maps {human(b.disk)} on disk; a step reads {human(read)} there and writes {human(written)}, "
+            f"{human(b.spare)} of the budget ahead and behind"
         )
     lines += [f"  runs whole: {name}" for name in plan.whole]
     for k, stage in enumerate(plan.stages):

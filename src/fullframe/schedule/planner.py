@@ -230,15 +230,23 @@ def _finish(graph: Graph, draft: Draft, request: Request, known: Known, fixed: i
         return _arranged(graph, draft, request, known, fixed, frozenset())
     lives = draft.lifetimes()
 
-    def spilled(room: int) -> Plan:
+    def spilled(room: int, spare: int = 0) -> Plan:
         far = spill(draft.stages, lives, maps, room, request.disk)
-        return _arranged(graph, draft, request, known, fixed, far)
+        made = _arranged(graph, draft, request, known, fixed, far)
+        return replace(made, bytes=replace(made.bytes, spare=spare if far else 0))
 
     if request.host:
         return spilled(request.host)
     # Parts of maps on disk are windows: these are the largest that there may be.
     largest = _arranged(graph, draft, request, known, fixed, frozenset(maps))
     room = request.budget - largest.bytes.total
+    ahead = largest.bytes.scratch // KEPT + 4 * DISK_BUFFER
+    made = _filled(request, room - ahead, lambda room: spilled(room, ahead))
+    return made if made.bytes.total <= request.budget else _filled(request, room, spilled)
+
+
+def _filled(request: Request, room: int, spilled: Callable[[int], Plan]) -> Plan:
+    """The plan with as many maps in the nearest memory as the budget has room for beside all else, about ``room``."""
     made = spilled(room)
     for _ in range(REPEATS):
         spare = request.budget - made.bytes.total

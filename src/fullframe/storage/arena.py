@@ -18,6 +18,8 @@ from fullframe.storage.protocol import Slot
 class Arena:
     """A `Store` whose maps are tensors, which ops read and kernels write in place; ``block`` is all of its bytes."""
 
+    spare = 0
+
     def __init__(self, nbytes: int, device: torch.device):
         self.nbytes, self.device = nbytes, device
         self.block = device_of(device).block(nbytes, device)

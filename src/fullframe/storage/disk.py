@@ -17,6 +17,7 @@ from fullframe.device import CPU, device_of
 from fullframe.ir import region as box
 from fullframe.ir.region import Region
 from fullframe.storage.arena import dense, empty_map
+from fullframe.storage.in_flight import THREADS, InFlight
 from fullframe.storage.protocol import DISK_BUFFER, Slot
 from fullframe.storage.unnamed_file import Run, UnnamedFile, disk_folder
 
@@ -27,60 +28,109 @@ WIDER = 4  # but no more than so many times as much along an axis
 class Disk:
     """A `Store` of so many bytes in a ``folder``, for runs on a ``device``.
 
-    All bytes are allocated at once: raises `OSError` where the disk has not so many, before anything has run.
+    All bytes are allocated at once: raises `OSError` where the disk has not so many, before anything has run. Within
+    ``spare`` bytes of the host's memory it reads ahead and writes behind.
     """
+
+    spare = 0
 
     def __init__(self, nbytes: int, device: torch.device, folder: str | os.PathLike[str] | None = None):
         self.nbytes, self.device = nbytes, device
         self.file = UnnamedFile(disk_folder(folder), nbytes)
         self.fetched = self.stored = 0  # bytes of regions so far
         self._lock = threading.Lock()
+        self._in_flight: InFlight | None = None
 
     def open(self, slot: Slot) -> None:
         """As `Store.open`."""
+        if self._in_flight is not None:
+            self._in_flight.forget(slot)
+            self._in_flight.settle(slot)  # or what is under way to its bytes would come later than its own
 
     def expect(self, slot: Slot, region: Region) -> None:
         """As `Store.expect`."""
+        nbytes = box.size(region) * slot.itemsize
+        in_flight = self._under_way() if nbytes else None
+        if in_flight is not None:
+            file = self.file
+            in_flight.read(slot, region, nbytes, self._allowed, lambda: _fetched(file, slot, region))
 
     def fetch(self, slot: Slot, region: Region) -> torch.Tensor:
         """As `Store.fetch`: a copy, channels innermost for images and volumes."""
-        made = empty_map(box.shape_of(region), slot.dtype, CPU)
-        self._read(slot, region, made)
+        self.file.check_owner()
+        made = None
+        if self._in_flight is not None:
+            made = self._in_flight.found(slot, region)
+            if made is None:
+                self._in_flight.settle(slot, region)
+        made = _fetched(self.file, slot, region) if made is None else made
         with self._lock:
             self.fetched += made.nbytes
         return made if self.device == CPU else made.to(self.device)
-
-    def _read(self, slot: Slot, region: Region, made: torch.Tensor) -> None:
-        wide = _widened(slot, region)
-        if wide == region:
-            self.file.read(list(_runs(slot, region, made.data_ptr())))
-            return
-        for part in _parts(wide, slot.itemsize):
-            band = empty_map(box.shape_of(part), slot.dtype, CPU)
-            self.file.read(list(_runs(slot, part, band.data_ptr())))
-            inside = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(part, region, strict=True))
-            if not box.is_empty(inside):
-                made[box.slices(inside, region)].copy_(band[box.slices(inside, part)])
 
     def put(self, slot: Slot, region: Region, window: torch.Tensor) -> None:
         """As `Store.put`."""
         if not device_of(window.device).on_host:
             window = empty_map(window.shape, window.dtype, window.device).copy_(window).to(CPU)
-        if dense(window):
-            self.file.write(list(_runs(slot, region, window.data_ptr())))
+        in_flight = self._under_way()
+        if in_flight is not None:
+            in_flight.forget(slot)
+            in_flight.settle(slot, region)
+        if in_flight is not None and window.numel() and in_flight.reserved(window.nbytes, self._allowed):
+            file, kept = self.file, empty_map(window.shape, window.dtype, CPU).copy_(window)
+            in_flight.write(slot, region, window.nbytes, lambda: _put(file, slot, region, kept))
         else:
-            for part in _parts(region, slot.itemsize):
-                piece = empty_map(box.shape_of(part), slot.dtype, CPU).copy_(window[box.slices(part, region)])
-                self.file.write(list(_runs(slot, part, piece.data_ptr())))
+            _put(self.file, slot, region, window)
         with self._lock:
             self.stored += window.nbytes
 
     def close(self, slot: Slot) -> None:
         """As `Store.close`."""
+        if self._in_flight is not None:
+            self._in_flight.forget(slot)
 
     def release(self) -> None:
         """As `Store.release`: its file is gone."""
+        if self._in_flight is not None:
+            self._in_flight.stop()
         self.file.close()
+
+    @property
+    def _allowed(self) -> int:
+        """Bytes that may be under way beside the buffers of the threads that move them."""
+        return self.spare - 2 * THREADS * DISK_BUFFER
+
+    def _under_way(self) -> InFlight | None:
+        self.file.check_owner()
+        if self._allowed <= 0 or self._in_flight is not None:
+            return self._in_flight
+        with self._lock:
+            self._in_flight = self._in_flight or InFlight()
+            return self._in_flight
+
+
+def _fetched(file: UnnamedFile, slot: Slot, region: Region) -> torch.Tensor:
+    made = empty_map(box.shape_of(region), slot.dtype, CPU)
+    wide = _widened(slot, region)
+    if wide == region:
+        file.read(list(_runs(slot, region, made.data_ptr())))
+        return made
+    for part in _parts(wide, slot.itemsize):
+        band = empty_map(box.shape_of(part), slot.dtype, CPU)
+        file.read(list(_runs(slot, part, band.data_ptr())))
+        inside = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(part, region, strict=True))
+        if not box.is_empty(inside):
+            made[box.slices(inside, region)].copy_(band[box.slices(inside, part)])
+    return made
+
+
+def _put(file: UnnamedFile, slot: Slot, region: Region, window: torch.Tensor) -> None:
+    if dense(window):
+        file.write(list(_runs(slot, region, window.data_ptr())))
+        return
+    for part in _parts(region, slot.itemsize):
+        piece = empty_map(box.shape_of(part), slot.dtype, CPU).copy_(window[box.slices(part, region)])
+        file.write(list(_runs(slot, part, piece.data_ptr())))
 
 
 def _inner(shape: tuple[int, ...]) -> list[int]:

@@ -22,6 +22,8 @@ class Host:
     they are made keep their order. A window never looks into it, also where the device is the processor itself.
     """
 
+    spare = 0
+
     def __init__(self, nbytes: int, device: torch.device):
         self.nbytes, self.device = nbytes, device
         self.block = device_of(CPU).block(nbytes, CPU)

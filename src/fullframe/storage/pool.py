@@ -80,12 +80,15 @@ class Pool:
         self.told = told or {}
         self._idle: dict[str, _Idle] = {}
 
-    def take(self, sizes: Mapping[str, int], device: torch.device) -> Stores:
+    def take(self, sizes: Mapping[str, int], device: torch.device, spare: int = 0) -> Stores:
         """Stores of at least so many bytes each: idle ones that are large enough, or new ones in their place.
 
-        There is always an arena, and other stores where bytes of them are asked for.
+        There is always an arena, and other stores where bytes of them are asked for. They may take ``spare`` bytes
+        beside their maps.
         """
         made = {name: self._take(name, n, device) for name, n in sizes.items() if n}
+        for store in made.values():
+            store.spare = spare
         arena = made.setdefault(DEVICE, Arena(0, device))
         assert isinstance(arena, Arena)
         return Stores(arena, made)

@@ -53,11 +53,13 @@ class Store(Protocol):
     that meets it, or, where a store works behind the caller's back, by any later one: at the latest by a fetch of
     what is lost. After that the store is only good for being let go, and the run has changed nothing of its caller's.
 
-    A store holds its memory as long as it lives, and leaves nothing behind when it goes.
+    A store holds its memory as long as it lives, and leaves nothing behind when it goes. Beside its maps it may take
+    ``spare`` bytes, which a run sets, for what it reads ahead and writes behind.
     """
 
     nbytes: int
     device: torch.device
+    spare: int
 
     def open(self, slot: Slot) -> None:
         """Begin the life of a map: its bytes are nobody else's from now on, and their content is undefined."""

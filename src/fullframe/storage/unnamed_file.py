@@ -154,11 +154,15 @@ class UnnamedFile:
             self._local.buffer = found
         return found
 
-    def _named(self, doing: str) -> _Naming:
+    def check_owner(self) -> None:
+        """Raises `OSError` in a process that was forked from the one that has made it."""
         if os.getpid() != self._owner:
             raise OSError(
                 errno.EBADF, "a process that was forked may not use the maps on disk of the one it was forked from"
             )
+
+    def _named(self, doing: str) -> _Naming:
+        self.check_owner()
         return _Naming(doing, self.folder)
 
 
