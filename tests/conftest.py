@@ -8,6 +8,9 @@ import torch
 
 import fullframe.tiled
 from fullframe.codegen.toolchain import cxx as compiler
+from fullframe.schedule import verify
+
+verify.ON = True  # every plan that a test makes is checked
 
 
 def pytest_report_header() -> str:

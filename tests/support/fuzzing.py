@@ -28,15 +28,13 @@ import fullframe
 from fullframe.compiler.pipeline import MAX_IN_FLIGHT, request_for
 from fullframe.compiler.program import Program
 from fullframe.frontend.inputs import Call
-from fullframe.ir import region as box
 from fullframe.ir.graph import Graph
 from fullframe.oracle import drawn
-from fullframe.partition.tile_axes import own_region, tiled
 from fullframe.runtime import executor
 from fullframe.runtime import fused as fused
 from fullframe.runtime.replay_cpu import Schedule
 from fullframe.schedule import planner, tiling
-from fullframe.schedule.memory import lifetimes
+from fullframe.schedule.verify import verify_plan
 from fullframe.tiled import Tiled
 
 TOLERANCE = 1e-9
@@ -275,25 +273,6 @@ def planned(case: Case) -> tuple[Tiled, Any, Program, planner.Request]:
     return step, (program.reads, call.key(program.reads), program.answers), program, request
 
 
-def invariants(plan: fullframe.Plan) -> None:
-    """Saved tiles are a disjoint cover; places alive together do not overlap; the budget is kept."""
-    assert plan.projected_bytes <= plan.budget, "the plan is beyond its budget"
-    for stage in plan.stages:
-        for value in stage.section.saves:
-            if tiled(value, plan.tile_axes):
-                seen = torch.zeros(value.shape, dtype=torch.uint8)
-                for tile in stage.grid.tiles():
-                    seen[box.slices(own_region(value, plan.tile_axes, tile))] += 1
-                assert bool((seen == 1).all()), f"{value} is no disjoint cover"
-    lives = lifetimes([s.section for s in plan.stages], [v for v in plan.graph.outputs if v is not None])
-    placed = [(v, s) for v, s in plan.slots.items() if v in lives.first]
-    for k, (a, s) in enumerate(placed):
-        for b, t in placed[:k]:
-            together = lives.first[a] <= lives.last[b] and lives.first[b] <= lives.last[a]
-            apart = s.offset + s.nbytes <= t.offset or t.offset + t.nbytes <= s.offset
-            assert apart or not together, f"{a} and {b} overlap"
-
-
 # One network ---------------------------------------------------------------------------------------
 
 
@@ -326,7 +305,7 @@ def _tiled_sides(case: Case, state: State, expected: Results, record: Record) ->
     step, key, program, request = planned(case)
     record.ops = sorted({op.target for op in program.graph.ops})
     record.whole = list(program.plan.whole)
-    invariants(program.plan)
+    verify_plan(program.plan)
     programs = step._fullframe["programs"]
     assert key in programs or not program.lasting, "the planned program would not be the one that runs"
     programs[key] = program

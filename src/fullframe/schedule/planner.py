@@ -12,6 +12,7 @@ from fullframe.partition.fusion import fusion_groups
 from fullframe.partition.saved_values import SavedValues, choose_saved_values
 from fullframe.partition.sections import Section, build_sections
 from fullframe.partition.tile_axes import TileAxes, find_tile_axes, tiled
+from fullframe.schedule import verify
 from fullframe.schedule.clones import Draft, rematerialize_until
 from fullframe.schedule.cost import spent
 from fullframe.schedule.memory import Lifetimes, lifetimes, place, rounded
@@ -62,6 +63,8 @@ def plan(graph: Graph, request: Request) -> Plan:
     if found is None:
         assert refused is not None
         raise refused
+    if verify.ON:
+        verify.verify_plan(found)
     return found
 
 
