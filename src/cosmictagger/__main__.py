@@ -16,6 +16,7 @@ from cosmictagger.compare import compare
 from cosmictagger.data import DataError, EventFile
 from cosmictagger.demo import DEMO, run_demo
 from cosmictagger.evaluate import Evaluation, Running, Tagger, check_suits, evaluate, evaluate_tags, predict
+from cosmictagger.files import files_of, open_events
 from cosmictagger.progress import progress
 from cosmictagger.recipe import Recipe
 from cosmictagger.report import SCORES
@@ -86,6 +87,8 @@ class TrainingOptions:
     """Mirror events along the drift and turn them about it, at random."""
     validate_every: int = 100
     """Steps between validations; a checkpoint is written each time."""
+    validation_events: int | None = None
+    """Score the first so many of the validation events. Default: all of them."""
     seed: int = 0
     """Of the initial weights and the order of events."""
 
@@ -98,6 +101,7 @@ class TrainingOptions:
             steps=self.steps,
             seed=self.seed,
             validate_every=self.validate_every,
+            validation_events=self.validation_events,
             minutes=self.minutes,
             schedule=self.schedule,
             warmup=self.warmup,
@@ -146,11 +150,11 @@ def train_command(
     Parameters
     ----------
     events
-        larcv3 HDF5 file to train on.
+        larcv3 HDF5 file to train on; or a folder of them, a pattern in quotes, or several with commas between.
     out
         Folder for everything the training leaves.
     validation
-        larcv3 HDF5 file of events that are not trained on.
+        The same, of events that are not trained on.
     resume
         Go on with the training that the folder holds.
     """
@@ -164,6 +168,7 @@ def evaluate_command(
     *,
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
     variant: Literal["uresnet", "a21", "scc21", "polaris"] | None = None,
+    connections: Literal["sum", "none"] | None = None,
     running: RunningOptions = _RUNNING,
 ) -> None:
     """Score a network, or the tags that `predict` has written, on events with truth.
@@ -174,19 +179,21 @@ def evaluate_command(
     Parameters
     ----------
     events
-        larcv3 HDF5 file.
+        larcv3 HDF5 file; or a folder of them, a pattern in quotes, or several with commas between.
     weights
         Weights of a training, or a checkpoint of the public CosmicTagger. Without them the file's tags are scored.
     json_file
         File to write the scores to as well.
     variant
-        Network, where the weights do not say it.
+        Network, where neither the weights nor their shapes say it.
+    connections
+        Whether the network adds its skips or drops them, where the weights' shapes do not say it.
     """
     how = running.running(weights)
-    net = None if weights is None else load_weights(weights, variant)
+    net = None if weights is None else load_weights(weights, variant, connections=connections)
     with ExitStack() as stack:
         part = None if json_file is None else stack.enter_context(replacing(json_file))  # fails before the work
-        file = stack.enter_context(EventFile(events))
+        file = stack.enter_context(open_events(events))
         say = stack.enter_context(progress("evaluating"))
         if net is None:
             found = evaluate_tags(file, say)
@@ -216,6 +223,7 @@ def predict_command(
     out: Path,
     *,
     variant: Literal["uresnet", "a21", "scc21", "polaris"] | None = None,
+    connections: Literal["sum", "none"] | None = None,
     running: RunningOptions = _RUNNING,
 ) -> None:
     """Tag the pixels of events, with or without truth.
@@ -223,23 +231,46 @@ def predict_command(
     Parameters
     ----------
     events
-        larcv3 HDF5 file.
+        larcv3 HDF5 file; or a folder of them, a pattern in quotes, or several with commas between.
     weights
         Weights of a training, or a checkpoint of the public CosmicTagger.
     out
         larcv3 HDF5 file to write: all that the events' file holds, and for each pixel with charge its class, 0, 1
-        (cosmic) or 2 (neutrino), and how probable each class is.
+        (cosmic) or 2 (neutrino), and how probable each class is. For several files a folder, in which each keeps its
+        name.
     variant
-        Network, where the weights do not say it.
+        Network, where neither the weights nor their shapes say it.
+    connections
+        Whether the network adds its skips or drops them, where the weights' shapes do not say it.
     """
     how = running.running(weights)
-    if out.exists() and events.exists() and out.samefile(events):
-        raise DataError(f"{out}: would replace the events; name another file")
-    net = load_weights(weights, variant)
-    with EventFile(events, labels=False) as file, progress("tagging") as say:
-        check_suits(file, net, how)
-        predict(Tagger(net, how), file, out, say)
+    pairs = _pairs(events, out)
+    net = load_weights(weights, variant, connections=connections)
+    for path, _ in pairs:
+        with EventFile(path, labels=False) as file:
+            check_suits(file, net, how)
+    for path, result in pairs:
+        with EventFile(path, labels=False) as file, progress(f"tagging {path.name}") as say:
+            predict(Tagger(net, how), file, result, say)
     print(f"{out}: classes are in the product sparse2d_cosmictagger, probabilities in sparse2d_cosmictagger_<class>")
+
+
+def _pairs(events: Path, out: Path) -> list[tuple[Path, Path]]:
+    """Files of events, and where the tags of each go. Raises DataError where one would replace another."""
+    paths = files_of(events)
+    if len(paths) == 1 and not out.is_dir():
+        pairs = [(paths[0], out)]
+    else:
+        if out.exists() and not out.is_dir():
+            raise DataError(f"{out}: is not a folder, which {len(paths)} files of events need")
+        pairs = [(path, out / path.name) for path in paths]
+    names = [result for _, result in pairs]
+    for path, result in pairs:
+        if names.count(result) > 1:
+            raise DataError(f"{path}: another file has this name, too; name their folders one by one")
+        if result.exists() and any(p.exists() and result.samefile(p) for p in paths):
+            raise DataError(f"{result}: would replace the events; name another file")
+    return pairs
 
 
 @app.command(name="compare")

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosmictagger.data import Event, EventFile, shrink, shrink_labels
+from cosmictagger.data import Event, shrink, shrink_labels
+from cosmictagger.files import Events
 
 CLASSES = (1, 2)  # cosmic, neutrino
 ALIGNED = 8
@@ -19,6 +20,9 @@ class Batch:
 
     image: Tensor
     label: Tensor | None
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.image.to(device), None if self.label is None else self.label.to(device))
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Crop:
 
 
 def load_batch(
-    events: EventFile, indices: list[int], *, downsample: int, device: torch.device, crop: Crop | None = None
+    events: Events, indices: list[int], *, downsample: int, device: torch.device, crop: Crop | None = None
 ) -> Batch:
     """Read events and shrink them `downsample` times by two. Raises DataError if one of them is not usable."""
     found = [events[index] for index in indices]
@@ -54,13 +58,19 @@ def batch_of(events: list[Event], *, downsample: int, device: torch.device) -> B
     return Batch(torch.from_numpy(np.stack(images)).to(device), label)
 
 
-def indices_of_step(step: int, batch: int, events: int, seed: int) -> list[int]:
+def indices_of_step(step: int, batch: int, events: int, seed: int, shard: tuple[int, int] = (0, 1)) -> list[int]:
     """Events of training step `step` (from 0): every event once per epoch, in an order that changes with the epoch.
 
-    Depends on its arguments alone, so a resumed training goes on with the events it would have had.
+    `shard`: rank and number of the processes that share the events; each takes `batch` others of the same order.
+    Depends on its arguments alone, so a resumed training goes on with the events it would have had. Raises ValueError
+    for a rank that is none.
     """
+    rank, ranks = shard
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank {rank} of {ranks}; it must be from 0 to {ranks - 1}")
     out = []
-    for k in range(step * batch, (step + 1) * batch):
+    first = (step * ranks + rank) * batch
+    for k in range(first, first + batch):
         epoch, position = divmod(k, events)
         out.append(int(np.random.default_rng([seed, epoch]).permutation(events)[position]))
     return out

@@ -1,5 +1,6 @@
 """Scores of a network on labelled events, and the classes it gives to pixels."""
 
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from cosmictagger import engine
 from cosmictagger.batches import Batch, batch_of, load_batch
 from cosmictagger.data import SCORES, TAGS, DataError, Event, EventFile, Pixels, writing
+from cosmictagger.files import Events, ahead
 from cosmictagger.metrics import CLASSES, Scores, confusion, scores
 from cosmictagger.model import UResNet, check_image_shape
 from cosmictagger.objective import tags_of
@@ -47,12 +49,12 @@ class Running:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
 
 
-def check_suits(events: EventFile, net: UResNet, running: Running) -> None:
+def check_suits(events: Events, net: UResNet, running: Running) -> None:
     """Raise DataError unless the network takes the file's images."""
     check_shape_suits(events, events.shape, net, running)
 
 
-def check_shape_suits(events: EventFile, shape: tuple[int, int], net: UResNet, running: Running) -> None:
+def check_shape_suits(events: Events, shape: tuple[int, int], net: UResNet, running: Running) -> None:
     """Raise DataError unless the network takes parts of the file's images of a shape (rows, columns)."""
     side = 2**running.downsample
     rows, columns = shape
@@ -82,7 +84,7 @@ class Tagger:
     def __exit__(self, *_: object) -> None:
         self._tiled.train(self._was_training)
 
-    def load(self, events: EventFile, index: int) -> Batch:
+    def load(self, events: Events, index: int) -> Batch:
         """One event, as the network takes it."""
         return load_batch(events, [index], downsample=self.running.downsample, device=self.running.device)
 
@@ -98,11 +100,12 @@ class Tagger:
             return tags_of(logits), torch.stack([x.float().softmax(dim=1) for x in logits], dim=1)
 
 
-def evaluate(tagger: Tagger, events: EventFile, say: Say = silent) -> Evaluation:
-    """Score every event of the file. Raises DataError without labels."""
+def evaluate(tagger: Tagger, events: Events, say: Say = silent, *, first: int | None = None) -> Evaluation:
+    """Score every event, or the `first` so many. Raises DataError without labels."""
+    count = len(events) if first is None else min(first, len(events))
     counts, gated, baseline = [], [], []
-    with tagger:
-        for index, event in enumerate(events):
+    with tagger, closing(ahead(events.__getitem__, range(count))) as found:
+        for index, event in enumerate(found):
             _check_labelled(events, event)
             batch = batch_of([event], downsample=tagger.running.downsample, device=tagger.running.device)
             assert batch.label is not None
@@ -110,12 +113,12 @@ def evaluate(tagger: Tagger, events: EventFile, say: Say = silent) -> Evaluation
             counts.append(confusion(tags, batch.label))
             gated.append(_stored(event, pixel_tags(event, tags[0], tagger.running.downsample)))
             baseline.append(_stored(event, _all_cosmic(event)))
-            say(index + 1, len(events), "")
+            say(index + 1, count, "")
     network, base = scores(torch.cat(gated)), scores(torch.cat(baseline))
-    return Evaluation(len(events), network, base, scores(torch.cat(counts)))
+    return Evaluation(count, network, base, scores(torch.cat(counts)))
 
 
-def evaluate_tags(events: EventFile, say: Say = silent) -> Evaluation:
+def evaluate_tags(events: Events, say: Say = silent) -> Evaluation:
     """Score the tags that `predict` has written into a file. Raises DataError without labels or without tags."""
     gated, baseline = [], []
     for index, event in enumerate(events):
@@ -132,10 +135,12 @@ def predict(tagger: Tagger, events: EventFile, out: Path, say: Say = silent) -> 
     The file appears whole. Tags of an earlier prediction are replaced.
     """
     halvings = tagger.running.downsample
-    with tagger, writing(out) as file:
+    with ExitStack() as held, tagger, writing(out) as file:
         file.copy_from(events, without=(TAGS, *SCORES))
-        for index, event in enumerate(events):
-            tags, probable = tagger.probable(tagger.load(events, index).image)
+        found = held.enter_context(closing(ahead(events.__getitem__, range(len(events)))))
+        for index, event in enumerate(found):
+            batch = batch_of([event], downsample=halvings, device=tagger.running.device)
+            tags, probable = tagger.probable(batch.image)
             products = {TAGS: pixel_tags(event, tags[0], halvings)}
             for k, group in enumerate(SCORES):
                 products[group] = pixel_tags(event, probable[0, :, k], halvings)
@@ -152,7 +157,7 @@ def pixel_tags(event: Event, values: Tensor, downsample: int) -> tuple[Pixels, .
     )
 
 
-def _check_labelled(events: EventFile, event: Event) -> None:
+def _check_labelled(events: Events, event: Event) -> None:
     if event.label is None:
         raise DataError(f"{events.path}: no labels to score against")
 

@@ -40,10 +40,19 @@ class Recipe:
     """Mirror events along the drift and turn them about it, each half of the time; see `Event.flipped`."""
     validate_first: bool = False
     """Score the untrained network, too."""
+    validation_events: int | None = None
+    """Score the first so many of the validation events; None: all of them."""
 
     def __post_init__(self) -> None:
         PlaneLoss(self.loss)
-        for name, least in {"batch": 1, "steps": 1, "validate_every": 1, "checkpoint_every": 1, "warmup": 0}.items():
+        for name, least in {
+            "batch": 1,
+            "steps": 1,
+            "validate_every": 1,
+            "checkpoint_every": 1,
+            "warmup": 0,
+            "validation_events": 1,
+        }.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")

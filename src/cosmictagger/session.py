@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cosmictagger.data import EventFile, writing
+from cosmictagger.data import writing
 from cosmictagger.display import Panel, event_panels
 from cosmictagger.evaluate import Running, Tagger
+from cosmictagger.files import Events, open_events
 from cosmictagger.model import UResNet, count_parameters
 from cosmictagger.progress import progress
 from cosmictagger.recipe import Recipe
@@ -32,12 +33,12 @@ def train_with_report(
 
     Returns one line that says what came of it. Raises as `train` does.
     """
-    with EventFile(files.events) as events:
+    with open_events(files.events) as events:
         if files.validation is None:
             with progress("training") as say:
                 trained = train(recipe, events, files.out, running, resume=resume, say=say)
             return f"{_steps(recipe, trained)}; weights in {files.out / 'weights.safetensors'}"
-        with EventFile(files.validation) as validation:
+        with open_events(files.validation) as validation:
             with progress("training") as say:
                 trained = train(recipe, events, files.out, running, validation=validation, resume=resume, say=say)
             log = read_log(files.out)
@@ -76,7 +77,7 @@ def _summary(recipe: Recipe, running: Running, trained: Trained, net: UResNet, s
     )
 
 
-def _pictures(net: UResNet, events: EventFile, running: Running, shown: int) -> list[tuple[str, list[list[Panel]]]]:
+def _pictures(net: UResNet, events: Events, running: Running, shown: int) -> list[tuple[str, list[list[Panel]]]]:
     out = []
     with Tagger(net, running) as tagger:
         for index in range(min(shown, len(events))):

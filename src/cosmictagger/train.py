@@ -13,8 +13,9 @@ A resumed training takes the steps that an uninterrupted one would have taken, w
 import json
 import math
 import time
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, closing
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,8 +27,9 @@ from cosmictagger.atomic import locked, replacing
 from cosmictagger.batches import Batch, Crop, batch_of, cut, flipped_at_random, indices_of_step
 from cosmictagger.checkpoint import NAME as CHECKPOINT
 from cosmictagger.checkpoint import load_checkpoint, save_checkpoint
-from cosmictagger.data import DataError, EventFile
+from cosmictagger.data import DataError
 from cosmictagger.evaluate import Running, Tagger, check_shape_suits, check_suits, evaluate
+from cosmictagger.files import Events, ahead
 from cosmictagger.memory import PeakMemory
 from cosmictagger.metrics import confusion, scores
 from cosmictagger.model import UResNet, expect_background
@@ -68,11 +70,11 @@ class _State:
 
 def train(
     recipe: Recipe,
-    events: EventFile,
+    events: Events,
     out: Path,
     running: Running,
     *,
-    validation: EventFile | None = None,
+    validation: Events | None = None,
     resume: bool = False,
     say: Say = silent,
 ) -> Trained:
@@ -91,7 +93,7 @@ def train(
 
 def _train(
     recipe: Recipe,
-    files: tuple[EventFile, EventFile | None, Path],
+    files: tuple[Events, Events | None, Path],
     running: Running,
     resume: bool,
     say: Say,
@@ -105,8 +107,8 @@ def _train(
     check_shape_suits(events, recipe.crop or events.shape, state.net, running)
     if validation is not None:
         check_suits(validation, state.net, running)
-        for _ in validation:
-            pass  # a bad event is found before hours of training, not after
+        for index in range(_scored(recipe, validation)):
+            validation[index]  # a bad event is found before hours of training, not after
     step = engine.training_step(state.net, TaggedLoss(PlaneLoss(recipe.loss)), running.budget, running.threads)
     plan, projected = _plan(step, _batch(recipe, 0, events, running), running)
     if not out.exists():
@@ -114,7 +116,7 @@ def _train(
         held.enter_context(locked(out))
     _write(out / "recipe.json", json.dumps(described, indent=2) + "\n")
     _write(out / "plan.txt", plan + "\n")
-    seconds, measured = _loop(recipe, state, step, files, running, say)
+    seconds, measured = _loop(recipe, state, step, files, running, say, held)
     return Trained(state.step, seconds, Memory(running.budget, projected, measured))
 
 
@@ -122,9 +124,10 @@ def _loop(
     recipe: Recipe,
     state: _State,
     step: engine.Step,
-    files: tuple[EventFile, EventFile | None, Path],
+    files: tuple[Events, Events | None, Path],
     running: Running,
     say: Say,
+    held: ExitStack,
 ) -> tuple[float, int | None]:
     """Take the steps; returns seconds, and the bytes that the first step added."""
     events, validation, out = files
@@ -134,11 +137,18 @@ def _loop(
 
     tagger = Tagger(state.net, running) if validation is not None else None
     if tagger is not None and validation is not None and recipe.validate_first and state.step == 0:
-        log.add({"step": 0, "validation": evaluate(tagger, validation).as_dict()})
+        log.add({"step": 0, "validation": evaluate(tagger, validation, first=recipe.validation_events).as_dict()})
     start, measured, late = time.monotonic(), None, False
+    load = partial(_batch, recipe, events=events, running=replace(running, device=torch.device("cpu")))
+    # nothing is read during the first step, so that its memory is its own
+    batches = held.enter_context(closing(ahead(load, range(state.step, recipe.steps), alone=1)))
     while state.step < recipe.steps and not late:
+        asked = time.monotonic()
+        batch = next(batches).to(running.device)
+        waited = time.monotonic() - asked
         _set_rate(state.optimizer, recipe.rate(state.step, time.monotonic() - start))
-        line, added = _one_step(step, state, _batch(recipe, state.step, events, running), running, measured is None)
+        line, added = _one_step(step, state, batch, running, measured is None)
+        line["waited"] = round(waited, 4)
         measured = added if measured is None else measured
         log.add(line)
         text = f"loss {line['loss']:.4f}  mIoU {line['train']['mean_iou']:.3f}  {line['seconds']:.1f} s/step"
@@ -146,7 +156,7 @@ def _loop(
         late = recipe.minutes is not None and time.monotonic() - start > 60 * recipe.minutes
         if late or state.step % recipe.validate_every == 0 or state.step == recipe.steps:
             if tagger is not None and validation is not None:
-                found = evaluate(tagger, validation).as_dict()
+                found = evaluate(tagger, validation, first=recipe.validation_events).as_dict()
                 log.add({"step": state.step, "validation": found})
                 if found["network"]["mean_iou"] > best:
                     best = found["network"]["mean_iou"]
@@ -157,7 +167,7 @@ def _loop(
     return time.monotonic() - start, measured
 
 
-def seconds_per_step(recipe: Recipe, events: EventFile, running: Running) -> float:
+def seconds_per_step(recipe: Recipe, events: Events, running: Running) -> float:
     """How long a step of a recipe takes here, once it has been recorded. Nothing is kept of it."""
     net = UResNet(recipe.network)
     state = _State(net, Adam(net.parameters(), recipe.learning_rate))
@@ -215,7 +225,13 @@ def _truth(batch: Batch) -> Tensor:
     return batch.label
 
 
-def _batch(recipe: Recipe, step: int, events: EventFile, running: Running) -> Batch:
+def _scored(recipe: Recipe, validation: Events) -> int:
+    """How many events a validation scores: the first so many, always the same."""
+    count = len(validation)
+    return count if recipe.validation_events is None else min(recipe.validation_events, count)
+
+
+def _batch(recipe: Recipe, step: int, events: Events, running: Running) -> Batch:
     indices = indices_of_step(step, recipe.batch, len(events), recipe.seed)
     crop = None if recipe.crop is None else Crop(recipe.crop, (recipe.seed, step))
     found = [events[index] for index in indices]
@@ -241,7 +257,11 @@ def _described(recipe: Recipe, running: Running, data: str) -> dict:
 
 
 # The learning rate may, so that a training that diverged can go on with a smaller one.
-_MAY_CHANGE = ("steps", "learning_rate", "validate_every", "checkpoint_every", "validate_first", "minutes", "budget")
+_MAY_CHANGE = (
+    "steps", "learning_rate", "validate_every", "checkpoint_every", "validate_first", "validation_events", "minutes",
+    "budget",
+)  # fmt: skip
+_DEFAULTS = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
 
 
 def _start(recipe: Recipe, out: Path, running: Running, resumed: dict | None) -> _State:
@@ -273,7 +293,8 @@ def _check_described(asked: dict, out: Path) -> None:
     """Raise DataError unless the training of a folder is the one that is asked for."""
     try:
         before = json.loads((out / "recipe.json").read_text())
-    except (OSError, ValueError) as error:
+        before = {**_DEFAULTS, **before}  # an older version knew fewer settings
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{out / 'recipe.json'}: cannot be read, so nothing can be resumed") from error
     for key, value in asked.items():
         if key == "data" and before.get(key) != value:

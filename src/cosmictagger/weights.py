@@ -13,6 +13,7 @@ from torch import Tensor
 from cosmictagger.atomic import replacing
 from cosmictagger.data import DataError
 from cosmictagger.model import VARIANTS, NetworkConfig, UResNet
+from cosmictagger.shapes import infer_config
 
 METADATA = "cosmictagger"
 """The one entry of a file's metadata: several would be written in an order that differs from file to file, and equal
@@ -66,18 +67,22 @@ def not_finite(state: dict[str, Tensor]) -> str | None:
     return f"{bad[0]} has values that are NaN or infinite" if bad else None
 
 
-def load_weights(path: Path, variant: str | None = None) -> UResNet:
+def load_weights(path: Path, variant: str | None = None, *, connections: str | None = None) -> UResNet:
     """The network of a weights file, in evaluation mode.
 
     A safetensors file written here says what network it is for; for any other, and for a checkpoint of the public
-    CosmicTagger, name the `variant`. Raises DataError if the file cannot be used.
+    CosmicTagger, it is read from the tensors' shapes, unless `variant` names it. What shapes do not tell,
+    `connections` says, as in `infer_config`. Raises DataError if the file cannot be used.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     state, config = _read(path)
     config = named_variant(variant) if variant is not None else config
     if config is None:
-        raise DataError(f"{path}: does not say which network it is for; name it with --variant")
+        try:
+            config = infer_config(state, connections)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
     net = UResNet(config)
     problem = misfit(state, net.state_dict())
     if problem:
