@@ -41,9 +41,13 @@ class Run(NamedTuple):
 def disk_folder(folder: str | os.PathLike[str] | None) -> Path:
     """The folder in which stored maps may lie: the system's temporary folder where None is given.
 
-    Raises `FileNotFoundError`, `NotADirectoryError` or `PermissionError`, and `ValueError` for one that is itself in
-    memory.
+    Raises `FileNotFoundError`, `NotADirectoryError` or `PermissionError`, `ValueError` for one that is itself in
+    memory, and `OSError` where the system cannot read and write at a place of a file.
     """
+    if not hasattr(os, "preadv"):
+        raise OSError(
+            errno.ENOSYS, f"maps on disk need preadv and pwritev, which {sys.platform} has not; leave out disk="
+        )
     given = Path(tempfile.gettempdir() if folder is None else folder)
     named = f"folder={str(given)!r}" if folder is not None else f"the temporary folder {str(given)!r}"
     if not given.exists():
