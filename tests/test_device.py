@@ -67,3 +67,12 @@ def test_a_third_device(monkeypatch):
 def test_a_device_that_nobody_knows_asks_for_a_budget():
     with pytest.raises(NotImplementedError, match="give a budget"):
         device_of(torch.device("meta")).free_bytes(torch.device("meta"))
+
+
+@pytest.mark.parametrize("budget", ["1 GB", None])
+def test_tensors_on_other_devices_are_refused_by_name(budget: str | None):
+    net, image = nn.Conv2d(1, 2, 3), torch.zeros(1, 1, 16, 16)
+    with pytest.raises(fullframe.CaptureError, match=r"input0 is on meta, and a tiled step runs on cpu or cuda"):
+        fullframe.tile(net, budget=budget)(image.to("meta"))
+    with pytest.raises(fullframe.CaptureError, match="weight is on meta"):
+        fullframe.tile(net.to("meta"), budget=budget).plan(image)

@@ -24,7 +24,7 @@ from fullframe.capture.threads import RECORDING
 from fullframe.capture.trace import _STATE, Recording, own_generator
 from fullframe.compiler.backward_variants import restricted_to
 from fullframe.compiler.program import BackwardVariants, Options, Program, changes, freed
-from fullframe.device import CPU, device_of
+from fullframe.device import CPU, DEVICES, device_of
 from fullframe.errors import CaptureError, FullframeError
 from fullframe.frontend.aliasing import refuse_identities, refuse_shared
 from fullframe.frontend.fields import state_of
@@ -110,7 +110,7 @@ def _compile(
     answers: tuple[bool, ...],
     opaque: Mapping[int, OpaqueLeaf] | None = None,
 ) -> Program:
-    _refuse_several_devices(call)
+    _refuse_devices(call)
     call.take_snapshot(EVERYTHING)
     refuse_dispatching(call.tensors[len(call.parameters) :])
     before = GuardSnapshot(call.roots)
@@ -156,7 +156,14 @@ def _compile(
     )  # fmt: skip
 
 
-def _refuse_several_devices(call: Call) -> None:
+def _refuse_devices(call: Call) -> None:
+    """Refuse tensors on a kind of device that nothing is known of, and on several devices."""
+    for name, tensor in zip(call.names, call.tensors, strict=True):
+        if tensor.device.type not in DEVICES:
+            raise CaptureError(
+                f"{name} is on {tensor.device}, and a tiled step runs on {' or '.join(DEVICES)}; move module, loss "
+                "and inputs there with .to(), or tile the part of the network that is there"
+            )
     devices = sorted({str(t.device) for t in call.tensors if not device_of(t.device).on_host})
     if len(devices) > 1:
         raise CaptureError(
