@@ -4,11 +4,12 @@ PIP    := .venv/bin/python -m pip --disable-pip-version-check install --quiet --
 
 SUITE  := .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo ci test lint fuzz slow compat compat-isa compat-nocompiler clean
+.PHONY: help demo ci test examples lint fuzz slow compat compat-isa compat-nocompiler clean
 
 help:
 	@echo "make demo   simulate, train at full resolution, evaluate; leaves out/demo/report.html"
 	@echo "make test   lint and the ordinary tests (under 10 minutes)"
+	@echo "make examples   the scripts of examples/"
 	@echo "make fuzz   random search for wrong numbers (long)"
 	@echo "make slow   tests that need minutes or many gigabytes"
 	@echo "make compat             the ordinary tests with the lowest, the pinned and the newest torch"
@@ -20,10 +21,13 @@ demo: .venv/app.stamp
 	.venv/bin/python -m cosmictagger demo --out out/demo
 
 # What continuous integration runs.
-ci: test
+ci: test examples
 
 test: lint
 	$(SUITE)
+
+examples: .venv/examples.stamp
+	$(SUITE) -m examples tests/test_examples.py
 
 lint: .venv/test.stamp
 	.venv/bin/ruff check src tests $(wildcard bench examples)
@@ -74,3 +78,7 @@ clean:
 .venv/test.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) --editable '.[cosmictagger,test]'
 	@touch $@ .venv/app.stamp
+
+.venv/examples.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) --editable '.[cosmictagger,test,examples]'
+	@touch $@ .venv/app.stamp .venv/test.stamp
