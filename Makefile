@@ -3,12 +3,17 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 PIP    := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 SUITE  := .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+# Of a test with more cases `make test` runs so many, and `make rest` the others.
+CASES  := 4
+# The `compat` targets run all of both; with SOME="--few 4" only what `make test` runs.
+SOME   ?=
 
-.PHONY: help demo ci test examples lint fuzz slow compat compat-isa compat-nocompiler clean
+.PHONY: help demo ci test rest examples lint fuzz slow compat compat-isa compat-nocompiler clean
 
 help:
 	@echo "make demo   simulate, train at full resolution, evaluate; leaves out/demo/report.html"
-	@echo "make test   lint and the ordinary tests (under 10 minutes)"
+	@echo "make test   lint and the ordinary tests, of each a few cases (under 10 minutes)"
+	@echo "make rest   the other cases (half an hour); make ci runs both"
 	@echo "make examples   the scripts of examples/"
 	@echo "make fuzz   random search for wrong numbers (long)"
 	@echo "make slow   tests that need minutes or many gigabytes"
@@ -21,10 +26,13 @@ demo: .venv/app.stamp
 	.venv/bin/python -m cosmictagger demo --out out/demo
 
 # What continuous integration runs.
-ci: test examples
+ci: test rest examples
 
 test: lint
-	$(SUITE)
+	$(SUITE) --few $(CASES)
+
+rest: .venv/test.stamp
+	$(SUITE) --rest $(CASES)
 
 examples: .venv/examples.stamp
 	$(SUITE) -m examples tests/test_examples.py
@@ -49,18 +57,19 @@ compat: .venv/bin/python
 	  folder=$$(mktemp -d) && grep -v '^torch' constraints.txt > $$folder/constraints.txt && begun=$$(date +%s) && \
 	  $(PYTHON) -m venv $$folder/venv && $$folder/venv/bin/python -m pip install --quiet \
 	    --constraint $$folder/constraints.txt torch==$$release --editable '.[cosmictagger,test]' && \
-	  $$folder/venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal; status=$$?; \
+	  $$folder/venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(SOME); status=$$?; \
 	  rm -rf $$folder; echo "torch $$release: status $$status, $$(( $$(date +%s) - begun )) s"; \
 	  [ $$status = 0 ] || exit $$status; \
 	done
 
 # Every library's own limit, and that of our kernels.
 compat-isa: .venv/test.stamp
-	FULLFRAME_CPU_ISA=x86-64-v3 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(SUITE)
+	FULLFRAME_CPU_ISA=x86-64-v3 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	  $(SUITE) $(SOME)
 
 # A path on which nothing is found.
 compat-nocompiler: .venv/test.stamp
-	PATH= $(SUITE)
+	PATH= $(SUITE) $(SOME)
 
 clean:
 	rm -rf .venv out

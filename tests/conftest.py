@@ -1,6 +1,7 @@
-"""Fixtures that several files ask for by name."""
+"""Which cases of a test run, and fixtures that several files ask for by name."""
 
 import os
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -11,6 +12,34 @@ from fullframe.codegen.toolchain import cxx as compiler
 from fullframe.schedule import verify
 
 verify.ON = True  # every plan that a test makes is checked
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("cases")
+    group.addoption(
+        "--few", type=int, metavar="N", help="of a test with more than N cases, N that lie evenly among them"
+    )
+    group.addoption("--rest", type=int, metavar="N", help="what --few N leaves out")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a few cases of each test that is not marked ``rest``, or the others."""
+    few, rest = config.getoption("--few"), config.getoption("--rest")
+    if few is None and rest is None:
+        return
+    cases: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("rest") is None:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    chosen = {item.nodeid for those in cases.values() for item in evenly(those, few or rest)}
+    left_out = [item for item in items if (item.nodeid in chosen) != (few is not None)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if (item.nodeid in chosen) == (few is not None)]
+
+
+def evenly(those: list[pytest.Item], count: int) -> list[pytest.Item]:
+    """So many of them, the first one and others at equal distances, by their position among all."""
+    return [those[k * len(those) // count] for k in range(count)] if len(those) > count else those
 
 
 def pytest_report_header() -> str:

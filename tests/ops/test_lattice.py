@@ -54,6 +54,7 @@ def integers(tensor: torch.Tensor, random: Random) -> torch.Tensor:
     return torch.randint(-4, 5, tensor.shape, generator=generator).to(tensor.dtype)
 
 
+@pytest.mark.rest
 def test_rules_are_exact_on_integers() -> None:
     """By construction: every rule that adds, multiplies, compares or moves whole numbers, bit for bit."""
     seen: Counter[str] = Counter()
