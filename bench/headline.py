@@ -33,7 +33,7 @@ from cosmictagger.model import VARIANTS, NetworkConfig
 from cosmictagger.progress import progress
 from cosmictagger.recipe import Recipe
 from cosmictagger.simulate import Detector, simulate_numbered
-from cosmictagger.train import train
+from cosmictagger.train import Beside, train
 from cosmictagger.weights import load_weights
 
 RESULTS = Path(__file__).parent / "results" / "headline"
@@ -154,7 +154,7 @@ def run_unit(preset: Preset, name: str, out: Path, results: Path) -> None:
     ):
         recipe = recipe_of(preset, arm, int(seed))
         again = (folder / "recipe.json").is_file()
-        train(recipe, events, folder, running, validation=validation, resume=again, say=say)
+        train(recipe, events, folder, running, validation=validation, resume=again, beside=Beside(say))
     with EventFile(files["test"]) as test:
         tagger = Tagger(load_weights(folder / "weights.safetensors"), running)
         found = score(tagger, test, json.loads(files["vertices"].read_text()))

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 import fullframe
 
+Target = Tensor | tuple[Tensor, ...]
+
 
 class Plan(Protocol):
     """Printable; says what a step will take before it runs."""
@@ -15,11 +17,11 @@ class Plan(Protocol):
 
 
 class Step(Protocol):
-    """step(image, label) -> (loss, tags), for a criterion that returns both."""
+    """step(image, target) -> what the criterion makes of the network's output and the target."""
 
-    def __call__(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, ...]: ...
 
-    def plan(self, image: Tensor, label: Tensor) -> Plan: ...
+    def plan(self, image: Tensor, target: Target) -> Plan: ...
 
 
 def training_step(net: nn.Module, criterion: nn.Module, budget: str | None, threads: int | None = None) -> Step:

@@ -45,6 +45,51 @@ class PlaneLoss(nn.Module):
         return self.name
 
 
+class ShareLoss(nn.Module):
+    """criterion(logits, (label, table, totals)) -> what a part of a batch adds to the batch's loss.
+
+    logits and label as in PlaneLoss, of the part. table: float (planes, 3 classes), the weight of a pixel by its
+    class, not read where `focal` asks the network. totals: float (planes,), the sum of the weights of all pixels of
+    the batch. The shares of all parts sum to the PlaneLoss of the batch, and so do their gradients. Raises as
+    PlaneLoss does.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = PlaneLoss(name).name
+
+    def forward(self, logits: tuple[Tensor, ...], target: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        label, table, totals = target
+        terms = []
+        for x, y, weights, total in zip(logits, label.unbind(1), table.unbind(0), totals.unbind(0), strict=True):
+            entropy = _entropy(x, y)
+            if self.name == "focal":
+                weight = _focal(entropy.detach())
+            else:
+                background, cosmic, neutrino = weights.unbind(0)
+                weight = torch.where(y == 2, neutrino, torch.where(y == 1, cosmic, background))
+            terms.append((weight * entropy).sum() / total)
+        return torch.stack(terms).sum()
+
+
+class FocalTotals(nn.Module):
+    """criterion(logits, label) -> the sum of `focal`'s weights in each plane, scalars; arguments as in PlaneLoss."""
+
+    def forward(self, logits: tuple[Tensor, ...], label: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_focal(_entropy(x, y).detach()).sum() for x, y in zip(logits, label.unbind(1), strict=True))
+
+
+def class_weights(name: str, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The table and the totals that ShareLoss takes, for pixels counted by class: int64 (planes, 3). For `focal` the
+    totals are those of FocalTotals instead."""
+    table = torch.ones(counts.shape, dtype=torch.float64)
+    if name == "light":
+        table = table * torch.tensor([1.0, LIGHT_COSMIC, LIGHT_NEUTRINO], dtype=torch.float64)
+    elif name == "even":
+        table = EVEN_SHARE / (counts + 1).double()
+    return table.float(), (table * counts).sum(1).float()
+
+
 class TaggedLoss(nn.Module):
     """A loss that also hands back what the network chose: criterion(logits, label) -> (loss, tags).
 
@@ -66,12 +111,22 @@ def tags_of(logits: tuple[Tensor, ...]) -> Tensor:
 
 def plane_loss(name: str, logits: Tensor, label: Tensor) -> Tensor:
     """Loss of one plane: logits (batch, classes, rows, columns), integer label (batch, rows, columns)."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    entropy = F.cross_entropy(logits, label.long(), reduction="none")
+    entropy = _entropy(logits, label)
     if name == "none":
         return entropy.mean()
     weight = _weight(name, entropy.detach(), label)
     return (weight * entropy).sum() / weight.sum()
+
+
+def _entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Of each pixel, (batch, rows, columns)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, label.long(), reduction="none")
+
+
+def _focal(entropy: Tensor) -> Tensor:
+    """The mean over the classes of onehot * (1 - softmax)^2, where softmax of the true class is exp(-entropy)."""
+    return (1 - torch.exp(-entropy)).square() / 3
 
 
 def _weight(name: str, entropy: Tensor, label: Tensor) -> Tensor:
@@ -85,5 +140,4 @@ def _weight(name: str, entropy: Tensor, label: Tensor) -> Tensor:
             member = (label == k).to(entropy.dtype)
             weight = weight + member * (EVEN_SHARE / (member.sum() + 1))
         return weight
-    # focal: the mean over the classes of onehot * (1 - softmax)^2, where softmax of the true class is exp(-entropy)
-    return (1 - torch.exp(-entropy)).square() / 3
+    return _focal(entropy)

@@ -1,13 +1,13 @@
 """What is trained, and how: every choice of a training, and the learning rate of each of its steps."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 from cosmictagger.model import NetworkConfig
 from cosmictagger.objective import PlaneLoss
-
-Schedule = Literal["constant", "linear", "cosine"]
+from cosmictagger.optimizers import check_optimizer, check_schedule
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,9 @@ class Recipe:
     network: NetworkConfig
     loss: str = "light"
     learning_rate: float = 3e-4
-    """Of Adam, once warm and before it falls."""
+    """Of the optimiser, once warm and before it falls."""
     batch: int = 1
+    """Events that go through the network together."""
     steps: int = 1000
     seed: int = 0
     validate_every: int = 100
@@ -29,9 +30,10 @@ class Recipe:
     """Stop after the step that passes this time."""
     background: float | None = None
     """Share of background that the untrained network expects; None: weights as published."""
-    schedule: Schedule = "constant"
-    """How the learning rate falls, to zero at the last step or at the end of the minutes: not at all, in a straight
-    line, or as half a cosine."""
+    schedule: str = "constant"
+    """How the learning rate falls, to zero at the last step or at the end of the minutes: not at all (constant), in a
+    straight line (linear), or as half a cosine (cosine); or a scheduler of torch.optim.lr_scheduler by its name,
+    which moves by one after each step that is not of the warm-up, and knows nothing of minutes."""
     warmup: int = 0
     """Steps over which the learning rate rises in a straight line first."""
     crop: tuple[int, int] | None = None
@@ -42,11 +44,20 @@ class Recipe:
     """Score the untrained network, too."""
     validation_events: int | None = None
     """Score the first so many of the validation events; None: all of them."""
+    optimizer: str = "Adam"
+    """One of torch.optim, by its name."""
+    optimizer_arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Its keyword arguments, but for the learning rate."""
+    schedule_arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a scheduler of torch."""
+    accumulate: int = 1
+    """Batches of which a step is made; see `accumulation`."""
 
     def __post_init__(self) -> None:
         PlaneLoss(self.loss)
         for name, least in {
             "batch": 1,
+            "accumulate": 1,
             "steps": 1,
             "validate_every": 1,
             "checkpoint_every": 1,
@@ -60,11 +71,11 @@ class Recipe:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes is {self.minutes}; it must be positive")
-        if self.schedule not in get_args(Schedule):
-            raise ValueError(f"unknown schedule {self.schedule!r}: choose one of {', '.join(get_args(Schedule))}")
+        check_optimizer(self.optimizer, self.optimizer_arguments)
+        check_schedule(self.schedule, self.schedule_arguments)
 
     def rate(self, step: int, seconds: float = 0.0) -> float:
-        """Learning rate of step `step` (from 0), begun `seconds` after the training."""
+        """Learning rate of step `step` (from 0), begun `seconds` after the training, by a schedule of our own."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         by_time = 0.0 if self.minutes is None else min(seconds / (60 * self.minutes), 0.99)
@@ -77,3 +88,10 @@ class Recipe:
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is written after `step` steps though nothing is validated."""
         return self.checkpoint_every is not None and step % self.checkpoint_every == 0
+
+
+def completed(recorded: dict[str, Any]) -> dict[str, Any]:
+    """What a training's folder records of its recipe, with what older versions did not know. Raises TypeError."""
+    known = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
+    made = {f.name: f.default_factory() for f in fields(Recipe) if f.default_factory is not MISSING}
+    return {**known, **made, **recorded}

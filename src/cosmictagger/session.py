@@ -12,7 +12,7 @@ from cosmictagger.progress import progress
 from cosmictagger.recipe import Recipe
 from cosmictagger.report import Report, last_validation, verdict, write_report
 from cosmictagger.simulate import Detector, simulate_numbered
-from cosmictagger.train import Trained, read_log, train
+from cosmictagger.train import Beside, Trained, read_log, train
 from cosmictagger.weights import load_weights
 
 
@@ -36,11 +36,13 @@ def train_with_report(
     with open_events(files.events) as events:
         if files.validation is None:
             with progress("training") as say:
-                trained = train(recipe, events, files.out, running, resume=resume, say=say)
+                trained = train(recipe, events, files.out, running, resume=resume, beside=Beside(say))
             return f"{_steps(recipe, trained)}; weights in {files.out / 'weights.safetensors'}"
         with open_events(files.validation) as validation:
             with progress("training") as say:
-                trained = train(recipe, events, files.out, running, validation=validation, resume=resume, say=say)
+                trained = train(
+                    recipe, events, files.out, running, validation=validation, resume=resume, beside=Beside(say)
+                )
             log = read_log(files.out)
             net = load_weights(files.out / "weights.safetensors")
             report = Report(

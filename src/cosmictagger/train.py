@@ -1,6 +1,6 @@
 """Training: one loop, one folder that holds all it leaves.
 
-    recipe.json             what was asked for
+    recipe.json             what was asked for, as a training that goes on compares it
     log.jsonl               one line per step and per validation
     checkpoint.safetensors  where to go on from
     weights.safetensors     the network so far, to release or to evaluate
@@ -13,18 +13,16 @@ A resumed training takes the steps that an uninterrupted one would have taken, w
 import json
 import math
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.optim import Adam
+from torch.optim import Optimizer
 
-from cosmictagger import engine
 from cosmictagger.atomic import locked, replacing
-from cosmictagger.batches import Batch, Crop, batch_of, cut, flipped_at_random, indices_of_step
 from cosmictagger.checkpoint import NAME as CHECKPOINT
 from cosmictagger.checkpoint import load_checkpoint, save_checkpoint
 from cosmictagger.data import DataError
@@ -33,9 +31,11 @@ from cosmictagger.files import Events, ahead
 from cosmictagger.memory import PeakMemory
 from cosmictagger.metrics import confusion, scores
 from cosmictagger.model import UResNet, expect_background
-from cosmictagger.objective import PlaneLoss, TaggedLoss
+from cosmictagger.optimizers import build_optimizer
+from cosmictagger.parts import Part, Steps, part_of
 from cosmictagger.progress import Say, silent
-from cosmictagger.recipe import Recipe
+from cosmictagger.recipe import Recipe, completed
+from cosmictagger.schedules import Rates
 from cosmictagger.weights import Origin, not_finite, save_weights
 
 BEST = "best.safetensors"
@@ -59,13 +59,27 @@ class Trained:
     memory: Memory
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What goes along with a training."""
+
+    say: Say = silent
+    """Told after each step."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Text of more files that the folder is to hold."""
+
+
 @dataclass
 class _State:
     """What changes while training."""
 
     net: UResNet
-    optimizer: Adam
+    optimizer: Optimizer
+    rates: Rates
     step: int = 0
+
+
+_ALONE = Beside()
 
 
 def train(
@@ -76,7 +90,7 @@ def train(
     *,
     validation: Events | None = None,
     resume: bool = False,
-    say: Say = silent,
+    beside: Beside = _ALONE,
 ) -> Trained:
     """Train and leave everything in the folder `out`.
 
@@ -88,7 +102,7 @@ def train(
     with ExitStack() as held:
         if out.exists():
             held.enter_context(locked(out))
-        return _train(recipe, (events, validation, out), running, resume, say, held)
+        return _train(recipe, (events, validation, out), running, resume, beside, held)
 
 
 def _train(
@@ -96,7 +110,7 @@ def _train(
     files: tuple[Events, Events | None, Path],
     running: Running,
     resume: bool,
-    say: Say,
+    beside: Beside,
     held: ExitStack,
 ) -> Trained:
     """The same in a folder that nobody else works in, or that is yet to be made."""
@@ -109,21 +123,25 @@ def _train(
         check_suits(validation, state.net, running)
         for index in range(_scored(recipe, validation)):
             validation[index]  # a bad event is found before hours of training, not after
-    step = engine.training_step(state.net, TaggedLoss(PlaneLoss(recipe.loss)), running.budget, running.threads)
-    plan, projected = _plan(step, _batch(recipe, 0, events, running), running)
+    if state.rates.follows_scores and validation is None:
+        raise ValueError(f"schedule {recipe.schedule} follows the scores of validations: name validation events")
+    steps = Steps(state.net, recipe, running)
+    plan, projected = steps.plan(part_of(0, recipe, events, running))
     if not out.exists():
         out.mkdir(parents=True)
         held.enter_context(locked(out))
     _write(out / "recipe.json", json.dumps(described, indent=2) + "\n")
     _write(out / "plan.txt", plan + "\n")
-    seconds, measured = _loop(recipe, state, step, files, running, say, held)
+    for name, text in beside.files.items():
+        _write(out / name, text)
+    seconds, measured = _loop(recipe, state, steps, files, running, beside.say, held)
     return Trained(state.step, seconds, Memory(running.budget, projected, measured))
 
 
 def _loop(
     recipe: Recipe,
     state: _State,
-    step: engine.Step,
+    steps: Steps,
     files: tuple[Events, Events | None, Path],
     running: Running,
     say: Say,
@@ -139,15 +157,16 @@ def _loop(
     if tagger is not None and validation is not None and recipe.validate_first and state.step == 0:
         log.add({"step": 0, "validation": evaluate(tagger, validation, first=recipe.validation_events).as_dict()})
     start, measured, late = time.monotonic(), None, False
-    load = partial(_batch, recipe, events=events, running=replace(running, device=torch.device("cpu")))
-    # nothing is read during the first step, so that its memory is its own
-    batches = held.enter_context(closing(ahead(load, range(state.step, recipe.steps), alone=1)))
+    load = partial(part_of, recipe=recipe, events=events, running=replace(running, device=torch.device("cpu")))
+    each = recipe.accumulate
+    # nothing is read during the first part, so that its memory is its own
+    coming = held.enter_context(closing(ahead(load, range(state.step * each, recipe.steps * each), alone=1)))
     while state.step < recipe.steps and not late:
         asked = time.monotonic()
-        batch = next(batches).to(running.device)
+        parts = [next(coming).to(running.device) for _ in range(each)]
         waited = time.monotonic() - asked
-        _set_rate(state.optimizer, recipe.rate(state.step, time.monotonic() - start))
-        line, added = _one_step(step, state, batch, running, measured is None)
+        state.rates.before(state.step, time.monotonic() - start)
+        line, added = _one_step(steps, state, parts, running, measured is None)
         line["waited"] = round(waited, 4)
         measured = added if measured is None else measured
         log.add(line)
@@ -158,6 +177,8 @@ def _loop(
             if tagger is not None and validation is not None:
                 found = evaluate(tagger, validation, first=recipe.validation_events).as_dict()
                 log.add({"step": state.step, "validation": found})
+                if state.step % recipe.validate_every == 0:  # others come from where a training was to end
+                    state.rates.scored(found["network"]["mean_iou"])
                 if found["network"]["mean_iou"] > best:
                     best = found["network"]["mean_iou"]
                     save_weights(state.net, out / BEST, origin)
@@ -169,11 +190,14 @@ def _loop(
 
 def seconds_per_step(recipe: Recipe, events: Events, running: Running) -> float:
     """How long a step of a recipe takes here, once it has been recorded. Nothing is kept of it."""
-    net = UResNet(recipe.network)
-    state = _State(net, Adam(net.parameters(), recipe.learning_rate))
-    step = engine.training_step(net, TaggedLoss(PlaneLoss(recipe.loss)), running.budget, running.threads)
+    state = _new(recipe, running)
+    steps = Steps(state.net, recipe, running)
+    each = recipe.accumulate
     taken = [
-        _one_step(step, state, _batch(recipe, k, events, running), running, False)[0]["seconds"] for k in range(4)
+        _one_step(
+            steps, state, [part_of(k * each + n, recipe, events, running) for n in range(each)], running, False
+        )[0]["seconds"]
+        for k in range(4)
     ]
     return min(taken[2:])  # the first records, and the second notes what the others repeat
 
@@ -183,26 +207,24 @@ def read_log(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def _set_rate(optimizer: Adam, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
 def _one_step(
-    step: engine.Step, state: _State, batch: Batch, running: Running, measure: bool
+    steps: Steps, state: _State, parts: list[Part], running: Running, measure: bool
 ) -> tuple[dict, int | None]:
     """Take a training step; returns its line of the log and, if asked, the bytes it added."""
     began = time.monotonic()
     without_gradients = all(p.grad is None for p in state.net.parameters())
-    with PeakMemory(running.device, wanted=measure) as peak:
-        with running.autocast():
-            loss, tags = step(batch.image, _truth(batch))
-        loss.backward()
-    added = peak.added
+    value, counts, added = 0.0, [], None
+    weights = steps.weights(parts)
+    for part in parts:
+        first = part is parts[0]
+        with PeakMemory(running.device, wanted=measure and first) as peak:
+            loss, tags = steps(part, weights)
+        added = peak.added if first else added
+        value += loss.item()
+        counts.append(confusion(tags, part.label))
     if added is not None and without_gradients:
         # gradients are the user's, whoever computes them
         added = max(0, added - sum(p.grad.nbytes for p in state.net.parameters() if p.grad is not None))
-    value = loss.item()
     if not math.isfinite(value):
         raise ArithmeticError(
             f"the loss is {value} at step {state.step + 1}; resume with a smaller learning rate than {_rate(state):g}"
@@ -210,7 +232,7 @@ def _one_step(
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    found = scores(confusion(tags, _truth(batch))).as_dict()
+    found = scores(torch.cat(counts)).as_dict()
     seconds = round(time.monotonic() - began, 3)
     return {"step": state.step, "loss": value, "rate": _rate(state), "seconds": seconds, "train": found}, added
 
@@ -219,34 +241,10 @@ def _rate(state: _State) -> float:
     return state.optimizer.param_groups[0]["lr"]
 
 
-def _truth(batch: Batch) -> Tensor:
-    if batch.label is None:
-        raise DataError("training needs events with labels")
-    return batch.label
-
-
 def _scored(recipe: Recipe, validation: Events) -> int:
     """How many events a validation scores: the first so many, always the same."""
     count = len(validation)
     return count if recipe.validation_events is None else min(recipe.validation_events, count)
-
-
-def _batch(recipe: Recipe, step: int, events: Events, running: Running) -> Batch:
-    indices = indices_of_step(step, recipe.batch, len(events), recipe.seed)
-    crop = None if recipe.crop is None else Crop(recipe.crop, (recipe.seed, step))
-    found = [events[index] for index in indices]
-    if crop is not None:
-        found = [cut(event, crop, index) for event, index in zip(found, indices, strict=True)]
-    if recipe.flips:
-        found = [flipped_at_random(e, (recipe.seed, step, k)) for k, e in enumerate(found)]
-    return batch_of(found, downsample=running.downsample, device=running.device)
-
-
-def _plan(step: engine.Step, batch: Batch, running: Running) -> tuple[str, int | None]:
-    """The printed plan of a step and the bytes it promises. Raises ValueError if the budget is too small."""
-    with running.autocast():
-        plan = step.plan(batch.image, _truth(batch))
-    return str(plan), plan.projected_bytes
 
 
 def _described(recipe: Recipe, running: Running, data: str) -> dict:
@@ -261,16 +259,21 @@ _MAY_CHANGE = (
     "steps", "learning_rate", "validate_every", "checkpoint_every", "validate_first", "validation_events", "minutes",
     "budget",
 )  # fmt: skip
-_DEFAULTS = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
 
 
-def _start(recipe: Recipe, out: Path, running: Running, resumed: dict | None) -> _State:
-    """A new network, or the one of the folder's checkpoint, if its training is the one that `resumed` describes."""
+def _new(recipe: Recipe, running: Running) -> _State:
+    """An untrained network. Raises ValueError for values that its optimiser or its schedule does not take."""
     net = UResNet(recipe.network)
     if recipe.background is not None:
         expect_background(net, recipe.background)
     net = net.to(running.device)
-    state = _State(net, Adam(net.parameters(), recipe.learning_rate))
+    optimizer = build_optimizer(recipe.optimizer, recipe.optimizer_arguments, net.parameters(), recipe.learning_rate)
+    return _State(net, optimizer, Rates(recipe, optimizer))
+
+
+def _start(recipe: Recipe, out: Path, running: Running, resumed: dict | None) -> _State:
+    """A new network, or the one of the folder's checkpoint, if its training is the one that `resumed` describes."""
+    state = _new(recipe, running)
     kept = out / CHECKPOINT
     if resumed is None:
         if kept.exists() or (out / "log.jsonl").exists():
@@ -285,7 +288,11 @@ def _start(recipe: Recipe, out: Path, running: Running, resumed: dict | None) ->
             f"{out}: no checkpoint to resume from" + ", but for an older one, which could hold code" * old
         )
     _check_described(resumed, out)
-    state.step = load_checkpoint(kept, state.net, state.optimizer)
+    state.step, schedule = load_checkpoint(kept, state.net, state.optimizer)
+    try:
+        state.rates.load(schedule)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{kept}: does not fit the training: its schedule is not {recipe.schedule}") from error
     return state
 
 
@@ -293,7 +300,7 @@ def _check_described(asked: dict, out: Path) -> None:
     """Raise DataError unless the training of a folder is the one that is asked for."""
     try:
         before = json.loads((out / "recipe.json").read_text())
-        before = {**_DEFAULTS, **before}  # an older version knew fewer settings
+        before = completed(before)
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{out / 'recipe.json'}: cannot be read, so nothing can be resumed") from error
     for key, value in asked.items():
@@ -308,7 +315,7 @@ def _save(state: _State, out: Path, origin: Origin) -> None:
     problem = not_finite(state.net.state_dict())
     if problem:
         raise ArithmeticError(f"{problem} after step {state.step}; resume with a smaller learning rate")
-    save_checkpoint(out / CHECKPOINT, state.net, state.optimizer, state.step)
+    save_checkpoint(out / CHECKPOINT, state.net, state.optimizer, state.step, state.rates.state())
     save_weights(state.net, out / "weights.safetensors", origin)
 
 
