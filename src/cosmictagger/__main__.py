@@ -3,7 +3,7 @@
 import json
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,15 +13,15 @@ from cyclopts import App, CycloptsError, Parameter
 
 from cosmictagger.atomic import replacing
 from cosmictagger.compare import compare
+from cosmictagger.config import overridden, read, run_of
 from cosmictagger.data import DataError, EventFile
 from cosmictagger.demo import DEMO, run_demo
 from cosmictagger.evaluate import Evaluation, Running, Tagger, check_suits, evaluate, evaluate_tags, predict
 from cosmictagger.files import files_of, open_events
 from cosmictagger.progress import progress
-from cosmictagger.recipe import Recipe
 from cosmictagger.report import SCORES
-from cosmictagger.session import Files, simulate_file, train_with_report
-from cosmictagger.weights import Origin, load_origin, load_weights, named_variant
+from cosmictagger.session import simulate_file, train_with_report
+from cosmictagger.weights import Origin, load_origin, load_weights
 
 app = App(
     name="cosmictagger",
@@ -43,8 +43,8 @@ class RunningOptions:
     downsample: Literal[0, 1] | None = None
     """0: full resolution. 1: half of it, charge averaged, labels the largest of four. Default: as for the weights, or
     0."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where to compute."""
+    device: Literal["cpu", "cuda"] | None = None
+    """Where to compute. Default: cpu."""
 
     def running(self, weights: Path | None = None) -> Running:
         """How to run, as weights were trained; refused where something else is asked for."""
@@ -59,7 +59,7 @@ class RunningOptions:
             raise DataError("no CUDA device was found; leave --device out to compute on the CPU")
         precision, downsample = self.precision or origin.precision, self.downsample
         downsample = origin.downsample if downsample is None else downsample
-        return Running(self.budget, precision, downsample, torch.device(self.device))
+        return Running(self.budget, precision, downsample, torch.device(self.device or "cpu"))
 
 
 @Parameter(name="*")
@@ -67,49 +67,54 @@ class RunningOptions:
 class TrainingOptions:
     """What is trained, and for how long."""
 
-    variant: Literal["uresnet", "a21", "scc21", "polaris"] = "uresnet"
-    """Network."""
-    loss: Literal["none", "light", "even", "focal"] = "light"
-    """Weights of the pixels: none, by class (light), by class frequency (even), by difficulty (focal)."""
-    learning_rate: float = 3e-4
-    """Of Adam."""
-    batch: int = 1
-    """Events per step."""
-    steps: int = 1000
-    """Training steps in all, those before a resume included."""
+    validation: Path | None = None
+    """Events, named as those to train on, that are not trained on."""
+    variant: Literal["uresnet", "a21", "scc21", "polaris"] | None = None
+    """Network. Default: uresnet."""
+    loss: Literal["none", "light", "even", "focal"] | None = None
+    """Weights of the pixels: none, by class (light), by class frequency (even), by difficulty (focal). Default:
+    light."""
+    optimizer: str | None = None
+    """One of torch.optim. Default: Adam."""
+    learning_rate: float | None = None
+    """Of the optimizer, once warm. Default: 3e-4."""
+    batch: int | None = None
+    """Events that go through the network together. Default: 1."""
+    accumulate: int | None = None
+    """Batches whose gradients make a step, which is that of one large batch but for batch norm. Default: 1."""
+    steps: int | None = None
+    """Training steps in all, those before a resume included. Default: 1000."""
     minutes: float | None = None
-    """Stop after the step that passes this time."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls to zero, by the last step or the end of the minutes."""
-    warmup: int = 0
-    """Steps over which the learning rate rises first."""
-    flips: bool = False
-    """Mirror events along the drift and turn them about it, at random."""
-    validate_every: int = 100
-    """Steps between validations; a checkpoint is written each time."""
+    """Stop after the step that passes this time. Default: no limit."""
+    schedule: str | None = None
+    """How the learning rate goes: constant; linear or cosine, to zero by the last step or the end of the minutes; or
+    one of torch.optim.lr_scheduler. Default: constant."""
+    warmup: int | None = None
+    """Steps over which the learning rate rises first. Default: 0."""
+    flips: bool | None = None
+    """Mirror events along the drift and turn them about it, at random. Default: no."""
+    validate_every: int | None = None
+    """Steps between validations; a checkpoint is written each time. Default: 100."""
     validation_events: int | None = None
     """Score the first so many of the validation events. Default: all of them."""
-    seed: int = 0
-    """Of the initial weights and the order of events."""
-
-    def recipe(self) -> Recipe:
-        return Recipe(
-            network=named_variant(self.variant),
-            loss=self.loss,
-            learning_rate=self.learning_rate,
-            batch=self.batch,
-            steps=self.steps,
-            seed=self.seed,
-            validate_every=self.validate_every,
-            validation_events=self.validation_events,
-            minutes=self.minutes,
-            schedule=self.schedule,
-            warmup=self.warmup,
-            flips=self.flips,
-        )
+    seed: int | None = None
+    """Of the initial weights and the order of events. Default: 0."""
 
 
-_TRAINING, _RUNNING = TrainingOptions(), RunningOptions()
+@Parameter(name="*")
+@dataclass(frozen=True)
+class FileOptions:
+    """Settings from a file."""
+
+    config: Path | None = None
+    """YAML file of settings: all that the options here say, by the same names, and more (docs/training.md). What the
+    command line says comes before it."""
+    set: Annotated[list[str], Parameter(negative=())] = field(default_factory=list)
+    """A setting by its name in such a file, e.g. "optimizer.weight_decay=0.01" or "network.depth=5"; may be repeated,
+    and comes before all others."""
+
+
+_TRAINING, _RUNNING, _FILE = TrainingOptions(), RunningOptions(), FileOptions()
 
 
 @app.command(name="simulate")
@@ -135,17 +140,17 @@ def simulate_command(out: Path, *, events: int = 10, seed: int = 0, first: int =
 
 @app.command(name="train")
 def train_command(
-    events: Path,
-    out: Path,
+    events: Path | None = None,
+    out: Path | None = None,
     *,
-    validation: Path | None = None,
     resume: bool = False,
+    file: FileOptions = _FILE,
     training: TrainingOptions = _TRAINING,
     running: RunningOptions = _RUNNING,
 ) -> None:
     """Train a network on events with truth.
 
-    Leaves a log, a checkpoint, the weights and, with validation events, report.html.
+    Leaves its settings, a log, a checkpoint, the weights and, with validation events, report.html.
 
     Parameters
     ----------
@@ -153,12 +158,14 @@ def train_command(
         larcv3 HDF5 file to train on; or a folder of them, a pattern in quotes, or several with commas between.
     out
         Folder for everything the training leaves.
-    validation
-        The same, of events that are not trained on.
     resume
         Go on with the training that the folder holds.
     """
-    print(train_with_report(Files(events, out, validation), training.recipe(), running.running(), resume=resume))
+    options = {"events": events, "out": out, **vars(training), **vars(running)}
+    settings = {} if file.config is None else read(file.config)
+    run = run_of(overridden(settings, options, file.set))
+    print(run.text(), flush=True)
+    print(train_with_report(run, resume=resume))
 
 
 @app.command(name="evaluate")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from cosmictagger.data import DataError
+from cosmictagger.recipe import completed
 from cosmictagger.train import read_log
 
 
@@ -41,13 +42,13 @@ def _line(log: list[dict]) -> str:
 def _recipe(run: Path) -> dict:
     """Every setting by its name, those of the network after `network.`."""
     try:
-        found = json.loads((run / "recipe.json").read_text())
+        found = completed(json.loads((run / "recipe.json").read_text()))
         return {k: v for k, v in found.items() if k != "network"} | {
             f"network.{k}": v for k, v in found["network"].items()
         }
     except OSError as error:
         raise DataError(f"{run}: holds no training (recipe.json cannot be read)") from error
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(f"{run / 'recipe.json'}: is not the recipe of a training") from error
 
 

@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from cosmictagger.checkpoint import NAME as CHECKPOINT
+from cosmictagger.config import NAME as CONFIG
+from cosmictagger.config import Files, Run
 from cosmictagger.data import DataError, EventFile
 from cosmictagger.evaluate import Running
 from cosmictagger.model import VARIANTS
 from cosmictagger.recipe import Recipe
-from cosmictagger.session import Files, simulate_file, train_with_report
+from cosmictagger.session import simulate_file, train_with_report
 from cosmictagger.train import seconds_per_step
 
 # a21, narrowed until a few dozen steps fit into minutes
@@ -41,8 +43,8 @@ SHARE = 0.7
 MARK = "demo.txt"
 MARKED = "Made by `cosmictagger demo`, which replaces the files that it has made when it runs again.\n"
 WRITTEN = (
-    MARK, "training.h5", "held-out.h5", "recipe.json", "plan.txt", "log.jsonl", CHECKPOINT, "weights.safetensors",
-    "best.safetensors", "report.html",
+    MARK, "training.h5", "held-out.h5", "recipe.json", CONFIG, "plan.txt", "log.jsonl", CHECKPOINT,
+    "weights.safetensors", "best.safetensors", "report.html",
 )  # fmt: skip
 
 
@@ -62,7 +64,7 @@ def run_demo(out: Path, minutes: float) -> str:
     recipe, note = suited(shape, seconds, replace(DEMO, minutes=left))
     print(note, file=sys.stderr, flush=True)
     files = Files(out / "training.h5", out, out / "held-out.h5")
-    return train_with_report(files, recipe, RUNNING, note=f" {note}")
+    return train_with_report(Run(files, recipe, RUNNING), note=f" {note}")
 
 
 def _clear(out: Path) -> None:

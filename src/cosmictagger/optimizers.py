@@ -161,6 +161,7 @@ def _check(what: str, name: str, arguments: Mapping[str, Any], names: list[str])
             raise ValueError(f"{what} {name}: {key} is not among its arguments here; {_GIVEN[key]} says it")
         if key not in allowed:
             raise ValueError(f"{what} {name} has no argument {key!r}: choose among {', '.join(allowed) or 'none'}")
+    plain(dict(arguments), f"{what} {name}")
     missing = [k for k in allowed if takes[k].default is inspect.Parameter.empty and k not in arguments]
     if missing:
         raise ValueError(f"{what} {name} needs the argument {missing[0]}")

@@ -1,8 +1,8 @@
 """A training with its report, and the demonstration made of the same parts."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
+from cosmictagger.config import NAME, Run
 from cosmictagger.data import writing
 from cosmictagger.display import Panel, event_panels
 from cosmictagger.evaluate import Running, Tagger
@@ -16,33 +16,18 @@ from cosmictagger.train import Beside, Trained, read_log, train
 from cosmictagger.weights import load_weights
 
 
-@dataclass(frozen=True)
-class Files:
-    """Where events come from and where results go."""
-
-    events: Path
-    out: Path
-    validation: Path | None = None
-    """Events that are not trained on; with them comes out/report.html."""
-
-
-def train_with_report(
-    files: Files, recipe: Recipe, running: Running, *, resume: bool = False, shown: int = 1, note: str = ""
-) -> str:
+def train_with_report(run: Run, *, resume: bool = False, shown: int = 1, note: str = "") -> str:
     """Train, and write `report.html` if there are validation events, `shown` of them as pictures, and `note`.
 
     Returns one line that says what came of it. Raises as `train` does.
     """
+    files, recipe, running = run.files, run.recipe, run.running
     with open_events(files.events) as events:
         if files.validation is None:
-            with progress("training") as say:
-                trained = train(recipe, events, files.out, running, resume=resume, beside=Beside(say))
+            trained = _train(run, events, None, resume)
             return f"{_steps(recipe, trained)}; weights in {files.out / 'weights.safetensors'}"
         with open_events(files.validation) as validation:
-            with progress("training") as say:
-                trained = train(
-                    recipe, events, files.out, running, validation=validation, resume=resume, beside=Beside(say)
-                )
+            trained = _train(run, events, validation, resume)
             log = read_log(files.out)
             net = load_weights(files.out / "weights.safetensors")
             report = Report(
@@ -57,6 +42,14 @@ def train_with_report(
     scored = last_validation(log)
     said = verdict(scored) if scored else "no validation"
     return f"{_steps(recipe, trained)}; {said}; see {files.out / 'report.html'}"
+
+
+def _train(run: Run, events: Events, validation: Events | None, resume: bool) -> Trained:
+    with progress("training") as say:
+        beside = Beside(say, {NAME: run.text()})
+        return train(
+            run.recipe, events, run.files.out, run.running, validation=validation, resume=resume, beside=beside
+        )
 
 
 def _steps(recipe: Recipe, trained: Trained) -> str:

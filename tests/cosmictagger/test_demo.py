@@ -8,8 +8,9 @@ import torch
 
 from cosmictagger import demo
 from cosmictagger.batches import Crop, load_batch
+from cosmictagger.config import Files, Run
 from cosmictagger.data import DataError, EventFile
-from cosmictagger.session import Files, simulate_file, train_with_report
+from cosmictagger.session import simulate_file, train_with_report
 from cosmictagger.simulate import Detector
 
 
@@ -61,7 +62,7 @@ def test_parts_lie_within_the_image_about_labelled_pixels_and_follow_the_seed(sm
 @pytest.mark.parametrize("engine", ["plain"], indirect=True)
 def test_a_demo_that_ran_out_of_time_or_learned_nothing_says_so(engine, small, small_events, tmp_path):
     recipe = replace(demo.DEMO, network=small, steps=1000, minutes=1e-9)
-    said = train_with_report(Files(small_events, tmp_path / "a", small_events), recipe, demo.RUNNING)
+    said = train_with_report(Run(Files(small_events, tmp_path / "a", small_events), recipe, demo.RUNNING))
     assert "1 of 1000 steps, as its 0.0 minutes were over" in said
     assert "NOT ABOVE" in said and "train longer" in said
     page = (tmp_path / "a" / "report.html").read_text()

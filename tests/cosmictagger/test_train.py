@@ -14,12 +14,13 @@ from cosmictagger import weights
 from cosmictagger.atomic import locked
 from cosmictagger.batches import indices_of_step
 from cosmictagger.compare import compare
+from cosmictagger.config import Files, Run
 from cosmictagger.data import DataError, EventFile, writing
 from cosmictagger.evaluate import Running, Tagger, evaluate
 from cosmictagger.metrics import all_cosmic, confusion, scores
 from cosmictagger.model import UResNet
 from cosmictagger.recipe import Recipe
-from cosmictagger.session import Files, train_with_report
+from cosmictagger.session import train_with_report
 from cosmictagger.simulate import Detector, simulate_numbered
 from cosmictagger.train import read_log, train
 from cosmictagger.weights import Origin, load_origin, load_weights, save_weights
@@ -374,7 +375,7 @@ def test_weights_that_are_none(tmp_path):
 
 
 def test_report_holds_everything_in_one_file(engine, recipe, small_events, tmp_path):
-    said = train_with_report(Files(small_events, tmp_path / "a", small_events), recipe, Running(budget="1 GB"))
+    said = train_with_report(Run(Files(small_events, tmp_path / "a", small_events), recipe, Running(budget="1 GB")))
     page = (tmp_path / "a" / "report.html").read_text()
     assert "mIoU" in said
     assert page.count("<img") == 1 + 9  # curves; three pictures of three planes
