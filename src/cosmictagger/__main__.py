@@ -97,6 +97,8 @@ class TrainingOptions:
     """Steps between validations; a checkpoint is written each time. Default: 100."""
     validation_events: int | None = None
     """Score the first so many of the validation events. Default: all of them."""
+    tensorboard: bool | None = None
+    """Write the log for TensorBoard, too, into a folder of OUT. Default: no."""
     seed: int | None = None
     """Of the initial weights and the order of events. Default: 0."""
 

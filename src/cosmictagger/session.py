@@ -46,7 +46,7 @@ def train_with_report(run: Run, *, resume: bool = False, shown: int = 1, note: s
 
 def _train(run: Run, events: Events, validation: Events | None, resume: bool) -> Trained:
     with progress("training") as say:
-        beside = Beside(say, {NAME: run.text()})
+        beside = Beside(say, {NAME: run.text()}, run.tensorboard)
         return train(
             run.recipe, events, run.files.out, run.running, validation=validation, resume=resume, beside=beside
         )

@@ -1,6 +1,7 @@
 """Training: one loop, one folder that holds all it leaves.
 
     recipe.json             what was asked for, as a training that goes on compares it
+    config.yaml             the same and where events come from, for `cosmictagger train --config`
     log.jsonl               one line per step and per validation
     checkpoint.safetensors  where to go on from
     weights.safetensors     the network so far, to release or to evaluate
@@ -23,6 +24,7 @@ import torch
 from torch.optim import Optimizer
 
 from cosmictagger.atomic import locked, replacing
+from cosmictagger.board import Board, check_installed
 from cosmictagger.checkpoint import NAME as CHECKPOINT
 from cosmictagger.checkpoint import load_checkpoint, save_checkpoint
 from cosmictagger.data import DataError
@@ -67,6 +69,8 @@ class Beside:
     """Told after each step."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Text of more files that the folder is to hold."""
+    tensorboard: bool = False
+    """Write the log for TensorBoard, too; see `board`."""
 
 
 @dataclass
@@ -115,6 +119,8 @@ def _train(
 ) -> Trained:
     """The same in a folder that nobody else works in, or that is yet to be made."""
     events, validation, out = files
+    if beside.tensorboard:
+        check_installed()
     torch.manual_seed(recipe.seed)
     described = _described(recipe, running, events.fingerprint())
     state = _start(recipe, out, running, described if resume else None)
@@ -134,7 +140,7 @@ def _train(
     _write(out / "plan.txt", plan + "\n")
     for name, text in beside.files.items():
         _write(out / name, text)
-    seconds, measured = _loop(recipe, state, steps, files, running, beside.say, held)
+    seconds, measured = _loop(recipe, state, steps, files, running, beside, held)
     return Trained(state.step, seconds, Memory(running.budget, projected, measured))
 
 
@@ -144,13 +150,14 @@ def _loop(
     steps: Steps,
     files: tuple[Events, Events | None, Path],
     running: Running,
-    say: Say,
+    beside: Beside,
     held: ExitStack,
 ) -> tuple[float, int | None]:
     """Take the steps; returns seconds, and the bytes that the first step added."""
     events, validation, out = files
     origin = Origin(running.downsample, running.precision, events.fingerprint())
-    log = _Log(out / "log.jsonl", state.step)
+    board = held.enter_context(Board(out, state.step)) if beside.tensorboard else None
+    log = _Log(out / "log.jsonl", state.step, board)
     best = max((v["network"]["mean_iou"] for v in log.validations()), default=-1.0)
 
     tagger = Tagger(state.net, running) if validation is not None else None
@@ -171,7 +178,7 @@ def _loop(
         measured = added if measured is None else measured
         log.add(line)
         text = f"loss {line['loss']:.4f}  mIoU {line['train']['mean_iou']:.3f}  {line['seconds']:.1f} s/step"
-        say(state.step, recipe.steps, text)
+        beside.say(state.step, recipe.steps, text)
         late = recipe.minutes is not None and time.monotonic() - start > 60 * recipe.minutes
         if late or state.step % recipe.validate_every == 0 or state.step == recipe.steps:
             if tagger is not None and validation is not None:
@@ -327,10 +334,10 @@ def _write(path: Path, text: str) -> None:
 class _Log:
     """JSON lines, each on disk as soon as it is added; lines after `step` are of a training that was cut off."""
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, board: Board | None) -> None:
         lines = path.read_text().splitlines() if step and path.exists() else []
         _write(path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
-        self._path = path
+        self._path, self._board = path, board
         self._validations = [json.loads(line) for line in path.read_text().splitlines() if '"validation"' in line]
 
     def validations(self) -> list[dict]:
@@ -340,6 +347,8 @@ class _Log:
     def add(self, line: dict) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        if self._board is not None:
+            self._board.add(line)
 
 
 def _step_of(line: str) -> float:
