@@ -57,6 +57,6 @@ def _writer() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise DataError(
-            "TensorBoard is not installed: pip install 'fullframe[cosmictagger,tensorboard]', or leave tensorboard out"
+            "TensorBoard is not installed: pip install 'fullframe[cosmictagger,tensorboard]', or leave it out"
         ) from error
     return SummaryWriter
