@@ -11,7 +11,7 @@ from cosmictagger.quantities import BANDS, collect
 from cosmictagger.simulate import Detector, Mix, matter, simulate_numbered
 from cosmictagger.simulate.detector import RESPONSES
 from cosmictagger.simulate.particles import Deposits, Light, Particle
-from cosmictagger.simulate.readout import _kernel
+from cosmictagger.simulate.readout import _kernel, _label
 from cosmictagger.simulate.showers import shower
 from cosmictagger.simulate.tracks import follow
 
@@ -59,6 +59,11 @@ def test_labels_sit_on_charge_and_noise_has_none(sample):
         assert not truth[image == 0].any()
         assert ((image > 0) & (truth == 0)).any()
         assert all((truth[k] == 1).any() for k in range(3))
+
+
+def test_a_label_is_whoever_reached_a_stored_pixel_and_the_neutrinos_where_both_did():
+    where, owner = np.array([3, 3, 5, 5, 5, 7, 8, 9]), np.array([1, 1, 2, 1, 1, 2, 0, 1], np.float32)
+    assert _label(where, owner, np.array([2, 3, 5, 7, 8, 11])).tolist() == [0, 1, 2, 2, 0, 0]
 
 
 def test_first_induction_wires_are_noisy_in_opposite_volumes(sample):

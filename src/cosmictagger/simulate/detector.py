@@ -47,22 +47,22 @@ class Noise:
     """Rows over which the slow part forgets."""
 
 
-# Filters of this form are the Wiener-inspired ones of MicroBooNE (arXiv:1802.08709). Width and steepness follow from
-# the mean profile of cosmic tracks of one labelled row in the real events: 0.68 of the charge in it and 0.16 on
-# either side on the collection wires, with an echo of 1 % three rows away; 0.59 and 0.20 without an echo on the
-# induction wires. The gain is the same for all planes, since waves are deconvolved, and follows from the median
-# charge of cosmic pixels. Saturation: a front end of 14 mV/fC that shapes for 2 us, about a row, takes in some 100 fC
-# in that time before its converter ends (MicroBooNE, arXiv:1705.07341); bipolar pulses have less
-# than half of the range.
+# Filters of this form are the Wiener-inspired ones of MicroBooNE (arXiv:1802.08709). Width and steepness are tuned
+# to the mean profile of columns with one labelled row in the public example events: 0.67 of the charge in it and
+# 0.16 on either side on the collection wires, with an echo of 1 % three rows away; 0.59 and 0.205 without an echo
+# on the induction wires, alike on both of them and in both volumes. The gain is the same for all planes, since
+# waves are deconvolved, and is tuned to the median charge of cosmic pixels in the same events. Saturation: a front
+# end of 14 mV/fC that shapes for 2 us, about a row, takes in some 100 fC in that time before its converter ends
+# (MicroBooNE, arXiv:1705.07341); bipolar pulses have less than half of the range.
 RESPONSES = (
-    Response(cutoff=0.36, steepness=3.4, electrons_per_unit=203.0, saturation=1300.0),
-    Response(cutoff=0.36, steepness=3.4, electrons_per_unit=203.0, saturation=1300.0),
-    Response(cutoff=0.42, steepness=6.0, electrons_per_unit=203.0, saturation=3300.0),
+    Response(cutoff=0.34, steepness=3.6, electrons_per_unit=198.0, saturation=1300.0),
+    Response(cutoff=0.34, steepness=3.6, electrons_per_unit=198.0, saturation=1300.0),
+    Response(cutoff=0.42, steepness=6.0, electrons_per_unit=198.0, saturation=3300.0),
 )
 # From the share of pixels above threshold far from any track, whose charges follow the tail of a Gaussian, and how
 # often a neighbour 1 to 12 rows on is above it, too. The wires met first are deconvolved from a weak low-frequency
 # response and so have the slow part.
-LOUD, QUIET, COLLECTION = Noise(2.12, slow=0.655), Noise(1.58), Noise(1.385)
+LOUD, QUIET, COLLECTION = Noise(2.10, slow=0.655), Noise(1.58), Noise(1.385)
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,6 @@ class Detector:
     """Along and across the drift, cm^2/us as used for SBND (along: MicroBooNE has measured 3.7, arXiv:2104.06551)."""
     threshold: float = 5.0
     """Pixels with less charge are not kept: the smallest charge in the real events."""
-    label_threshold: float = 420.0
-    """Electrons below which a pixel counts as empty in the truth: so few that tracks far from the wires, whose charge
-    has spread, have hardly any unlabelled neighbours, as in the real events."""
     responses: tuple[Response, Response, Response] = RESPONSES
     noise_spread: float = 0.027
     """Spread of the noise level from wire to wire, from how far counts of a wire agree between the real events."""

@@ -20,8 +20,8 @@ from cosmictagger.simulate.particles import COSMIC, NEUTRINO, Array, seen
 Floats = NDArray[np.float32]
 
 BUNDLE = 600.0
-"""Electrons that drift together, as in LArSoft."""
-STRETCH = 1.6
+"""Electrons that drift together, as in LArSoft (its ElectronClusterSize). The truth is made of them: a pixel that one
+of them reaches has a label, so that this is the smallest labelled charge, too."""
 REACH = 7
 """Rows to either side that the response is followed for."""
 
@@ -44,26 +44,9 @@ def drifted(rng: Generator, deposits: Array, detector: Detector) -> Floats:
     )
     spread = np.repeat(columns.astype(np.float32), number, axis=1)
     kicks = rng.standard_normal((3, spread.shape[1]), dtype=np.float32)
-    _reach_out(kicks[0], spread[4], number)
     spread[0] += spread[6] * kicks[0]
     spread[2:4] += spread[7] * kicks[1:]
     return spread[:6]
-
-
-def _reach_out(kicks: Floats, electrons: Floats, number: NDArray[np.int64]) -> None:
-    """Draw the bundles of a deposit from a wider Gaussian, with as many fewer electrons the farther out they are.
-
-    So the truth knows how far the cloud reaches, to a few dozen electrons, without as many bundles.
-    """
-    if not len(number):
-        return
-    many = np.repeat(number >= 4, number)
-    drawn = kicks[many]
-    kicks[many] *= np.float32(STRETCH)
-    weight = np.ones_like(kicks)
-    weight[many] = np.exp(drawn**2 * np.float32(0.5 * (1 - STRETCH**2)))
-    starts = np.cumsum(number) - number
-    electrons *= weight / np.repeat(np.add.reduceat(weight, starts) / number, number)
 
 
 def read_plane(rng: Generator, bundles: Floats, plane: int, detector: Detector) -> tuple[Pixels, Pixels]:
@@ -99,22 +82,22 @@ def _read_half(
     wave[touched] += signal
     np.minimum(wave, response.saturation, out=wave)
     stored = np.flatnonzero(wave > detector.threshold)
-    label = _label(where // SUBROWS, electrons, owner, stored, detector.label_threshold)
+    label = _label(where // SUBROWS, owner, stored)
     row = stored % rows
     return row if volume == 0 else 2 * rows - 1 - row, stored // rows, wave[stored], label
 
 
-def _label(
-    where: NDArray[np.int64], electrons: Floats, owner: Floats, stored: NDArray[np.int64], least: float
-) -> NDArray[np.int64]:
-    """Whoever left most electrons in a stored pixel, if those are enough; nobody otherwise."""
+def _label(where: NDArray[np.int64], owner: Floats, stored: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Whose electrons have reached a stored pixel, be they ever so few; the neutrino's where there are both.
+
+    So does the program that labelled the public events (larcv3's CosmicNeutrinoSegLabel): a neutrino's pixels are
+    written over those of cosmic rays.
+    """
     size = int(max(stored.max(initial=0), where.max(initial=0))) + 1
-    of = []
+    reached = np.zeros(size, np.int64)
     for who in (COSMIC, NEUTRINO):
-        mine = owner == who
-        of.append(np.bincount(where[mine], electrons[mine], size)[stored] if mine.any() else np.zeros(len(stored)))
-    cosmic, neutrino = of
-    return np.where(np.maximum(cosmic, neutrino) < least * 0.99, 0, np.where(neutrino > cosmic, NEUTRINO, COSMIC))
+        reached[where[owner == who]] = who
+    return reached[stored]
 
 
 def _respond(total: Array, rows: int, response: Response) -> tuple[NDArray[np.int64], Array]:
