@@ -178,3 +178,10 @@ def test_a_dispatch_mode_around_is_refused():
     with Mode(), pytest.raises(fullframe.CaptureError, match="Mode, a TorchDispatchMode, sees every op"):
         tiled(torch.randn(2, 1, 12, 10, dtype=D))
     tiled(torch.randn(2, 1, 12, 10, dtype=D)).sum().backward()
+
+
+def test_a_trace_is_refused_by_name():
+    tiled, image = fullframe.tile(network(), tile=9), torch.randn(2, 1, 12, 10, dtype=D)
+    with pytest.raises(fullframe.CaptureError, match=r"torch.jit.trace writes down .* as .module"):
+        torch.jit.trace(tiled, image)
+    assert torch.jit.trace(tiled.module, image)(image).shape == tiled(image).shape

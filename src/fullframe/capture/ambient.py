@@ -37,7 +37,12 @@ def unhooked() -> Iterator[None]:
 
 
 def refuse_modes() -> None:
-    """Refuse modes that see every op, and may change it: a tiled call has the engine's, in threads of its own."""
+    """Refuse what sees every op, and may change it: a tiled call has the engine's, in threads of its own."""
+    if torch.jit.is_tracing():
+        raise CaptureError(
+            "torch.jit.trace writes down the ops of plain PyTorch, and a tiled module or step has other ops, in "
+            "threads of its own; trace the plain module, which it has as .module"
+        )
     # `drawn`, which draws as the engine does, is one of our own.
     found = [m for m in dispatch_modes() if not ours(m)]
     if found:
