@@ -8,13 +8,14 @@ CASES  := 4
 # The `compat` targets run all of both; with SOME="--few 4" only what `make test` runs.
 SOME   ?=
 
-.PHONY: help demo ci test rest examples lint fuzz slow compat compat-isa compat-nocompiler clean
+.PHONY: help demo ci test rest examples docs lint fuzz slow compat compat-isa compat-nocompiler clean
 
 help:
 	@echo "make demo   simulate, train at full resolution, evaluate; leaves out/demo/report.html"
 	@echo "make test   lint and the ordinary tests, of each a few cases (under 10 minutes)"
 	@echo "make rest   the other cases (half an hour); make ci runs both"
 	@echo "make examples   the scripts of examples/"
+	@echo "make docs   the documentation as a site in out/site; its code is run"
 	@echo "make fuzz   random search for wrong numbers (long)"
 	@echo "make slow   tests that need minutes or many gigabytes"
 	@echo "make compat             the ordinary tests with the lowest, the pinned and the newest torch"
@@ -26,7 +27,7 @@ demo: .venv/app.stamp
 	.venv/bin/python -m cosmictagger demo --out out/demo
 
 # What continuous integration runs.
-ci: test rest examples
+ci: test rest examples docs
 
 test: lint
 	$(SUITE) --few $(CASES)
@@ -36,6 +37,10 @@ rest: .venv/test.stamp
 
 examples: .venv/examples.stamp
 	$(SUITE) -m examples tests/test_examples.py
+
+docs: .venv/docs.stamp
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet --site-dir out/site
+	$(SUITE) -m docs tests/test_docs.py
 
 lint: .venv/test.stamp
 	.venv/bin/ruff check src tests $(wildcard bench examples)
@@ -90,4 +95,8 @@ clean:
 
 .venv/examples.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) --editable '.[cosmictagger,test,examples]'
+	@touch $@ .venv/app.stamp .venv/test.stamp
+
+.venv/docs.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) --editable '.[cosmictagger,test,docs]'
 	@touch $@ .venv/app.stamp .venv/test.stamp

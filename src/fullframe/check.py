@@ -89,28 +89,28 @@ def check(
 ) -> Check:  # fmt: skip
     """Run one small training step whole and in tiles, on float64 copies, and compare.
 
-    Parameters
-    ----------
-    net: the network; it is copied, not changed, and keeps its train or eval mode. Where it draws
-        random numbers (dropout), both runs draw the tiled step's.
-    input: the network's one argument: a tensor, or tensors in tuples, lists or dicts. A small image
-        is enough: 64 pixels a side where the network allows it. Of an image of more than LARGE
-        pixels the first corner is taken (see `corner`), and the same part of a target that covers it.
-    target, loss: as for ``fullframe.tile(net, loss=loss)``. Without a loss the outputs are compared,
-        and the gradients of their sum with fixed random weights.
-    tile, budget: as for `fullframe.tile`; neither: tiles of about a third of the image each way.
-    tolerance: what counts as the same, relative to the largest gradient (for gradients) or to the
-        tensor's own largest number (for outputs and buffers).
+    Args:
+        net: the network; it is copied, not changed, and keeps its train or eval mode. Where it draws
+            random numbers (dropout), both runs draw the tiled step's.
+        input: the network's one argument: a tensor, or tensors in tuples, lists or dicts. A small image
+            is enough: 64 pixels a side where the network allows it. Of an image of more than LARGE
+            pixels the first corner is taken (see `corner`), and the same part of a target that covers it.
+        target: as for ``fullframe.tile(net, loss=loss)``.
+        loss: as for `fullframe.tile`. Without a loss the outputs are compared,
+            and the gradients of their sum with fixed random weights.
+        tile: as for `fullframe.tile`; without it and without a budget: about a third of the image each way.
+        budget: as for `fullframe.tile`.
+        tolerance: what counts as the same, relative to the largest gradient (for gradients) or to the
+            tensor's own largest number (for outputs and buffers).
 
     Returns a `Check`, which prints in words. Raises whatever `fullframe.tile` refuses, and ValueError
     where the network does not run on the corner of a large image. Torch's random state is left as it was.
 
-    Example
-    -------
-    >>> import torch, fullframe
-    >>> net = torch.nn.Conv2d(1, 2, 3, padding=1)
-    >>> print(fullframe.check(net, torch.randn(1, 1, 20, 20)).passed)
-    True
+    Examples:
+        >>> import torch, fullframe
+        >>> net = torch.nn.Conv2d(1, 2, 3, padding=1)
+        >>> print(fullframe.check(net, torch.randn(1, 1, 20, 20)).passed)
+        True
     """
     input, target, cut = corner(input, target)
     options: dict[str, Any] = {"tile": _third(input) if tile is None and budget is None else tile, "budget": budget}

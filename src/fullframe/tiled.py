@@ -114,15 +114,14 @@ class Tiled(nn.Module):
     def explain(self) -> str:
         """In words, how the last call ran and why: its capture, kernels, tiles, ops run whole, and where maps live.
 
-        Example
-        -------
-        >>> import torch, fullframe
-        >>> step = fullframe.tile(torch.nn.Conv2d(1, 2, 3), budget="1 GB")
-        >>> print(step.explain())
-        no call has run
-        >>> _ = step(torch.zeros(1, 1, 32, 32))
-        >>> print(step.explain().splitlines()[0])
-        capture: made in this call (the first)
+        Examples:
+            >>> import torch, fullframe
+            >>> step = fullframe.tile(torch.nn.Conv2d(1, 2, 3), budget="1 GB")
+            >>> print(step.explain())
+            no call has run
+            >>> _ = step(torch.zeros(1, 1, 32, 32))
+            >>> print(step.explain().splitlines()[0])
+            capture: made in this call (the first)
         """
         with self._fullframe["lock"]:
             last = self._fullframe["last"]
@@ -298,39 +297,36 @@ def tile(
     forward or its hooks keep in attributes, lists or dictionaries lie there after every call; those
     of a step are detached.
 
-    Parameters
-    ----------
-    module: any convolutional network, shared with the caller, not copied.
-    loss: a function or Module of (output, target) that returns a scalar, or several tensors in tuples,
-        lists or dicts, each of which has its gradient. The first scalar is taken for the loss, and its
-        gradients are made with the forward; the first backward that asks for others makes the forward once
-        more, and the steps after it are planned for what was asked.
-    budget: bytes, or text such as "8 GB" or "7.5 GiB": all that the step keeps and uses beyond
-        inputs, parameters and gradients. None: what is free under the container's limit.
-    tile: forces the tile, in pixels of the input: one extent per spatial axis or one for all.
-    workers: threads over tiles on the CPU; None: one per core.
-    disk: bytes, or text as for the budget: what the maps that do not fit the budget may take on a disk, in a
-        file without a name. The plan says how many bytes a step writes there. None: no disk is used.
-    folder: where that file lies; None: the system's temporary folder. It may not be in memory itself (tmpfs).
+    Args:
+        module: any convolutional network, shared with the caller, not copied.
+        loss: a function or Module of (output, target) that returns a scalar, or several tensors in tuples,
+            lists or dicts, each of which has its gradient. The first scalar is taken for the loss, and its
+            gradients are made with the forward; the first backward that asks for others makes the forward once
+            more, and the steps after it are planned for what was asked.
+        budget: bytes, or text such as "8 GB" or "7.5 GiB": all that the step keeps and uses beyond
+            inputs, parameters and gradients. None: what is free under the container's limit.
+        tile: forces the tile, in pixels of the input: one extent per spatial axis or one for all.
+        workers: threads over tiles on the CPU; None: one per core.
+        disk: bytes, or text as for the budget: what the maps that do not fit the budget may take on a disk, in a
+            file without a name. The plan says how many bytes a step writes there. None: no disk is used.
+        folder: where that file lies; None: the system's temporary folder. It may not be in memory itself (tmpfs).
 
-    Raises
-    ------
-    BudgetError: (at the first call) no plan fits the budget, with the disk there is; the message names the
-        smallest budget.
-    OSError: the folder cannot be used; (at a call, before anything has run) the disk has not so many bytes free
-        as the plan takes; (at a call) it fails to read or write, and no parameter, buffer or gradient is changed.
-    CaptureError: the step depends on data or randomness that a recording would freeze.
-    UnsupportedOpError: an op must run whole and does not fit.
+    Raises:
+        BudgetError: (at the first call) no plan fits the budget, with the disk there is; the message names the
+            smallest budget.
+        OSError: the folder cannot be used; (at a call, before anything has run) the disk has not so many bytes free
+            as the plan takes; (at a call) it fails to read or write, and no parameter, buffer or gradient is changed.
+        CaptureError: the step depends on data or randomness that a recording would freeze.
+        UnsupportedOpError: an op must run whole and does not fit.
 
-    Example
-    -------
-    >>> import torch, fullframe
-    >>> net = torch.nn.Conv2d(1, 2, 3, padding=1)
-    >>> step = fullframe.tile(net, loss=torch.nn.functional.cross_entropy, budget="1 GB")
-    >>> loss = step(torch.zeros(1, 1, 32, 32), torch.zeros(1, 32, 32, dtype=torch.long))
-    >>> loss.backward()
-    >>> net.weight.grad.shape
-    torch.Size([2, 1, 3, 3])
+    Examples:
+        >>> import torch, fullframe
+        >>> net = torch.nn.Conv2d(1, 2, 3, padding=1)
+        >>> step = fullframe.tile(net, loss=torch.nn.functional.cross_entropy, budget="1 GB")
+        >>> loss = step(torch.zeros(1, 1, 32, 32), torch.zeros(1, 32, 32, dtype=torch.long))
+        >>> loss.backward()
+        >>> net.weight.grad.shape
+        torch.Size([2, 1, 3, 3])
     """
     nbytes = None if budget is None else parse_bytes(budget)
     extents, threads = _extents(tile), _threads(workers)
