@@ -8,13 +8,14 @@ CASES  := 4
 # The `compat` targets run all of both; with SOME="--few 4" only what `make test` runs.
 SOME   ?=
 
-.PHONY: help demo ci test rest examples docs lint fuzz slow compat compat-isa compat-nocompiler clean
+.PHONY: help demo ci test rest examples docs package lint fuzz slow compat compat-isa compat-nocompiler clean
 
 help:
 	@echo "make demo   simulate, train at full resolution, evaluate; leaves out/demo/report.html"
 	@echo "make test   lint and the ordinary tests, of each a few cases (under 10 minutes)"
 	@echo "make rest   the other cases (half an hour); make ci runs both"
 	@echo "make examples   the scripts of examples/"
+	@echo "make package   the wheel and the source archive, installed and tried"
 	@echo "make docs   the documentation as a site in out/site; its code is run"
 	@echo "make fuzz   random search for wrong numbers (long)"
 	@echo "make slow   tests that need minutes or many gigabytes"
@@ -27,7 +28,7 @@ demo: .venv/app.stamp
 	.venv/bin/python -m cosmictagger demo --out out/demo
 
 # What continuous integration runs.
-ci: test rest examples docs
+ci: test rest examples docs package
 
 test: lint
 	$(SUITE) --few $(CASES)
@@ -41,6 +42,11 @@ examples: .venv/examples.stamp
 docs: .venv/docs.stamp
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet --site-dir out/site
 	$(SUITE) -m docs tests/test_docs.py
+
+# Later Pythons are looked at by the type checker alone.
+package: .venv/test.stamp
+	.venv/bin/pyright --pythonpath .venv/bin/python --pythonversion 3.14
+	.venv/bin/python -m pytest -m package tests/test_package.py
 
 lint: .venv/test.stamp
 	.venv/bin/ruff check src tests $(wildcard bench examples)

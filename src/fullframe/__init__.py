@@ -5,6 +5,8 @@ from fullframe.errors import BudgetError, CaptureError, FullframeError, Unsuppor
 from fullframe.schedule.plan import Plan
 from fullframe.tiled import Tiled, tile
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BudgetError",
     "CaptureError",

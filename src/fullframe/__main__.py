@@ -6,11 +6,11 @@ import os
 import platform
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+import fullframe
 from fullframe import torch_compat
 from fullframe.budget import host_bytes
 from fullframe.codegen.toolchain import cxx
@@ -20,7 +20,7 @@ from fullframe.storage.unnamed_file import disk_folder
 def facts() -> dict[str, str]:
     """Versions, processor, compiler, threads, memory and devices, each in a few words."""
     return {
-        "fullframe": _version("fullframe"),
+        "fullframe": fullframe.__version__,
         "Python": f"{platform.python_version()} ({platform.platform()})",
         "torch": f"{torch.__version__}, instructions {torch.backends.cpu.get_cpu_capability()}",
         "processor": _processor(),
@@ -32,13 +32,6 @@ def facts() -> dict[str, str]:
         "maps on disk": _disk(),
         "CUDA devices": ", ".join(map(_device, range(torch.cuda.device_count()))) or "none",
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed: run from its source"
 
 
 def _processor() -> str:
