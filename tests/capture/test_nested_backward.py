@@ -224,3 +224,31 @@ def test_a_backward_called_by_the_forward_is_refused():
     tiled = fullframe.tile(Net(), tile=7)
     with pytest.raises(fullframe.CaptureError, match=r"calls backward\(\) itself"):
         tiled(torch.randn(1, 1, 12, 10))
+
+
+class Weighted(nn.Module):
+    """A score and maps weighted by its gradient, as Grad-CAM makes them; the score's graph is freed by that."""
+
+    def __init__(self):
+        super().__init__()
+        self.maps, self.head = nn.Conv2d(1, 4, 3, dtype=D), nn.Linear(4, 3, dtype=D)
+
+    def forward(self, x):
+        maps = self.maps(x)
+        score = self.head(maps.mean((2, 3)))[:, 1].sum()
+        (gradient,) = torch.autograd.grad(score, maps)
+        return score, (maps * gradient.mean((2, 3), keepdim=True)).sum(1).relu()
+
+
+def test_an_output_whose_graph_is_spent_fails_in_its_own_backward_alone():
+    plain, image = Weighted(), torch.randn(1, 1, 12, 14, dtype=D)
+    net = copy.deepcopy(plain)
+    expected, found = plain(image), fullframe.tile(net, tile=6)(image)
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-14)
+    for score, maps in (expected, found):
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            score.backward(retain_graph=True)
+        maps.sum().backward()
+    torch.testing.assert_close(net.maps.weight.grad, plain.maps.weight.grad, rtol=1e-12, atol=1e-14)
+    assert net.head.weight.grad is None and plain.head.weight.grad is None

@@ -30,6 +30,10 @@ from fullframe.torch_compat import pytree
 Strides = tuple[int, ...] | None
 
 
+# What autograd says of a graph that has been changed in place, or run and freed, before its backward.
+SPENT = ("inplace operation", "backward through the graph a second time")
+
+
 class JointFunction:
     """The function that is recorded: forward, and backward where gradients are wanted."""
 
@@ -248,7 +252,7 @@ class JointFunction:
                 grads, seeds = self._backward(outputs, leaves)
             except (RuntimeError, CaptureError) as error:
                 # Of a step's outputs, only the loss must have a gradient: it may be the only one that is asked for.
-                if self.at_once or not (self.criterion or "inplace operation" in str(error)):
+                if self.at_once or not (self.criterion or any(words in str(error) for words in SPENT)):
                     raise
                 self.capture_mode.failed = failed
                 self._leave_out(outputs, leaves)
