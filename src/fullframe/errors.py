@@ -29,7 +29,18 @@ class UnsupportedOpError(FullframeError):
 
 
 class BudgetError(FullframeError):
-    """The budget is too small; ``smallest`` is the number of bytes that would do."""
+    """The budget is too small; ``smallest`` is the number of bytes that would do.
+
+    Examples:
+        >>> import torch, fullframe
+        >>> net, image = torch.nn.Conv2d(1, 2, 3), torch.zeros(1, 1, 64, 64)
+        >>> try:
+        ...     plan = fullframe.tile(net, budget="1 MB").plan(image)
+        ... except fullframe.BudgetError as error:
+        ...     plan = fullframe.tile(net, budget=error.smallest).plan(image)
+        >>> plan.projected_bytes <= plan.budget
+        True
+    """
 
     def __init__(self, message: str, smallest: int):
         super().__init__(message)

@@ -107,7 +107,14 @@ class Tiled(nn.Module):
         self.module._load_from_state_dict(*args, **kwargs)  # when the tiled module is part of another
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        """The plan for these inputs, before anything runs; printable."""
+        """The plan for these inputs, before anything runs; printable. Raises what the call would refuse.
+
+        Examples:
+            >>> import torch, fullframe
+            >>> plan = fullframe.tile(torch.nn.Conv2d(1, 2, 3), budget="1 GB").plan(torch.zeros(1, 1, 32, 32))
+            >>> plan.projected_bytes < plan.budget
+            True
+        """
         with self._fullframe["lock"], RECORDING:
             return self._program(Call(self._fullframe["pair"], args, kwargs)).plan
 
