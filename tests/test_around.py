@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -185,3 +185,40 @@ def test_a_trace_is_refused_by_name():
     with pytest.raises(fullframe.CaptureError, match=r"torch.jit.trace writes down .* as .module"):
         torch.jit.trace(tiled, image)
     assert torch.jit.trace(tiled.module, image)(image).shape == tiled(image).shape
+
+
+@pytest.fixture
+def group():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_sharded_parameters(group):
+    """FSDP changes the class of the module that it is given, and its parameters around every call."""
+    from torch.distributed.fsdp import fully_shard
+
+    image, found = torch.randn(2, 1, 12, 10, dtype=D), []
+    plain = network()
+    for net, model in ((plain, plain), (twin := copy.deepcopy(plain), fullframe.tile(twin, tile=5))):
+        fully_shard(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(image).square().mean().backward()
+            optimizer.step()
+        found.append([p.full_tensor() for p in net.parameters()])
+    assert type(twin) is nn.Sequential and isinstance(model, fullframe.Tiled)
+    close(*found)
+    assert "that of a former call" in model.explain()
+
+
+def test_sharded_parameters_inside_are_refused_by_name(group):
+    from torch.distributed.fsdp import fully_shard
+
+    net = network()
+    fully_shard(net[3])
+    with pytest.raises(
+        fullframe.CaptureError, match=r"3\.weight is a DTensor, .* fully_shard\(fullframe.tile\(net\)\)"
+    ):
+        fullframe.tile(net, tile=5)(torch.randn(2, 1, 12, 10, dtype=D))

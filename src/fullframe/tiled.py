@@ -76,7 +76,9 @@ class Tiled(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         # A method put in another's place is this module's, whose own it may call; so is a method kept for later.
         replaces = callable(value) and callable(getattr(Tiled, name, None)) and not name.startswith("__")
-        if name in OWN or replaces or getattr(value, "__self__", None) is self:
+        if name == "__class__":  # as code does that adds methods to a module, which is this one
+            object.__setattr__(self, name, value)
+        elif name in OWN or replaces or getattr(value, "__self__", None) is self:
             self.__dict__[name] = value
             if name == "training" and isinstance(value, bool):  # as code does that puts back what it found
                 self.module.training = value

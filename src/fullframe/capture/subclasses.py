@@ -107,14 +107,26 @@ def special(tensor: torch.Tensor) -> bool:
     return type(tensor) is not torch.Tensor and not isinstance(tensor, (nn.Parameter, FakeTensor, FunctionalTensor))
 
 
-def refuse_dispatching(tensors: Sequence[torch.Tensor]) -> None:
+def refuse_dispatching(tensors: Sequence[torch.Tensor], parameters: Mapping[str, torch.Tensor]) -> None:
     """Refuse tensors whose class has its own way to compute, below that of torch's functions."""
+    for name, parameter in parameters.items():  # a parameter, whatever its class
+        if type(parameter) is not nn.Parameter and _dispatches(type(parameter)):
+            raise CaptureError(
+                f"{name.removeprefix('module.')} is a {type(parameter).__name__}, which computes by a "
+                "__torch_dispatch__ of its own, and a recorded step cannot follow that; give the tiled module to "
+                "what makes such parameters, as in fully_shard(fullframe.tile(net)), and not what is inside of it"
+            )
     for cls in {type(t) for t in tensors if special(t)}:
-        if cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # pyright: ignore[reportFunctionMemberAccess]
+        if _dispatches(cls):
             raise CaptureError(
                 f"a {cls.__name__} computes by a __torch_dispatch__ of its own, which a recorded step cannot follow; "
                 "give the step a plain tensor"
             )
+
+
+def _dispatches(cls: Any) -> bool:
+    fake = issubclass(cls, (FakeTensor, FunctionalTensor))
+    return not fake and cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__  # pyright: ignore[reportFunctionMemberAccess]
 
 
 class Shadows:

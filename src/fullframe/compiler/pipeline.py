@@ -112,7 +112,7 @@ def _compile(
 ) -> Program:
     _refuse_devices(call)
     call.take_snapshot(EVERYTHING)
-    refuse_dispatching(call.tensors[len(call.parameters) :])
+    refuse_dispatching(call.tensors[len(call.parameters) :], call.parameters)
     before = GuardSnapshot(call.roots)
     joint, graph = _recorded(call, undrawn, answers, opaque)
     lasting = _same_after(call, before, joint)
