@@ -39,8 +39,10 @@ rest: .venv/test.stamp
 examples: .venv/examples.stamp
 	$(SUITE) -m examples tests/test_examples.py
 
+# A page that is read asks no other host for anything.
 docs: .venv/docs.stamp
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet --site-dir out/site
+	! grep -rlE '(src|<link[^>]* href)="https?:' out/site --include=*.html
 	$(SUITE) -m docs tests/test_docs.py
 
 # Later Pythons are looked at by the type checker alone.

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+import fullframe
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -77,3 +79,12 @@ def test_scripts_that_pages_name_are_there():
     for page in [*PAGES, ROOT / "README.md"]:
         for name in re.findall(r"`((?:examples|bench)/[\w/.*-]+)`", page.read_text()):
             assert list(ROOT.glob(name)), f"{page.name} names {name}"
+
+
+def test_every_example_and_every_public_name_has_its_place():
+    shown = (ROOT / "docs" / "examples.md").read_text()
+    for script in (ROOT / "examples").glob("*.py"):
+        assert f'--8<-- "examples/{script.name}"' in shown
+    described = (ROOT / "docs" / "api.md").read_text()
+    for name in fullframe.__all__:
+        assert re.search(rf"^::: fullframe\.(check\.)?{name}$", described, re.MULTILINE), name
