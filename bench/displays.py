@@ -6,14 +6,17 @@ python bench/displays.py --real sbnd_events.h5 --out docs/images
 import argparse
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.image import imsave
 
 from cosmictagger.data import Event, EventFile
-from cosmictagger.display import PALETTE, _charge_colours, _codes
 from cosmictagger.simulate import Mix, simulate_numbered
 
 GAP = 6
+NIGHT = (0x10, 0x14, 0x1A)
+PALETTE = np.array([NIGHT, (0x6B, 0x74, 0x80), (0x3F, 0xA7, 0xFF), (0xFF, 0xB0, 0x00)], np.uint8)
+"""Of nothing, charge without a label, cosmic, neutrino."""
 
 
 def main() -> None:
@@ -55,6 +58,18 @@ def _halved(event: Event, plane: int, factor: int = 4) -> tuple[np.ndarray, np.n
 def _both(pair: tuple[np.ndarray, np.ndarray], scale: int) -> np.ndarray:
     charge, truth = (x.repeat(scale, 0).repeat(scale, 1) for x in pair)
     return _stack([_charge_colours(charge), PALETTE[_codes(charge, truth)]], axis=1)
+
+
+def _codes(charge: np.ndarray, tags: np.ndarray) -> np.ndarray:
+    """0 nothing, 1 charge without a tag, 2 cosmic, 3 neutrino: the more telling, the larger."""
+    return np.where(tags > 0, tags + 1, charge > 0).astype(np.uint8)
+
+
+def _charge_colours(charge: np.ndarray, *, faint: float = 5.0, bright: float = 300.0) -> np.ndarray:
+    """Logarithmic colours between two charges, night where there is none."""
+    level = np.log(np.clip(charge, faint, bright) / faint) / np.log(bright / faint)
+    colours = matplotlib.colormaps["plasma"](0.3 + 0.7 * level, bytes=True)[..., :3]
+    return np.where((charge > 0)[..., None], colours, np.array(NIGHT, np.uint8))
 
 
 def _stack(pictures: list[np.ndarray], axis: int) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""The command line: `cosmictagger simulate | train | evaluate | predict | compare | demo`."""
+"""The command line: `cosmictagger simulate | train | evaluate | predict | report | compare | demo`."""
 
 import json
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,14 +13,15 @@ from cyclopts import App, CycloptsError, Parameter
 
 from cosmictagger.atomic import replacing
 from cosmictagger.compare import compare
-from cosmictagger.config import overridden, read, run_of
+from cosmictagger.config import NAME, overridden, read, run_of
 from cosmictagger.data import DataError, EventFile
 from cosmictagger.demo import DEMO, run_demo
 from cosmictagger.evaluate import Evaluation, Running, Tagger, check_suits, evaluate, evaluate_tags, predict
 from cosmictagger.files import files_of, open_events
 from cosmictagger.progress import progress
 from cosmictagger.report import SCORES
-from cosmictagger.session import simulate_file, train_with_report
+from cosmictagger.runs import recorded
+from cosmictagger.session import SHOWN, WEIGHTS, Showing, report_run, simulate_file, train_with_report
 from cosmictagger.weights import Origin, load_origin, load_weights
 
 app = App(
@@ -280,6 +281,48 @@ def _pairs(events: Path, out: Path) -> list[tuple[Path, Path]]:
         if result.exists() and any(p.exists() and result.samefile(p) for p in paths):
             raise DataError(f"{result}: would replace the events; name another file")
     return pairs
+
+
+@app.command(name="report")
+def report_command(
+    run: Path,
+    *,
+    events: Path | None = None,
+    weights: Path | None = None,
+    out: Path | None = None,
+    displays: int = SHOWN,
+    running: RunningOptions = _RUNNING,
+) -> None:
+    """Write one HTML page on a training: its course, where its network is wrong, and events pixel by pixel.
+
+    Parameters
+    ----------
+    run
+        Folder that `train` has left.
+    events
+        Events with truth, named as for `train`. Default: the validation events of the training.
+    weights
+        Weights to score. Default: those after the last checkpoint; the folder's best.safetensors are of the best
+        validation.
+    out
+        The page. Default: report.html in the folder.
+    displays
+        Events to show, the worst first.
+    """
+    if displays < 0:
+        raise DataError("--displays must be at least 0")
+    weights = run / WEIGHTS if weights is None else weights
+    recorded_budget = recorded(run)["budget"]
+    how = running.running(weights)
+    how = replace(how, budget=how.budget or recorded_budget)
+    if events is None:
+        kept = run / NAME
+        found = read(kept).get("validation") if kept.is_file() else None
+        if found is None:
+            raise DataError(f"{run}: does not say which events it was validated on; name some with --events")
+        events = Path(found)
+    with open_events(events) as file:
+        print(report_run(run, weights, file, how, Showing(displays, file=out)))
 
 
 @app.command(name="compare")

@@ -3,14 +3,12 @@
 import json
 from pathlib import Path
 
-from cosmictagger.data import DataError
-from cosmictagger.recipe import completed
-from cosmictagger.train import read_log
+from cosmictagger.runs import logged, recorded
 
 
 def compare(runs: list[Path]) -> str:
     """A table of trainings, and a line for each setting that differs. Raises DataError for a folder without one."""
-    recipes, logs = [_recipe(run) for run in runs], [_log(run) for run in runs]
+    recipes, logs = [_recipe(run) for run in runs], [logged(run) for run in runs]
     wide = max(len(str(run)) for run in runs)
     lines = [
         f"{'':<{wide}} {'steps':>7} {'loss':>9} {'best mIoU':>10} {'at step':>8} {'last mIoU':>10} {'s/step':>8}"
@@ -41,21 +39,7 @@ def _line(log: list[dict]) -> str:
 
 def _recipe(run: Path) -> dict:
     """Every setting by its name, those of the network after `network.`."""
-    try:
-        found = completed(json.loads((run / "recipe.json").read_text()))
-        return {k: v for k, v in found.items() if k != "network"} | {
-            f"network.{k}": v for k, v in found["network"].items()
-        }
-    except OSError as error:
-        raise DataError(f"{run}: holds no training (recipe.json cannot be read)") from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"{run / 'recipe.json'}: is not the recipe of a training") from error
-
-
-def _log(run: Path) -> list[dict]:
-    try:
-        return read_log(run)
-    except FileNotFoundError:
-        return []  # it has just begun
-    except ValueError as error:
-        raise DataError(f"{run / 'log.jsonl'}: is not the log of a training") from error
+    found = recorded(run)
+    return {k: v for k, v in found.items() if k != "network"} | {
+        f"network.{k}": v for k, v in found["network"].items()
+    }

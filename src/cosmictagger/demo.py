@@ -44,7 +44,7 @@ MARK = "demo.txt"
 MARKED = "Made by `cosmictagger demo`, which replaces the files that it has made when it runs again.\n"
 WRITTEN = (
     MARK, "training.h5", "held-out.h5", "recipe.json", CONFIG, "plan.txt", "log.jsonl", CHECKPOINT,
-    "weights.safetensors", "best.safetensors", "report.html",
+    "weights.safetensors", "best.safetensors", "cost.json", "report.html",
 )  # fmt: skip
 
 

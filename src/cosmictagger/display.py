@@ -1,63 +1,74 @@
-"""Pictures of wire planes, small enough for a page, in which a single pixel can still be seen."""
+"""Events for a page: every stored pixel with its charge, truth and tag, at full resolution, packed small."""
 
-import io
+import base64
+import zlib
 from dataclasses import dataclass
+from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.image import imsave
 from numpy.typing import NDArray
 
-MAX_COLUMNS = 1024
-NIGHT = (0x10, 0x14, 0x1A)
-NOISE = (0x6B, 0x74, 0x80)
-COSMIC = (0x3F, 0xA7, 0xFF)
-NEUTRINO = (0xFF, 0xB0, 0x00)
-PALETTE = np.array([NIGHT, NOISE, COSMIC, NEUTRINO], np.uint8)
+from cosmictagger.data import DataError, Event, Pixels
+from cosmictagger.simulate import Detector
+
+FINEST = 1 / 16
+"""Charge is kept in steps of this, or larger ones where it would not fit into 16 bits."""
 
 
 @dataclass(frozen=True)
-class Panel:
-    """One picture: a PNG and what it shows."""
+class Display:
+    """An event with the tags of each plane's stored pixels, in their order, and what it is called."""
 
-    title: str
-    png: bytes
+    event: Event
+    index: int
+    """In the events that were looked at."""
+    tags: tuple[NDArray[np.uint8], ...]
+    name: str
+    caption: str
 
 
-def event_panels(image: NDArray, truth: NDArray, tags: NDArray) -> list[list[Panel]]:
-    """Charge, truth and prediction (across) of each plane (down). All arrays are (planes, rows, columns)."""
-    return [
-        [
-            Panel(f"plane {k}, charge", _png(_charge_colours(_shrink(image[k])))),
-            Panel(f"plane {k}, truth", _png(PALETTE[_shrink(_codes(image[k], truth[k]))])),
-            Panel(f"plane {k}, prediction", _png(PALETTE[_shrink(_codes(image[k], tags[k]))])),
-        ]
-        for k in range(len(image))
+def packed(display: Display) -> dict[str, Any]:
+    """The event in JSON's types, as page/report.js reads it.
+
+    Each plane's `data` is base64 of zlib of, all little-endian: uint16 pixels of each row; uint16 columns, row after
+    row; uint16 charges in units of `unit`; uint8 truth + 4 * tag. Raises DataError for an event without truth, or of
+    65,536 rows or columns.
+    """
+    event = display.event
+    rows, columns = event.shape
+    if max(event.shape) >= 2**16:
+        raise DataError(f"images of {event.shape} (rows, columns) are too large for a page")
+    truth = event.truth()
+    planes = [
+        _plane(charge, truth[k][charge.rows, charge.columns], tags, rows)
+        for k, (charge, tags) in enumerate(zip(event.charge, display.tags, strict=True))
     ]
+    about = {"name": display.name, "caption": display.caption, "rows": rows, "columns": columns}
+    return {**about, "geometry": geometry(event.shape), "planes": planes}
 
 
-def _codes(charge: NDArray, tags: NDArray) -> NDArray[np.uint8]:
-    """0 nothing, 1 charge without a tag, 2 cosmic, 3 neutrino: the more telling, the larger."""
-    return np.where(tags > 0, tags + 1, charge > 0).astype(np.uint8)
+def geometry(shape: tuple[int, int]) -> dict[str, Any] | None:
+    """How pixels lie in SBND; None for images of another shape, of which that is not known.
+
+    offsets: first column with a wire, by plane. ticks: of the readout, to a row.
+    """
+    detector = Detector()
+    if shape != detector.shape:
+        return None
+    offsets = [detector.wires(plane)[0] for plane in range(3)]
+    ticks = round(detector.row_pitch / detector.drift_speed / 0.5)
+    return {"offsets": offsets, "wire_pitch": detector.wire_pitch, "row_pitch": detector.row_pitch, "ticks": ticks}
 
 
-def _shrink(x: NDArray) -> NDArray:
-    """Largest value of each square: an average would make single pixels vanish."""
-    factor = -(-x.shape[1] // MAX_COLUMNS)
-    rows, columns = (-(-n // factor) for n in x.shape)
-    padded = np.zeros((rows * factor, columns * factor), x.dtype)
-    padded[: x.shape[0], : x.shape[1]] = x
-    return padded.reshape(rows, factor, columns, factor).max(axis=(1, 3))
-
-
-def _charge_colours(charge: NDArray, *, faint: float = 5.0, bright: float = 300.0) -> NDArray[np.uint8]:
-    """Logarithmic colours between two charges, night where there is none."""
-    level = np.log(np.clip(charge, faint, bright) / faint) / np.log(bright / faint)
-    colours = matplotlib.colormaps["plasma"](0.3 + 0.7 * level, bytes=True)[..., :3]
-    return np.where((charge > 0)[..., None], colours, np.array(NIGHT, np.uint8))
-
-
-def _png(colours: NDArray[np.uint8]) -> bytes:
-    out = io.BytesIO()
-    imsave(out, np.ascontiguousarray(colours), format="png")
-    return out.getvalue()
+def _plane(charge: Pixels, truth: NDArray, tags: NDArray, rows: int) -> dict[str, Any]:
+    order = np.lexsort((charge.columns, charge.rows))
+    highest = float(charge.values.max(initial=0.0))
+    unit = max(FINEST, highest / 65535)
+    numbers = (
+        np.bincount(charge.rows, minlength=rows).astype("<u2"),
+        charge.columns[order].astype("<u2"),
+        np.round(charge.values[order].clip(0) / unit).astype("<u2"),
+        truth[order].astype(np.uint8) + 4 * tags[order].astype(np.uint8),
+    )
+    data = zlib.compress(b"".join(x.tobytes() for x in numbers), 9)
+    return {"pixels": len(order), "unit": unit, "data": base64.b64encode(data).decode()}

@@ -1,5 +1,6 @@
 """Scores of a network on labelled events, and the classes it gives to pixels."""
 
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,8 +101,15 @@ class Tagger:
             return tags_of(logits), torch.stack([x.float().softmax(dim=1) for x in logits], dim=1)
 
 
-def evaluate(tagger: Tagger, events: Events, say: Say = silent, *, first: int | None = None) -> Evaluation:
-    """Score every event, or the `first` so many. Raises DataError without labels."""
+Also = Callable[[Event, tuple[Pixels, ...], tuple[Pixels, ...]], None]
+"""also(event, tags, probable): what the network makes of an event's stored pixels, the latter with values float32
+(pixels, classes)."""
+
+
+def evaluate(
+    tagger: Tagger, events: Events, say: Say = silent, *, first: int | None = None, also: Also | None = None
+) -> Evaluation:
+    """Score every event, or the `first` so many, and tell `also` of each. Raises DataError without labels."""
     count = len(events) if first is None else min(first, len(events))
     counts, gated, baseline = [], [], []
     with tagger, closing(ahead(events.__getitem__, range(count))) as found:
@@ -109,10 +117,13 @@ def evaluate(tagger: Tagger, events: Events, say: Say = silent, *, first: int | 
             _check_labelled(events, event)
             batch = batch_of([event], downsample=tagger.running.downsample, device=tagger.running.device)
             assert batch.label is not None
-            tags = tagger(batch.image)
+            tags, probable = (tagger(batch.image), None) if also is None else tagger.probable(batch.image)
             counts.append(confusion(tags, batch.label))
-            gated.append(_stored(event, pixel_tags(event, tags[0], tagger.running.downsample)))
-            baseline.append(_stored(event, _all_cosmic(event)))
+            mine = pixel_tags(event, tags[0], tagger.running.downsample)
+            gated.append(stored_counts(event, mine))
+            baseline.append(stored_counts(event, _all_cosmic(event)))
+            if also is not None and probable is not None:
+                also(event, mine, _pixel_classes(event, probable[0], tagger.running.downsample))
             say(index + 1, count, "")
     network, base = scores(torch.cat(gated)), scores(torch.cat(baseline))
     return Evaluation(count, network, base, scores(torch.cat(counts)))
@@ -123,8 +134,8 @@ def evaluate_tags(events: Events, say: Say = silent) -> Evaluation:
     gated, baseline = [], []
     for index, event in enumerate(events):
         _check_labelled(events, event)
-        gated.append(_stored(event, events.tags(index)))
-        baseline.append(_stored(event, _all_cosmic(event)))
+        gated.append(stored_counts(event, events.tags(index)))
+        baseline.append(stored_counts(event, _all_cosmic(event)))
         say(index + 1, len(events), "")
     return Evaluation(len(events), scores(torch.cat(gated)), scores(torch.cat(baseline)))
 
@@ -157,6 +168,14 @@ def pixel_tags(event: Event, values: Tensor, downsample: int) -> tuple[Pixels, .
     )
 
 
+def _pixel_classes(event: Event, values: Tensor, downsample: int) -> tuple[Pixels, ...]:
+    """The same of a map (planes, classes, rows, columns): values (pixels, classes)."""
+    classes = [pixel_tags(event, values[:, k], downsample) for k in range(values.shape[1])]
+    return tuple(
+        Pixels(p[0].rows, p[0].columns, np.stack([x.values for x in p], axis=1)) for p in zip(*classes, strict=True)
+    )
+
+
 def _check_labelled(events: Events, event: Event) -> None:
     if event.label is None:
         raise DataError(f"{events.path}: no labels to score against")
@@ -167,7 +186,7 @@ def _all_cosmic(event: Event) -> tuple[Pixels, ...]:
     return tuple(Pixels(p.rows, p.columns, np.ones(len(p.rows), np.float32)) for p in event.charge)
 
 
-def _stored(event: Event, tags: tuple[Pixels, ...]) -> Tensor:
+def stored_counts(event: Event, tags: tuple[Pixels, ...]) -> Tensor:
     """Counts by (truth, tag) over the pixels with charge, int64 (1, planes, 3, 3)."""
     truth = event.truth()
     out = np.zeros((1, len(tags), CLASSES, CLASSES), np.int64)

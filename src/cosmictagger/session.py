@@ -1,47 +1,40 @@
 """A training with its report, and the demonstration made of the same parts."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from cosmictagger.config import NAME, Run
 from cosmictagger.data import writing
-from cosmictagger.display import Panel, event_panels
-from cosmictagger.evaluate import Running, Tagger
+from cosmictagger.display import Display
+from cosmictagger.evaluate import Running, Tagger, check_suits
 from cosmictagger.files import Events, open_events
+from cosmictagger.findings import Findings, look
 from cosmictagger.model import UResNet, count_parameters
 from cosmictagger.progress import progress
-from cosmictagger.recipe import Recipe
-from cosmictagger.report import Report, last_validation, verdict, write_report
+from cosmictagger.report import Report, name_of, verdict, write_report
+from cosmictagger.runs import cost, logged, recorded, text
 from cosmictagger.simulate import Detector, simulate_numbered
-from cosmictagger.train import Beside, Trained, read_log, train
+from cosmictagger.train import Beside, Trained, train
 from cosmictagger.weights import load_weights
 
+WEIGHTS = "weights.safetensors"
+SHOWN = 3
+"""Events that a report displays."""
 
-def train_with_report(run: Run, *, resume: bool = False, shown: int = 1, note: str = "") -> str:
+
+def train_with_report(run: Run, *, resume: bool = False, shown: int = SHOWN, note: str = "") -> str:
     """Train, and write `report.html` if there are validation events, `shown` of them as pictures, and `note`.
 
     Returns one line that says what came of it. Raises as `train` does.
     """
-    files, recipe, running = run.files, run.recipe, run.running
-    with open_events(files.events) as events:
-        if files.validation is None:
-            trained = _train(run, events, None, resume)
-            return f"{_steps(recipe, trained)}; weights in {files.out / 'weights.safetensors'}"
-        with open_events(files.validation) as validation:
-            trained = _train(run, events, validation, resume)
-            log = read_log(files.out)
-            net = load_weights(files.out / "weights.safetensors")
-            report = Report(
-                title="CosmicTagger: training report",
-                summary=_summary(recipe, running, trained, net, (len(events), *events.shape)) + note,
-                log=log,
-                memory=trained.memory,
-                plan=(files.out / "plan.txt").read_text(),
-                events=_pictures(net, validation, running, shown),
-            )
-    write_report(files.out / "report.html", report)
-    scored = last_validation(log)
-    said = verdict(scored) if scored else "no validation"
-    return f"{_steps(recipe, trained)}; {said}; see {files.out / 'report.html'}"
+    out = run.files.out
+    with open_events(run.files.events) as events:
+        if run.files.validation is None:
+            _train(run, events, None, resume)
+            return f"{_steps(out)}; weights in {out / WEIGHTS}"
+        with open_events(run.files.validation) as validation:
+            _train(run, events, validation, resume)
+            return report_run(out, out / WEIGHTS, validation, run.running, Showing(shown, note))
 
 
 def _train(run: Run, events: Events, validation: Events | None, resume: bool) -> Trained:
@@ -52,35 +45,80 @@ def _train(run: Run, events: Events, validation: Events | None, resume: bool) ->
         )
 
 
-def _steps(recipe: Recipe, trained: Trained) -> str:
-    """How many steps there were, and whether time ran out."""
-    if trained.steps >= recipe.steps:
-        return f"{trained.steps} steps"
-    return f"{trained.steps} of {recipe.steps} steps, as its {recipe.minutes:.1f} minutes were over"
+@dataclass(frozen=True)
+class Showing:
+    """What a report shows besides scores."""
+
+    events: int = SHOWN
+    """Displays: the worst ones, and one from the middle."""
+    note: str = ""
+    """Added to the summary."""
+    file: Path | None = None
+    """The page; None: report.html in the training's folder."""
 
 
-def _summary(recipe: Recipe, running: Running, trained: Trained, net: UResNet, size: tuple[int, int, int]) -> str:
-    count, rows, columns = size
-    side = 2**running.downsample
-    height, width = (n // side for n in recipe.crop or (rows, columns))
-    part = "parts of " if recipe.crop else ""
+def report_run(out: Path, weights: Path, events: Events, running: Running, showing: Showing) -> str:
+    """Score weights of the training in the folder `out` on events, and write the page on it.
+
+    Returns one line that says what came of it. Raises DataError where there is no training, or events do not suit.
+    """
+    about, log, (trained_on, memory) = recorded(out), logged(out), cost(out)
+    net = load_weights(weights)
+    check_suits(events, net, running)
+    with progress("looking at events") as say:
+        findings = look(Tagger(net, running), events, say, first=about["validation_events"])
+    report = Report(
+        title=f"CosmicTagger: {out.resolve().name}",
+        verdict=verdict(findings.evaluation, seen=about.get("data") == events.fingerprint()),
+        summary=_summary(out, weights, net, events, trained_on) + showing.note,
+        log=log,
+        findings=findings,
+        displays=_displays(findings, events, showing.events),
+        memory=memory,
+        settings=text(out, NAME) or text(out, "recipe.json"),
+        plan=text(out, "plan.txt"),
+    )
+    page = showing.file or out / "report.html"
+    write_report(page, report)
+    return f"{_steps(out)}; {report.verdict}; see {page}"
+
+
+def _steps(out: Path) -> str:
+    """How many steps there were, and for how long at most where they are not all."""
+    about, steps = recorded(out), max((line["step"] for line in logged(out)), default=0)
+    if steps >= about["steps"]:
+        return f"{steps} steps"
+    within = "" if about["minutes"] is None else f" within {about['minutes']:.1f} minutes"
+    return f"{steps} of {about['steps']} steps{within}"
+
+
+def _summary(out: Path, weights: Path, net: UResNet, events: Events, trained_on: int | None) -> str:
+    about = recorded(out)
+    rate = f"{about['learning_rate']:g}"
+    height, width = (n // 2 ** about["downsample"] for n in about["crop"] or events.shape)
+    part, several = "parts of " * bool(about["crop"]), f"{about['accumulate']} times " * (about["accumulate"] > 1)
+    on = "" if trained_on is None else f" on {trained_on} events"
     return (
-        f"A network of {count_parameters(net):,} parameters took {_steps(recipe, trained)}, each of "
-        f"{part}{recipe.batch} event(s) at 3 x {height} x {width} pixels, in {running.precision}, on {count} events, "
-        f"with the loss '{recipe.loss}' and a learning rate of {recipe.learning_rate:g}, within a budget of "
-        f"{running.budget or 'the free memory'}, in {trained.seconds:.0f} s, validation included."
+        f"A network of {count_parameters(net):,} parameters took {_steps(out)}, each of "
+        f"{several}{part}{about['batch']} event(s) at 3 x {height} x {width} pixels, in {about['precision']}{on}, "
+        f"with the loss '{about['loss']}', by {about['optimizer']} with a learning rate of {rate} "
+        f"({about['schedule']}), within a budget of {about['budget'] or 'the free memory'}. The scores are of "
+        f"{weights.name}."
     )
 
 
-def _pictures(net: UResNet, events: Events, running: Running, shown: int) -> list[tuple[str, list[list[Panel]]]]:
+def _displays(findings: Findings, events: Events, shown: int) -> list[Display]:
+    """Of the worst events, and of one from the middle."""
+    ranked = findings.worst()
+    ranks = list(range(min(shown, len(ranked))))
+    if 1 < shown < len(ranked):
+        ranks[-1] = max(shown - 1, len(ranked) // 2)
     out = []
-    with Tagger(net, running) as tagger:
-        for index in range(min(shown, len(events))):
-            batch = tagger.load(events, index)
-            assert batch.label is not None  # `train` has scored it
-            tags = tagger(batch.image)
-            arrays = (x[0].cpu().numpy() for x in (batch.image, batch.label, tags))
-            out.append((f"Event {index}, not trained on", event_panels(*arrays)))
+    for rank in ranks:
+        event = ranked[rank]
+        place = f"number {rank + 1} of {len(ranked)}, the worst first"
+        caption = f"Event {name_of(event)}, {place}: mIoU {event.scores.mean_iou:.3f}"
+        out.append(Display(events[event.index], event.index, event.tags, f"event {event.index}", caption))
     return out
 
 

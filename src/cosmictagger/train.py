@@ -7,6 +7,7 @@
     weights.safetensors     the network so far, to release or to evaluate
     best.safetensors        the network with the best mean IoU of a validation so far
     plan.txt                how the engine runs a step, printed before the first one
+    cost.json               on how many events, and bytes that a step adds: promised, and seen in the first step
 
 A resumed training takes the steps that an uninterrupted one would have taken, with the same events in the same order.
 """
@@ -40,7 +41,7 @@ from cosmictagger.recipe import Recipe, completed
 from cosmictagger.schedules import Rates
 from cosmictagger.weights import Origin, not_finite, save_weights
 
-BEST = "best.safetensors"
+BEST, COST = "best.safetensors", "cost.json"
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,16 @@ def _train(
     _write(out / "plan.txt", plan + "\n")
     for name, text in beside.files.items():
         _write(out / name, text)
+    promised = Memory(running.budget, projected, None)
+    _write_cost(out, promised, events)
     seconds, measured = _loop(recipe, state, steps, files, running, beside, held)
-    return Trained(state.step, seconds, Memory(running.budget, projected, measured))
+    memory = replace(promised, measured=measured)
+    _write_cost(out, memory, events)
+    return Trained(state.step, seconds, memory)
+
+
+def _write_cost(out: Path, memory: Memory, events: Events) -> None:
+    _write(out / COST, json.dumps({"events": len(events), **asdict(memory)}) + "\n")
 
 
 def _loop(

@@ -159,7 +159,7 @@ def test_as_a_program(tmp_path):
     assert done.stderr == f"cosmictagger: {tmp_path / 'w'}: no such file\n"
 
 
-@pytest.mark.parametrize("command", ["simulate", "train", "evaluate", "predict", "compare", "demo"])
+@pytest.mark.parametrize("command", ["simulate", "train", "evaluate", "predict", "report", "compare", "demo"])
 def test_help(command, capsys):
     assert main([command, "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"Usage: cosmictagger {command}")

@@ -63,7 +63,7 @@ def test_parts_lie_within_the_image_about_labelled_pixels_and_follow_the_seed(sm
 def test_a_demo_that_ran_out_of_time_or_learned_nothing_says_so(engine, small, small_events, tmp_path):
     recipe = replace(demo.DEMO, network=small, steps=1000, minutes=1e-9)
     said = train_with_report(Run(Files(small_events, tmp_path / "a", small_events), recipe, demo.RUNNING))
-    assert "1 of 1000 steps, as its 0.0 minutes were over" in said
+    assert "1 of 1000 steps within 0.0 minutes" in said
     assert "NOT ABOVE" in said and "train longer" in said
     page = (tmp_path / "a" / "report.html").read_text()
     assert "1 of 1000 steps" in page and "NOT ABOVE" in page
