@@ -1,7 +1,7 @@
 """Train any convolutional network on whole images, tile by tile, within a memory budget."""
 
 from fullframe.check import Check, check
-from fullframe.errors import BudgetError, CaptureError, FullframeError, UnsupportedOpError
+from fullframe.errors import BudgetError, CaptureError, FullframeError, RankError, UnsupportedOpError
 from fullframe.schedule.plan import Plan
 from fullframe.tiled import Tiled, tile
 
@@ -13,6 +13,7 @@ __all__ = [
     "Check",
     "FullframeError",
     "Plan",
+    "RankError",
     "Tiled",
     "UnsupportedOpError",
     "check",

@@ -12,7 +12,9 @@ from fullframe.capture.ambient import PendingBackward, find_pending
 from fullframe.capture.threads import ForkSafeLock
 from fullframe.compiler.program import Program
 from fullframe.device import device_of
-from fullframe.errors import CaptureError
+from fullframe.distributed.exchange import agree
+from fullframe.distributed.mesh import Domain
+from fullframe.errors import CaptureError, RankError
 from fullframe.frontend.aliasing import refuse_shared
 from fullframe.frontend.inputs import Call, Tensors
 from fullframe.ir.graph import Value, followers
@@ -20,7 +22,7 @@ from fullframe.ops.primitives.rule import UnexpectedShapeError
 from fullframe.runtime.execution_paths import assuming
 from fullframe.runtime.executor import Run
 from fullframe.runtime.replay_cuda import CudaReplays, Feed
-from fullframe.storage.arena import laid_out
+from fullframe.storage.arena import laid_out, strides_as
 from fullframe.storage.pool import Pool, Stores
 from fullframe.torch_compat import is_batched
 
@@ -33,6 +35,7 @@ class Kept(NamedTuple):
     pool: Pool
     replays: CudaReplays
     lock: ForkSafeLock
+    domain: Domain | None = None
 
 
 Guard = list[tuple[str, torch.Tensor, int, torch.Tensor | None]]
@@ -66,12 +69,14 @@ def run_forward(
     refuse_shared(program.changed, call.tensors, call.names, program.unused)
     tensors, pool = call.tensors, kept.pool
     seed = None if graph.seed is None else torch.randint(2**62, (), dtype=torch.int64)
+    if seed is not None and kept.domain is not None:
+        seed.fill_(agree(kept.domain, int(seed))[0])
     feeds = _feeds(program, call, seed)
     stores: Stores | None = None
     run = kept.replays.replay(program, pool, device, feeds)
     if run is None:
         stores = pool.take(plan.bytes.stores, device, plan.bytes.spare)
-        run = Run(plan, stores, device)
+        run = Run(plan, stores, device, kept.domain)
         run.feed([f.value for f in feeds], [f.tensor for f in feeds])
         with stores.released_on_failure(), assuming(program, run), _naming_resized(program, call):
             run.advance(plan.early if graph.late else len(plan.stages))
@@ -87,7 +92,7 @@ def run_forward(
     rerun_inputs = [_as_it_was(tensors[k], k in program.changed, k < len(call.parameters)) for k in wanted]
     for k, value in program.changed.items():
         with torch.inference_mode(tensors[k].is_inference()), torch.no_grad():
-            tensors[k].copy_(run.values[value])
+            tensors[k].copy_(run.part(value))
     if stores is not None and not graph.late:
         pool.give(stores)
     return outputs, rerun_inputs, Made(run, stores, guard, seed)
@@ -159,7 +164,15 @@ def _handed_out(program: Program, run: Run) -> Tensors:
             run.values[v] = t.detach()  # what autograd will hang on the output must not lead back to the run
     made = [t.clone() if v in values[:k] else t for k, (v, t) in enumerate(found) if t is not None]
     made = [t if device_of(t.device) is device_of(d) else t.to(d) for t, d in zip(made, program.devices, strict=True)]
-    return [laid_out(t, s) for t, s in zip(made, program.strides[: len(made)], strict=True)]
+    return [laid_out(t, _strides(program, v, t, s)) for v, t, s in zip(values, made, program.strides, strict=False)]
+
+
+def _strides(program: Program, value: Value | None, made: torch.Tensor | None, strides: Any) -> Any:
+    """Strides of an output or gradient; those of a rank's part of it lie in the same order."""
+    share = program.plan.share
+    if share is None or value is None or made is None or value not in share.parts or made.shape == value.shape:
+        return strides
+    return strides_as(made.shape, strides)
 
 
 def _guard(program: Program, call: Call, run: Run, outputs: Tensors) -> Guard:
@@ -246,6 +259,8 @@ def _backward(ctx: Any, *upstream: Any) -> Any:
         )
     whole: Program = ctx.whole
     used = {k: g for k, g in enumerate(upstream) if g is not None}
+    if ctx.kept.domain is not None and whole.variants is not None:
+        _refuse_differing(ctx.kept.domain, used)
     if whole.variants is None:
         grads = _scaled(whole, ctx.saved_tensors, used)
     else:
@@ -255,6 +270,16 @@ def _backward(ctx: Any, *upstream: Any) -> Any:
         ctx.begun = True
     assert grads is not None
     return None, None, None, *(g for g, v in zip(grads, whole.gradients, strict=True) if v is not None)
+
+
+def _refuse_differing(domain: Domain, used: Iterable[int]) -> None:
+    """Refuse gradients of other outputs on some ranks than on others."""
+    for rank, other in enumerate(found := agree(domain, sorted(used))):
+        if other != found[0]:
+            raise RankError(
+                f"ranks differ: the backward asks for gradients of outputs {found[0]} on rank 0 and of {other} on "
+                f"rank {rank}; all have to call backward of the same"
+            )
 
 
 def _requested(ctx: Any, used: dict[int, torch.Tensor]) -> Grads:
@@ -303,7 +328,9 @@ def _finished(program: Program, made: Made, pool: Pool, used: dict[int, torch.Te
         return grads
     grads = _without(program, grads, set(_late(program)) - set(unused), unused)
     # Zero times infinity is no number.
-    return grads if all(g is None or bool(g.isfinite().all()) for g in grads) else None
+    finite = all(g is None or bool(g.isfinite().all()) for g in grads)
+    domain = made.run.domain
+    return grads if finite and (domain is None or all(agree(domain, finite))) else None
 
 
 def _rerun(ctx: Any, used: dict[int, torch.Tensor], saved: Sequence[torch.Tensor | None]) -> Grads:
@@ -319,7 +346,7 @@ def _rerun(ctx: Any, used: dict[int, torch.Tensor], saved: Sequence[torch.Tensor
             )
     plan, pool = program.plan, ctx.kept.pool
     stores = pool.take(plan.bytes.stores, ctx.device, plan.bytes.spare)
-    run = Run(plan, stores, ctx.device)
+    run = Run(plan, stores, ctx.device, ctx.kept.domain)
     fed = {whole.variants.graph.inputs[k]: t for k, t in zip(whole.rerun_inputs, saved, strict=True) if t is not None}
     if program.graph.seed is not None:
         fed[program.graph.seed] = ctx.seed
@@ -339,7 +366,7 @@ def _advanced(program: Program, run: Run, used: dict[int, torch.Tensor]) -> Grad
     """The gradients, once those of the outputs are there."""
     late = _late(program)
     given = (used.get(k) for k in program.requested)
-    run.feed(late, [_or_zeros(g, v, run.device) for g, v in zip(given, late, strict=True)])
+    run.feed(late, [_or_zeros(g, v, run) for g, v in zip(given, late, strict=True)])
     run.advance(len(program.plan.stages))
     return _gradients(program, run)
 
@@ -370,8 +397,8 @@ def _unchanged(guard: Guard) -> None:
             )
 
 
-def _or_zeros(given: torch.Tensor | None, value: Value, device: torch.device) -> torch.Tensor:
-    return torch.zeros(value.shape, dtype=value.dtype, device=device) if given is None else given
+def _or_zeros(given: torch.Tensor | None, value: Value, run: Run) -> torch.Tensor:
+    return torch.zeros(run.shape(value), dtype=value.dtype, device=run.device) if given is None else given
 
 
 def _without(program: Program, grads: Grads, used: Iterable[Value], unused: Iterable[Value]) -> Grads:
@@ -384,4 +411,5 @@ def _without(program: Program, grads: Grads, used: Iterable[Value], unused: Iter
 
 def _gradients(program: Program, run: Run) -> Grads:
     found = zip(program.graph.gradients, program.strides[program.graph.signature.handed_out :], strict=True)
-    return [laid_out(run.result(v), s) for v, s in found]
+    made = ((v, run.result(v), s) for v, s in found)
+    return [laid_out(t, _strides(program, v, t, s)) for v, t, s in made]

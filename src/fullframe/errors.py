@@ -48,3 +48,7 @@ class BudgetError(FullframeError):
 
     def __reduce__(self):
         return type(self), (self.args[0], self.smallest)
+
+
+class RankError(FullframeError):
+    """Ranks that make a step together differ, or one of them has failed: no parameter is changed on any."""

@@ -18,9 +18,11 @@ from fullframe.capture.conditions import Diverged
 from fullframe.capture.subclasses import with_class
 from fullframe.capture.threads import RECORDING, ForkSafeLock
 from fullframe.capture.trace import nested, recording
+from fullframe.compiler.agreement import all_have_recorded, share_parameters, telling, whole_call
 from fullframe.compiler.pipeline import compile_call
 from fullframe.compiler.program import Options, Program
 from fullframe.device import device_of
+from fullframe.distributed.mesh import DeviceMesh, Domain
 from fullframe.errors import LOG, CaptureError, fall_back
 from fullframe.frontend.inputs import Call, Pair, Tensors
 from fullframe.frontend.recapture_reasons import Changes
@@ -118,7 +120,17 @@ class Tiled(nn.Module):
             True
         """
         with self._fullframe["lock"], RECORDING:
-            return self._program(Call(self._fullframe["pair"], args, kwargs)).plan
+            return self._program(self._call(self._fullframe["pair"], args, kwargs)[0]).plan
+
+    def _call(self, pair: Pair, args: Any, kwargs: Any) -> tuple[Call, Tensors | None]:
+        """The call as it is recorded; and the tensors with which it runs, where those are parts of others."""
+        domain = self._fullframe["options"].domain
+        if domain is None:
+            return Call(pair, args, kwargs), None
+        if not self._fullframe["shared"]:
+            share_parameters(domain, pair, _settings(self._fullframe["options"]))
+            self._fullframe["shared"] = True
+        return whole_call(domain, pair, args, kwargs)
 
     def explain(self) -> str:
         """In words, how the last call ran and why: its capture, kernels, tiles, ops run whole, and where maps live.
@@ -147,11 +159,13 @@ class Tiled(nn.Module):
 
     def _tiled(self, pair: Pair, args: Any, kwargs: Any) -> Any:
         with RECORDING:  # another thread's recording must not be met by the guard snapshot either
-            call = Call(pair, args, kwargs)
+            call, own = self._call(pair, args, kwargs)
             _refuse_transforms(call)
             refuse_modes()
             program = self._program(call)
-        kept = Kept(self._fullframe["pool"], self._fullframe["replays"], self._fullframe["lock"])
+        call.inputs = call.inputs if own is None else own
+        domain = self._fullframe["options"].domain
+        kept = Kept(self._fullframe["pool"], self._fullframe["replays"], self._fullframe["lock"], domain)
         program, made, shadows = self._run(kept, program, call)
         self._fullframe["last"] = program, call.device, self._fullframe["made"]
         if not program.reached:  # in plain PyTorch they have a graph all the same
@@ -193,6 +207,9 @@ class Tiled(nn.Module):
             call.undo()
             call.undo = None
         match = next(matching(call, programs, known), None)
+        domain = self._fullframe["options"].domain
+        if domain is not None and not all_have_recorded(domain, None if match is None else programs[match].plan):
+            match = None
         if match is not None:
             key, found = match[:2], programs[match]
             self._fullframe["made"] = ""
@@ -203,7 +220,8 @@ class Tiled(nn.Module):
             values: Values = self._fullframe["values"]
             tried = values.unread(call)
             paths = 0 if diverged is None else len(list(matching(call, programs)))
-            found = compile_call(call, self._fullframe["options"], tried, known)
+            with telling(domain):
+                found = compile_call(call, self._fullframe["options"], tried, known)
             if diverged is not None:
                 warn_of_paths(max(paths, attempt), diverged.where)
             key = found.reads, call.key(found.reads)
@@ -277,6 +295,7 @@ def _empty() -> dict[str, Any]:
         "made": "",
         "replays": CudaReplays(),
         "lock": ForkSafeLock(),
+        "shared": False,
     }
 
 
@@ -289,7 +308,7 @@ def _refuse_retained(program: Program, call: Call) -> None:
             )
 
 
-def tile(
+def tile(  # noqa: PLR0913
     module: nn.Module,
     *,
     loss: Callable[..., Any] | None = None,
@@ -298,35 +317,38 @@ def tile(
     workers: int | None = None,
     disk: int | str | None = None,
     folder: str | os.PathLike[str] | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Tiled:
     """Run a module, or its training step, tile by tile within a memory budget.
 
-    ``tile(module)`` has the module's call, output and gradients. ``tile(module, loss=criterion)``
-    is a step: ``step(input, target)`` equals ``criterion(module(input), target)``. Tensors that the
-    forward or its hooks keep in attributes, lists or dictionaries lie there after every call; those
-    of a step are detached.
+    ``tile(module)`` has the module's call, output and gradients. ``tile(module, loss=criterion)`` is a step:
+    ``step(input, target)`` equals ``criterion(module(input), target)``. Tensors that the forward or its hooks keep in
+    attributes, lists or dictionaries lie there after every call; those of a step are detached.
 
     Args:
         module: any convolutional network, shared with the caller, not copied.
-        loss: a function or Module of (output, target) that returns a scalar, or several tensors in tuples,
-            lists or dicts, each of which has its gradient. The first scalar is taken for the loss, and its
-            gradients are made with the forward; the first backward that asks for others makes the forward once
-            more, and the steps after it are planned for what was asked.
-        budget: bytes, or text such as "8 GB" or "7.5 GiB": all that the step keeps and uses beyond
-            inputs, parameters and gradients. None: what is free under the container's limit.
+        loss: a function or Module of (output, target) that returns a scalar, or several tensors in tuples, lists or
+            dicts, each of which has its gradient. The first scalar is taken for the loss, and its gradients are made
+            with the forward; the first backward that asks for others makes it again, and later steps are planned so.
+        budget: bytes, or text such as "8 GB" or "7.5 GiB": all that the step keeps and uses beyond inputs, parameters
+            and gradients. None: what is free under the container's limit.
         tile: forces the tile, in pixels of the input: one extent per spatial axis or one for all.
         workers: threads over tiles on the CPU; None: one per core.
         disk: bytes, or text as for the budget: what the maps that do not fit the budget may take on a disk, in a
             file without a name. The plan says how many bytes a step writes there. None: no disk is used.
         folder: where that file lies; None: the system's temporary folder. It may not be in memory itself (tmpfs).
+        mesh: a `DeviceMesh` of one dimension, ``domain`` or ``data``, whose processes make the step together, each
+            with this budget. A call takes each one's part of inputs and targets, in the order of ranks along the
+            first spatial axis (``domain``) or the batch (``data``), of any length, and gives its part of outputs.
+            Loss, gradients of parameters, and buffers are those of the whole; parameters begin as the first rank's.
 
     Raises:
-        BudgetError: (at the first call) no plan fits the budget, with the disk there is; the message names the
-            smallest budget.
+        BudgetError: (at the first call) no plan fits the budget, with the disk there is; it names the smallest.
         OSError: the folder cannot be used; (at a call, before anything has run) the disk has not so many bytes free
             as the plan takes; (at a call) it fails to read or write, and no parameter, buffer or gradient is changed.
         CaptureError: the step depends on data or randomness that a recording would freeze.
         UnsupportedOpError: an op must run whole and does not fit.
+        RankError: (at a call) ranks differ, which is told by name, or another has failed; nothing is changed on any.
 
     Examples:
         >>> import torch, fullframe
@@ -342,7 +364,18 @@ def tile(
     if loss is not None and not callable(loss):
         raise TypeError(f"loss={loss!r} must be a function or Module of (output, target)")
     on_disk, told = _disk(budget, disk, folder)
-    return Tiled(module, loss, Options(nbytes, extents, threads, on_disk), Pool(told))
+    return Tiled(module, loss, Options(nbytes, extents, threads, on_disk, _domain(mesh, disk)), Pool(told))
+
+
+def _domain(mesh: DeviceMesh | None, disk: Any) -> Domain | None:
+    if mesh is not None and disk is not None:
+        raise ValueError("mesh= and disk= together are not supported: maps of a rank lie in memory; leave one out")
+    return None if mesh is None else Domain(mesh)
+
+
+def _settings(options: Options) -> dict[str, Any]:
+    """What ranks have to be told alike."""
+    return {"budget=": options.budget, "tile=": options.tile, "workers=": options.workers}
 
 
 def _threads(workers: Any) -> int:

@@ -146,14 +146,20 @@ class Kernel:
         """True: machine code runs it."""
         return True
 
-    def call(self, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor] = ()) -> HostCall:
-        """The call for tensors of these layouts. Raises ValueError when they are not those of the group."""
-        key = (len(operands), *((t.dtype, t.shape, t.stride(), t.get_device()) for t in (*operands, *outputs)))
+    def call(self, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor] = (),
+             lies: Sequence[tuple[int, ...]] | None = None) -> HostCall:  # fmt: skip
+        """The call for tensors of these layouts. Raises ValueError when they are not those of the group.
+
+        ``lies`` are strides by which the order of the loop's axes is chosen, where those of the tensors are not to
+        decide it: without axes that a tensor does not have.
+        """
+        own = tuple((t.dtype, t.shape, t.stride(), t.get_device()) for t in (*operands, *outputs))
+        key = (len(operands), own, lies and tuple(lies))
         call = self._calls.get(key)
         if call is None:
             if not all(device_of(t.device).on_host for t in (*operands, *outputs)):
                 raise ValueError(f"the kernel is for the CPU, the tensors are on {device((*operands, *outputs))}")
-            call = HostCall(self._function, measure(self.group, operands, outputs))
+            call = HostCall(self._function, measure(self.group, operands, outputs, lies))
             if len(self._calls) >= _REMEMBERED:
                 self._calls.clear()
             self._calls[key] = call

@@ -49,9 +49,14 @@ def device(tensors: Sequence[torch.Tensor]) -> torch.device:
     return next((t.device for t in tensors if t.dim()), tensors[-1].device if tensors else torch.device("cpu"))
 
 
-def measure(group: Group, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Geometry:
-    """The geometry of a call. Raises ValueError when the tensors are not those of the group, on one device."""
+def measure(group: Group, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor],
+            lies: Sequence[tuple[int, ...]] | None = None) -> Geometry:  # fmt: skip
+    """The geometry of a call. Raises ValueError when the tensors are not those of the group, on one device.
+
+    ``lies`` are the strides that decide in which order the axes are walked; None: the tensors' own.
+    """
     extents, strides = loop(group, operands, outputs)
+    deciding = strides if lies is None else [_aligned(s, own) for s, own in zip(lies, strides, strict=True)]
     shapes, offsets, kept, ends = [], [0], [], []
     for reduction in group.reductions:
         shape = [extent for axis, extent in enumerate(extents) if axis not in reduction.axes]
@@ -59,7 +64,7 @@ def measure(group: Group, operands: Sequence[torch.Tensor], outputs: Sequence[to
         ends.append((prod(shape), offsets[-1]))
         shapes.append(tuple(shape) if reduction.kind == "sum" else (3, *shape))
         offsets.append(offsets[-1] + prod(shapes[-1]))
-    axes = merged([(extents[a], *(s[a] for s in (*strides, *kept))) for a in in_memory(extents, strides)])
+    axes = merged([(extents[a], *(s[a] for s in (*strides, *kept))) for a in in_memory(extents, deciding)])
     axes = _inner(axes, len(strides), len(strides) + len(kept))
     columns = list(zip(*axes, strict=True))
     words = [len(axes), *columns[0]]
@@ -106,6 +111,12 @@ def _strides(tensor: torch.Tensor, extents: tuple[int, ...]) -> list[int]:
     if tensor.dim() == 0:
         return [0] * len(extents)
     return [0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
+
+
+def _aligned(strides: Sequence[int], own: Sequence[int]) -> list[int]:
+    """Strides for the last axes of a loop, along those where there is a step."""
+    found = [0] * (len(own) - len(strides)) + list(strides)
+    return [new if old else 0 for new, old in zip(found, own, strict=True)]
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:

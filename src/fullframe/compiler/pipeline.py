@@ -22,6 +22,7 @@ from fullframe.capture.joint import JointFunction, Strides
 from fullframe.capture.subclasses import refuse_dispatching
 from fullframe.capture.threads import RECORDING
 from fullframe.capture.trace import _STATE, Recording, own_generator
+from fullframe.compiler.agreement import plan_for, split_of
 from fullframe.compiler.backward_variants import restricted_to
 from fullframe.compiler.program import BackwardVariants, Options, Program, changes, freed
 from fullframe.device import CPU, DEVICES, device_of
@@ -38,7 +39,7 @@ from fullframe.frontend.side_effects import SideEffectTracker, recorded
 from fullframe.ir.graph import Graph, Value, followers
 from fullframe.ops.decompose import decompose_graph
 from fullframe.ops.primitives.elementwise import fusable
-from fullframe.schedule.planner import FIXED, plan
+from fullframe.schedule.planner import FIXED
 from fullframe.schedule.request import Request
 from fullframe.torch_compat import FakeTensorMode, TorchDispatchMode, dispatch_functionalize, fx_traceback, make_fx
 
@@ -146,8 +147,12 @@ def _compile(
     refuse_shared(changed, call.tensors, call.names, terms.unused)
     _refuse_changed_late(call, graph, changed)
     request = request_for(graph, call, options)
+    if options.domain is not None:
+        request = replace(request, split=split_of(options.domain, graph, call, terms.wanted, joint.differentiable))
     graph, requested, variants = _variants(graph, call, joint, request)
-    planned = plan(graph, freed(request, graph))
+    if variants is not None:
+        variants.domain = options.domain
+    planned = plan_for(graph, freed(request, graph), options.domain)
     return Program(
         graph, planned, terms.returned, terms.wanted, tuple(joint.differentiable), lasting and call.snapshot.lasting,
         terms.effects, tuple(joint.detached), reads, joint.devices, terms.unused, joint.lost, terms.alive,
@@ -303,7 +308,7 @@ def request_for(graph: Graph, call: Call, options: Options) -> Request:
     free = frozenset(v for v in graph.gradients if v is not None)
     tile = None if forced is None else tuple(forced)
     if not device.windows:
-        max_in_flight = MAX_IN_FLIGHT if options.workers > 1 else 1
+        max_in_flight = MAX_IN_FLIGHT if options.workers > 1 and options.domain is None else 1
         return Request(budget, options.workers, roots, fusable, tile, free, disk=options.disk,
                        max_in_flight=max_in_flight)  # fmt: skip
     host = device_of(CPU).free_bytes(CPU)

@@ -12,25 +12,28 @@ import torch
 from fullframe.capture.conditions import Condition, settle
 from fullframe.capture.joint import Strides
 from fullframe.capture.subclasses import OutputClasses
+from fullframe.compiler.agreement import plan_for
 from fullframe.compiler.backward_variants import backward_of, restricted_to, sources
+from fullframe.distributed.mesh import Domain
 from fullframe.frontend.inputs import Call
 from fullframe.frontend.outputs import Tree, unflatten
 from fullframe.frontend.reads import EVERYTHING, Reads
 from fullframe.frontend.sources import SideEffect, WriteBack
 from fullframe.ir.graph import Graph, Value
 from fullframe.schedule.plan import Plan
-from fullframe.schedule.planner import plan
 from fullframe.schedule.request import Request
 
 
 @dataclass(frozen=True)
 class Options:
-    """Budget in bytes (None: what is free when first planned), forced tile, worker threads, and bytes of a disk."""
+    """Budget in bytes (None: what is free when first planned), forced tile, worker threads, bytes of a disk, and the
+    ranks that make the step together."""
 
     budget: int | None
     tile: int | tuple[int, ...] | None
     workers: int
     disk: int = 0
+    domain: Domain | None = None
 
 
 @dataclass(eq=False)
@@ -46,6 +49,7 @@ class BackwardVariants:
     request: Request
     device: torch.device
     guess: frozenset[int]
+    domain: Domain | None = None
     programs: dict[tuple[frozenset[int], bool], Program] = field(default_factory=dict)
 
 
@@ -103,7 +107,7 @@ class Program:
         if (used, alone) not in variants.programs:
             graph = restricted_to(variants.graph, {variants.late[k] for k in used}, variants.device)
             graph = backward_of(graph) if alone else graph
-            planned = plan(graph, freed(variants.request, graph))
+            planned = plan_for(graph, freed(variants.request, graph), variants.domain)
             found = replace(self, graph=graph, plan=planned, requested=tuple(sorted(used)), variants=None)
             variants.programs[used, alone] = found
         return variants.programs[used, alone]

@@ -74,6 +74,8 @@ class Call:
         self.grad = torch.is_grad_enabled()
         self._snapshot: GuardSnapshot | None = None
         self._others: Tensors = []
+        # Of each input the axis along which ranks have shards of it, and where they begin; None: each has all of it.
+        self.shards: tuple[tuple[int, tuple[int, ...]] | None, ...] = ()
         self.undo: Callable[[], None] | None = None  # puts back what the recording of this call did in Python
 
     def take_snapshot(self, reads: Reads, snapshot: GuardSnapshot | None = None) -> None:

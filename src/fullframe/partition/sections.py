@@ -88,7 +88,8 @@ def finish_section(
     sums = tuple(saved.maker[v] for v in outputs if saved.maker[v] in saved.reducing)
     saves = tuple(v for v in outputs if saved.maker[v] not in saved.reducing)
     ordered = tuple(sorted(ops, key=order.__getitem__))
-    return Section(ordered, tuple(v for v in loads if v not in made), saves, sums, clone)
+    read = dict.fromkeys(v for op in ordered for v in op.inputs if v in loads and v not in made)
+    return Section(ordered, tuple(read), saves, sums, clone)
 
 
 def _place(state: Grouping, value: Value) -> None:

@@ -86,14 +86,14 @@ def _combined(left: Node, right: Node) -> Node:
     """A node of its halves, in the memory of the left one where that has the type in which sums are added."""
     for place, partial in right.items():
         if place in left:
-            left[place] = _widened(place[0], left[place])
+            left[place] = widened(place[0], left[place])
             _rule(place[0]).combine(place[0], left[place], partial)
         else:
             left[place] = partial
     return left
 
 
-def _widened(op: Op, partial: torch.Tensor) -> torch.Tensor:
+def widened(op: Op, partial: torch.Tensor) -> torch.Tensor:
     """A partial result in the type in which its sum is added: one may come in the type of the output."""
     return partial.to(_rule(op).accumulator(op))
 
@@ -104,7 +104,7 @@ def _tree(leaves: Sequence[Node]) -> Node:
     for key in dict.fromkeys(key for leaf in leaves for key in leaf):
         found = [leaf.get(key) for leaf in leaves]
         if all(t is not None for t in found):
-            root[key] = _level_by_level(key[0], [_widened(key[0], t) for t in found if t is not None])
+            root[key] = _level_by_level(key[0], [widened(key[0], t) for t in found if t is not None])
             continue
         nodes: list[Node] = [{} if t is None else {key: t} for t in found]
         while len(nodes) > 1:

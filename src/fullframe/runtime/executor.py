@@ -17,18 +17,20 @@ import torch
 from fullframe.bytecode.libtorch import bytecode_available
 from fullframe.capture.threads import ForkSafeLock
 from fullframe.device import BYTECODE, device_of
+from fullframe.distributed.mesh import Domain
 from fullframe.ir import region as box
 from fullframe.ir.graph import Value
 from fullframe.partition.tile_axes import tiled
+from fullframe.runtime import ranks
 from fullframe.runtime.accumulate import Sums
 from fullframe.runtime.fused import Kernels, build
 from fullframe.runtime.replay_cpu import Schedule
-from fullframe.runtime.tasks import Partials, place_of, room_of
+from fullframe.runtime.tasks import Partials, part_in, place_of, room_of
 from fullframe.runtime.tile import Memory, Tile, Tiles, own
 from fullframe.runtime.workers import pool
 from fullframe.schedule.dependencies import dependencies_of, is_expensive
 from fullframe.schedule.plan import Plan
-from fullframe.storage.arena import empty_output
+from fullframe.storage.arena import empty_output, strides_as
 from fullframe.storage.heap import HeapTrimmer, mapped
 from fullframe.storage.pool import Stores
 
@@ -83,8 +85,8 @@ def runtime_of(plan: Plan, device: torch.device) -> Runtime:
 class Run:
     """One run of a plan. ``feed`` inputs, ``advance`` over its stages, ``result`` an output."""
 
-    def __init__(self, plan: Plan, stores: Stores, device: torch.device):
-        self.plan, self.arena, self.device = plan, stores.arena, device
+    def __init__(self, plan: Plan, stores: Stores, device: torch.device, domain: Domain | None = None):
+        self.plan, self.arena, self.device, self.domain = plan, stores.arena, device, domain
         self.offloaded = {v: stores.map(plan.slots[v]) for v in plan.offloaded}
         self.opened: set[Value] = set()  # of the maps that live elsewhere
         self.runtime = runtime_of(plan, device)
@@ -94,13 +96,43 @@ class Run:
 
     def feed(self, values: Sequence[Value], tensors: Sequence[torch.Tensor]) -> None:
         """Give a run its inputs; a number on the processor, which torch lets meet tensors of a device, goes there."""
-        self.values.update(zip(values, (_as_plain(t).to(self.device) for t in tensors), strict=True))
+        for value, tensor in zip(values, tensors, strict=True):
+            self.values[value] = self._held(value, _as_plain(tensor).to(self.device))
+
+    def _held(self, value: Value, tensor: torch.Tensor) -> torch.Tensor:
+        """A rank's rows of an input where there is room for those of others that it reads."""
+        share = self.plan.share
+        if share is None or value not in share.given or share.room[value] == value.shape == tensor.shape:
+            return tensor
+        room = share.room[value]
+        made = torch.empty_strided(
+            room, strides_as(room, tensor.stride()) or (), dtype=value.dtype, device=self.device
+        )
+        made = self._narrowed(value, made)
+        made[part_in(self.plan, value, share.given[value]) or ...].copy_(tensor)
+        return made
+
+    def _narrowed(self, value: Value, made: torch.Tensor) -> torch.Tensor:
+        """What a rank has of a map, in the memory that there is for it."""
+        held = self.plan.share and self.plan.share.held.get(value)
+        return made[tuple(slice(n) for n in box.shape_of(held))] if held else made
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        """The shape of what is to be fed for an input: of one that is divided that of this rank's rows."""
+        given = self.plan.share and self.plan.share.given.get(value)
+        return box.shape_of(given) if given else value.shape
+
+    def part(self, value: Value) -> torch.Tensor:
+        """A value as it is handed out: of one that is divided among ranks the rows of this one."""
+        share = self.plan.share
+        part = None if share is None or value not in share.parts else part_in(self.plan, value, share.parts[value])
+        return self.values[value] if part is None else self.values[value][part]
 
     def result(self, value: Value | None) -> torch.Tensor | None:
         """An output, in memory of its own."""
         if value is None:
             return None
-        tensor = self.values[value]
+        tensor = self.part(value)
         given = value in self.plan.graph.inputs or value in self.runtime.constants
         return tensor.clone() if given or tensor._base is not None else tensor
 
@@ -117,7 +149,9 @@ class Run:
         off = torch.autocast(self.device.type, enabled=False)
         with torch.no_grad(), off, mapped(self.plan.tight):
             try:
-                if self.runtime.records:
+                if self.domain is not None:
+                    ranks.advance(self, self.domain, stages, threads, self.runtime.dependencies.multi_threaded)
+                elif self.runtime.records:
                     self.runtime.schedule(self.plan, stages, self.values).replay(self, threads, pool)
                 else:
                     self._one_by_one(stages, threads)
@@ -190,15 +224,17 @@ class Run:
     def memory(self) -> Memory:
         """What its tiles work with."""
         return Memory(
-            self.values, self.arena, self.offloaded, self.device, self.runtime.kernels, self.runtime.records
-        )
+            self.values, self.arena, self.offloaded, self.device, self.runtime.kernels, self.runtime.records,
+            self.plan.share.held if self.plan.share else {}
+        )  # fmt: skip
 
     def allocate(self, value: Value) -> torch.Tensor:
         """Room for a value: in the arena, or on its own where it is handed out."""
         slot = self.runtime.slots.get(value)
         if slot is None:
-            return empty_output(self.plan.graph, value, self.device)
-        return self.arena.view(slot)
+            room = self.plan.share and self.plan.share.room.get(value)
+            return self._narrowed(value, empty_output(self.plan.graph, value, self.device, room))
+        return self._narrowed(value, self.arena.view(slot))
 
     def poll(self) -> None:
         """Between stages, and now and then within a long one."""

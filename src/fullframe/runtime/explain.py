@@ -11,7 +11,8 @@ from fullframe.codegen.toolchain import cxx
 from fullframe.compiler.program import Program
 from fullframe.device import CXX, device_of
 from fullframe.runtime.executor import Runtime, runtime_of
-from fullframe.schedule.plan import Plan, human
+from fullframe.runtime.tasks import tiles_of
+from fullframe.schedule.plan import Plan, human, ranks
 from fullframe.storage.protocol import DISK
 
 
@@ -33,6 +34,7 @@ def explain(program: Program, place: torch.device, reason: str) -> str:
         f"tiles: {', '.join(_tiles(runtime, plan))}",
         f"ops run whole: {', '.join(plan.whole) or 'none'}",
         f"stored maps: {stored or 'none'}",
+        *([f"ranks: {ranks(plan.share)}; stages run one after the other, from Python"] if plan.share else []),
     ))  # fmt: skip
 
 
@@ -56,8 +58,9 @@ def _kernels(runtime: Runtime, place: torch.device) -> str:
 
 
 def _tiles(runtime: Runtime, plan: Plan) -> Iterator[str]:
-    count = sum(len(stage.grid) for stage in plan.stages)
-    tiles = [tile for kept in runtime.tiles.kept for tile in kept or ()]
+    mine = [tiles_of(plan, number) for number in range(len(plan.stages))]
+    count = sum(map(len, mine))
+    tiles = [kept[k] for kept, turns in zip(runtime.tiles.kept, mine, strict=True) if kept for k in turns]
     recorded = sum(tile is not None and tile.recorded is not None for tile in tiles)
     open_yet = sum(tile is None or not tile.settled for tile in tiles)
     yield f"{recorded} of {count} in bytecode"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -105,6 +106,22 @@ def place_of(stage: Stage, k: int) -> int:
     return len(stage.grid) - 1 - k if stage.reversed else k
 
 
+def tiles_of(plan: Plan, number: int) -> list[int]:
+    """The turns of a stage at which this process makes a tile: all, but for one of several ranks."""
+    stage = plan.stages[number]
+    mine = None if plan.share is None else plan.share.tiles[number]
+    if mine is None:
+        return list(range(len(stage.grid)))
+    assert plan.share is not None
+    tile_axis = plan.share.split.tile_axis(plan.tile_axes)
+    counts = stage.grid.counts()
+    names = [name for name, _, _ in stage.grid.axes]
+    at = names.index(tile_axis) if tile_axis in names else len(names)
+    inner = prod(counts[at + 1 :])
+    count = counts[at] if at < len(names) else 1
+    return [k for k in range(len(stage.grid)) if mine[0] <= place_of(stage, k) // inner % count < mine[1]]
+
+
 def tile_at(stage: Stage, k: int) -> Tile:
     """The tile that a stage makes at a turn."""
     k = place_of(stage, k)
@@ -125,7 +142,7 @@ def task_of(plan: Plan, stage: Stage, tile: Tile) -> Task:
     made: set[Value] = {*fetched}
     jobs = []
     for k, work in enumerate(works):
-        reads = tuple(_read(v, r, regions, made) for v, r in zip(work.group.reads, work.reads, strict=True))
+        reads = tuple(_read(plan, v, r, regions, made) for v, r in zip(work.group.reads, work.reads, strict=True))
         form = _fused if work.group.fused else _single
         targets, stores, sums = form(plan, stage, work, tile)
         made |= {*work.group.makes}
@@ -137,16 +154,20 @@ def task_of(plan: Plan, stage: Stage, tile: Tile) -> Task:
     return Task(tuple(Fetch(v, regions[v]) for v in fetched), tuple(jobs))
 
 
-def _read(value: Value, read: Region, regions: dict[Value, Region], made: set[Value]) -> Read:
+def _read(plan: Plan, value: Value, read: Region, regions: dict[Value, Region], made: set[Value]) -> Read:
     if box.is_empty(read):  # along one axis; what was made for this tile need not hold it along the others
         return Read(value, False, None, box.shape_of(read))
     if value in made:
         return Read(value, True, None if read == regions[value] else _slices(read, regions[value]))
-    return Read(value, False, _part(read, value.shape))
+    return Read(value, False, part_in(plan, value, read))
 
 
-def _part(region: Region, shape: tuple[int, ...]) -> Part:
-    return None if region == box.full(shape) else _slices(region)
+def part_in(plan: Plan, value: Value, region: Region) -> Part:
+    """Where a region of a map lies in the tensor that this process has of it."""
+    held = plan.share and plan.share.held.get(value)
+    if held:
+        return None if region == held else _slices(region, held)
+    return None if region == box.full(value.shape) else _slices(region)
 
 
 @lru_cache(maxsize=4096)
@@ -161,7 +182,7 @@ def _stores(plan: Plan, values: Iterable[Value], tile: Tile, made: Region) -> It
         if not tiled(value, plan.tile_axes):
             yield Store(value, None, None, None)
         elif not box.is_empty(own):
-            yield Store(value, own, _part(own, value.shape), None if own == made else _slices(own, made))
+            yield Store(value, own, part_in(plan, value, own), None if own == made else _slices(own, made))
 
 
 def _sum(plan: Plan, op: Op, region: Region, tile: Tile) -> Sum:
@@ -183,7 +204,7 @@ def _fused(plan: Plan, stage: Stage, work: Work, tile: Tile) -> Form:
     offloaded = plan.offloaded
     for value in dict.fromkeys((*group.saves, *group.makes)):
         stored = group.own and value in group.saves and value not in offloaded
-        part = _part(work.region, value.shape) if stored else None
+        part = part_in(plan, value, work.region) if stored else None
         targets.append(Target(value, part, None if stored else shape, value in group.makes))
     # The halo is another tile's to store.
     later = [v for v in group.saves if not group.own or v in offloaded]

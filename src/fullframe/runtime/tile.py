@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -11,11 +11,12 @@ import torch
 from fullframe.bytecode.program import Bytecode
 from fullframe.bytecode.recorder import Recorder
 from fullframe.codegen.group import Call
+from fullframe.codegen.kernel import Kernel
 from fullframe.ir.graph import Value
 from fullframe.runtime.fused import Kernels, bind
 from fullframe.runtime.tasks import Job, Part, Partials, Read, Store, Sum, Target, Task, task_of, tile_at
 from fullframe.schedule.plan import LARGE, Plan, Stage
-from fullframe.storage.arena import Arena, empty_map, gapless
+from fullframe.storage.arena import Arena, empty_map, gapless, strides_as
 from fullframe.storage.pool import Stored
 
 TRIES = 2  # What a library does once only, when it is first called, may keep the first recording from being used.
@@ -25,7 +26,7 @@ class Memory(NamedTuple):
     """What the tiles of a run work with: its values, its arena, the maps that live elsewhere, the device and the
     kernels of fused jobs.
 
-    Tiles are recorded where ``records`` is true.
+    Tiles are recorded where ``records`` is true. Of maps in ``held`` only a part may be here.
     """
 
     values: dict[Value, torch.Tensor]
@@ -34,6 +35,13 @@ class Memory(NamedTuple):
     device: torch.device
     kernels: Kernels
     records: bool
+    held: Collection[Value] = ()
+
+    def lies(self, value: Value, window: bool, part: torch.Tensor) -> tuple[int, ...]:
+        """Strides of a part of a map or window, as they would be if all of the map were here."""
+        if window or value not in self.held:
+            return part.stride()
+        return strides_as(value.shape, self.values[value].stride()) or ()
 
 
 class Recorded:
@@ -256,7 +264,15 @@ def _prepare(job: Job, memory: Memory, windows: Windows,
     for target in job.targets:
         made[target.value] = _target(target, memory)
     operands, outputs = [aligned(t, len(job.region)) for t in parts], list(made.values())
-    call = memory.kernels[job.group].call(operands, outputs)
+    kernel = memory.kernels[job.group]
+    if memory.held and isinstance(kernel, Kernel):  # the order of sums must not depend on how much of a map is here
+        lies = [
+            memory.lies(r.value, r.window or r.empty is not None, t) for r, t in zip(job.reads, parts, strict=True)
+        ]
+        lies += [memory.lies(t.value, t.shape is not None, made[t.value]) for t in job.targets]
+        call = kernel.call(operands, outputs, lies)
+    else:
+        call = kernel.call(operands, outputs)
     job.bound = bind(job, call, memory.values, windows, parts, made)
     windows.update((t.value, made[t.value]) for t in job.targets if t.keep)
     return call, [*operands, *outputs], [made[t.value] for t in job.targets if t.shape is not None]

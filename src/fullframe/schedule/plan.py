@@ -14,6 +14,7 @@ from fullframe.ir.graph import Graph, Value
 from fullframe.partition.fusion import FusionGroup, Work, work_of
 from fullframe.partition.sections import Section
 from fullframe.partition.tile_axes import Span, Tile, TileAxes, tiled
+from fullframe.schedule.split import Share
 from fullframe.storage.protocol import DEVICE, DISK, HOST, Slot
 
 LARGE = 1 << 20  # bytes of untiled values, from which on a stage that makes them waits until all before it are done
@@ -85,7 +86,8 @@ class Bytes:
     caller, and ``fixed``, an estimate of what the recording, the plan, its tiles' tasks and the libraries take.
     ``host`` is the arena where the maps
     live in the host's memory and not on the device, ``disk`` that of the maps on a disk: they are not part of the
-    total. ``spare`` is for what is read ahead and written behind there."""
+    total. ``spare`` is for what is read ahead and written behind there, ``exchanged`` for what ranks send each other
+    at once."""
 
     arena: int
     untiled: int
@@ -95,6 +97,7 @@ class Bytes:
     host: int = 0
     disk: int = 0
     spare: int = 0
+    exchanged: int = 0
 
     @property
     def stores(self) -> dict[str, int]:
@@ -104,7 +107,7 @@ class Bytes:
     @property
     def total(self) -> int:
         """All that count against the budget."""
-        return self.arena + self.untiled + self.scratch + self.outputs + self.fixed + self.spare
+        return self.arena + self.untiled + self.scratch + self.outputs + self.fixed + self.spare + self.exchanged
 
 
 class Traffic(NamedTuple):
@@ -119,7 +122,8 @@ class Plan:
     """Immutable; printable. ``stages[:early]`` make the outputs that are handed out first; of ``max_in_flight``
     stages in a row any may be in work at the same time, if they need not wait for each other. ``tight``: the C
     library is told to give back what is free, since the budget has no room for all that it would keep. ``fastest``:
-    operations of expensive ops in the plan that makes nothing again."""
+    operations of expensive ops in the plan that makes nothing again. ``share``: what one of several ranks has of it;
+    then the bytes are those of the rank that takes most."""
 
     graph: Graph
     tile_axes: TileAxes
@@ -133,6 +137,7 @@ class Plan:
     max_in_flight: int = 1
     tight: bool = False
     fastest: float = 0.0
+    share: Share | None = None
 
     @cached_property
     def offloaded(self) -> Collection[Value]:
@@ -187,6 +192,7 @@ def describe(plan: Plan) -> str:
             f"  stored maps {human(b.disk)} on disk; a step reads {human(read)} there and writes {human(written)}, "
             f"{human(b.spare)} of the budget ahead and behind"
         )
+    lines += [f"  {ranks(plan.share)}"] * (plan.share is not None)
     lines += [f"  runs whole: {name}" for name in plan.whole]
     for k, stage in enumerate(plan.stages):
         if k == plan.early and k > 0:
@@ -194,6 +200,19 @@ def describe(plan: Plan) -> str:
         if _is_tiled(plan, stage):
             lines.append(_line(plan, k, stage))
     return "\n".join(lines)
+
+
+def ranks(share: Share | None) -> str:
+    """In words, what a rank has of a plan and what moves."""
+    if share is None:
+        return "one process"
+    bounds, name = share.split.bounds, share.split.name
+    whole = sum(tiles is None for tiles in share.tiles)
+    return (
+        f"rank {share.rank} of {share.ranks}, {bounds[share.rank]} to {bounds[share.rank + 1]} of {bounds[-1]} along "
+        f"the {name}; {human(share.received)} of rows come from others in {len(share.exchanges)} exchanges, and each "
+        f"rank makes all of {whole} stages"
+    )
 
 
 def _is_tiled(plan: Plan, stage: Stage) -> bool:

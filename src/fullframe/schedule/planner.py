@@ -21,6 +21,7 @@ from fullframe.schedule.placement import spill
 from fullframe.schedule.plan import KEPT as TASKS
 from fullframe.schedule.plan import LARGE, NBYTES, Bytes, Plan, Stage, arithmetic
 from fullframe.schedule.request import Request
+from fullframe.schedule.shares import Shares, shares_of
 from fullframe.schedule.tiling import choose_grid, deep_grid, window_bytes
 from fullframe.schedule.within import cheapest, within
 from fullframe.storage.protocol import DEVICE, DISK, DISK_BUFFER, HOST, Slot
@@ -91,7 +92,7 @@ def _plan(graph: Graph, request: Request) -> Plan:
     tile_axes = find_tile_axes(graph, request.roots)
     saved = choose_saved_values(graph, tile_axes)
     sections = build_sections(graph, saved)
-    sizes = _sizes(graph, saved)
+    sizes = _sizes(graph, saved, request)
     kept = [v for v in graph.outputs if v is not None]
     best: tuple[int, Draft] | None = None
     for stages, early in orders(graph, sections, sizes):
@@ -104,10 +105,19 @@ def _plan(graph: Graph, request: Request) -> Plan:
     return _fit(graph, best[1], request)
 
 
-def _sizes(graph: Graph, saved: SavedValues) -> dict[Value, int]:
-    """Bytes of every stored value; outputs of the graph are the caller's, not counted here."""
-    outputs = set(graph.outputs)
-    return {v: rounded(v.nbytes) if tiled(v, saved.tile_axes) else v.nbytes for v in saved.stored if v not in outputs}
+def _sizes(graph: Graph, saved: SavedValues, request: Request) -> dict[Value, int]:
+    """Bytes of every stored value; outputs of the graph are the caller's, not counted here. Of a map that is divided
+    among ranks these are about what one has of it: `_arranged` counts the rows that it reads beyond."""
+    outputs, tile_axes = set(graph.outputs), saved.tile_axes
+    tile_axis = None if request.split is None else request.split.tile_axis(tile_axes)
+
+    def size(value: Value) -> int:
+        if not tiled(value, tile_axes):
+            return value.nbytes
+        divided = tile_axis is not None and tile_axis in tile_axes[value]
+        return rounded(value.nbytes // request.split.ranks if request.split and divided else value.nbytes)
+
+    return {v: size(v) for v in saved.stored if v not in outputs}
 
 
 def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
@@ -271,7 +281,6 @@ def _arranged(graph: Graph, draft: Draft, request: Request, known: Known, fixed:
     tile_axes, sizes = draft.saved.tile_axes, draft.sizes
     lives = draft.lifetimes()
     maps = {v: n for v, n in sizes.items() if tiled(v, tile_axes)}
-    slots, stored = _slots(lives, len(draft.stages), maps, request, far)
     frees: list[list[Value]] = [[] for _ in draft.stages]
     kept = set(draft.kept)
     for value, last in lives.last.items():
@@ -290,6 +299,10 @@ def _arranged(graph: Graph, draft: Draft, request: Request, known: Known, fixed:
         replace(stage, frees=tuple(f), reversed=reversals[stage.section])
         for stage, f in zip(made, frees, strict=True)
     )
+    shares = request.split and shares_of(graph, stages, draft.early, tile_axes, request.split)
+    if shares:
+        maps = {v: rounded(shares.nbytes(v)) for v in maps}
+    slots, stored = _slots(lives, len(draft.stages), maps, request, far)
     small = {v: n for v, n in sizes.items() if v not in maps}
     usage = lives.usage(len(stages), small)
     loose = [sum(small.get(v, 0) for v in s.section.outputs) for s in stages]
@@ -301,7 +314,7 @@ def _arranged(graph: Graph, draft: Draft, request: Request, known: Known, fixed:
     scratch = max(taken, default=0)
     untiled = max((u + n for u, n in zip(usage, taken, strict=True)), default=0)
     given = set(graph.inputs) | request.free
-    outputs = sum(v.nbytes for v in draft.kept if v not in given)
+    outputs = sum(shares.nbytes(v) if shares else v.nbytes for v in draft.kept if v not in given)
     whole = tuple(f"{op.target} ({op.path or 'in the step'})" for s in stages for op in s.section.ops
                   if op.rule.kind == "whole" and tiled(op.output, tile_axes))  # fmt: skip
     if request.fixed is None:  # tasks lie in the same memory
@@ -309,9 +322,19 @@ def _arranged(graph: Graph, draft: Draft, request: Request, known: Known, fixed:
         fixed += 2 * DISK_BUFFER * request.workers * bool(far)  # one more for what is cut out of a band
     held = scratch * (KEPT if request.fixed is None else 1)
     total = Bytes(stored.get(DEVICE, 0), max(0, untiled - scratch), held, outputs, fixed, stored.get(HOST, 0),
-                  stored.get(DISK, 0))  # fmt: skip
+                  stored.get(DISK, 0), exchanged=_exchanged(shares, stages) if shares else 0)  # fmt: skip
     return Plan(graph, tile_axes, stages, draft.early, slots, total, request.budget, request.workers, whole,
                 request.max_in_flight)  # fmt: skip
+
+
+def _exchanged(shares: Shares, stages: Sequence[Stage]) -> int:
+    """The most bytes that a rank sends and receives at once, and has of its inputs in the place that they take with
+    the rows of others."""
+    split = shares.split
+    nodes = [2 * (len(s.grid) - 1).bit_length() or 1 for s in stages]
+    sums = [8 * n * sum(prod(op.output.shape) for op in s.section.sums) for n, s in zip(nodes, stages, strict=True)]
+    inputs = sum(shares.nbytes(v) for v, _, _ in split.inputs if v in shares.held)
+    return max(shares.exchanged(), 2 * split.ranks * max(sums, default=0)) + inputs
 
 
 def _slots(
@@ -328,7 +351,8 @@ def _slots(
         offsets, stored[tier] = place(lives.lingering(stages, chosen, request.max_in_flight - 1), chosen)
         if tier == DISK and stored[tier] > request.disk:
             offsets, stored[tier] = place(lives, chosen)
-        slots |= {v: Slot(at, maps[v], v.shape, v.dtype, v.itemsize, tier) for v, at in offsets.items()}
+        shape = {v: v.shape if request.split is None else (maps[v] // v.itemsize,) for v in chosen}
+        slots |= {v: Slot(at, maps[v], shape[v], v.dtype, v.itemsize, tier) for v, at in offsets.items()}
     return slots, stored
 
 

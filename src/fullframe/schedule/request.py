@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fullframe.ir.graph import Value
 from fullframe.partition.fusion import Fusable
+from fullframe.schedule.split import Split
 
 
 @dataclass(frozen=True)
@@ -32,3 +33,9 @@ class Request:
     fixed: int | None = None
     max_in_flight: int = 1
     most: int = 0
+    split: Split | None = None
+
+    @property
+    def hands(self) -> int:
+        """The workers of all ranks."""
+        return self.workers * (1 if self.split is None else self.split.ranks)

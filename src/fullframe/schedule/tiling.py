@@ -71,12 +71,12 @@ def choose_grid(section: Section, tile_axes: TileAxes, request: Request) -> Grid
     largest = max((v for v in (root, *section.loads) if tiled(v, tile_axes)), key=lambda v: v.nbytes)
     more = largest.itemsize < 4 or any(op.rule.calls(op) for op in section.ops)
     count = max(1, -(-largest.nbytes // max(int(WINDOW * (MORE if more else 1)), request.window)))
-    rows = ROWS if count <= 2 * request.workers else THICK
-    if root.nbytes >= LEAST and request.workers > 1:
-        count = max(count, 2 * request.workers)
-        count += -count % request.workers  # or some would wait for one that has a last tile
+    rows = ROWS if count <= 2 * request.hands else THICK
+    if root.nbytes >= LEAST and request.hands > 1:
+        count = max(count, 2 * request.hands)
+        count += -count % request.hands  # or some would wait for one that has a last tile
     elif _dense(section, root):
-        count, rows = max(count, request.workers), ROWS // 2
+        count, rows = max(count, request.hands), ROWS // 2
     if count == 1:
         return Grid()
     ratio = _alignment(section, tile_axes, dict(axes))
@@ -151,13 +151,13 @@ def deep_grid(
     ratio = _alignment(section, tile_axes, dict(axes))
     maps = [v for op in section.ops for v in (op.output, *op.inputs) if tiled(v, tile_axes)]
     largest = max((v.nbytes for v in maps), default=1)
-    workers = request.workers
+    workers, hands = request.workers, request.hands
     best: tuple[float, float, Grid] | None = None
     tried: set[Grid] = set()
     for power in SIZES:
         for squares in (False, True):
             found = _cut(axes, ratio, WINDOW * 2.0**power / largest, squares=squares)
-            if found in tried or (len(found) < 2 * workers and root.nbytes >= LEAST and workers > 1):
+            if found in tried or (len(found) < 2 * hands and root.nbytes >= LEAST and hands > 1):
                 continue
             tried.add(found)
             tile = found.tile(tuple((n - 1) // 2 for n in found.counts()))

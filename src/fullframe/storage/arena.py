@@ -102,9 +102,25 @@ def empty_map(shape: Sequence[int], dtype: torch.dtype, device: torch.device) ->
     return shaped(torch.empty(count, dtype=dtype, device=device), shape)
 
 
-def empty_output(graph: Graph, value: Value, device: torch.device) -> torch.Tensor:
-    """An uninitialised map that is handed out, in the layout that is expected of it."""
+def empty_output(graph: Graph, value: Value, device: torch.device,
+                 shape: tuple[int, ...] | None = None) -> torch.Tensor:  # fmt: skip
+    """An uninitialised map that is handed out, or a part of this ``shape``, in the layout that is expected of it."""
     strides = graph.strides.get(value)
+    if shape is not None and shape != value.shape:
+        strides = strides_as(shape, strides)
+    else:
+        shape = value.shape
     if strides is None:
-        return torch.empty(value.shape, dtype=value.dtype, device=device)
-    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=device)
+        return torch.empty(shape, dtype=value.dtype, device=device)
+    return torch.empty_strided(shape, strides, dtype=value.dtype, device=device)
+
+
+def strides_as(shape: Sequence[int], strides: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Strides without gaps for a tensor of this shape whose axes lie in memory in the order of other strides."""
+    if strides is None:
+        return None
+    found, step = [0] * len(shape), 1
+    for axis in sorted(range(len(shape)), key=lambda a: (strides[a], -a)):
+        found[axis] = step
+        step *= max(1, shape[axis])
+    return tuple(found)
