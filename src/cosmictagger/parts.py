@@ -8,6 +8,7 @@ those of each part, and its running statistics move once a part. A network witho
 the large batch.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,10 +20,10 @@ from cosmictagger.batches import Batch, Crop, batch_of, cut, flipped_at_random, 
 from cosmictagger.data import DataError, Event, shrink_labels
 from cosmictagger.evaluate import Running
 from cosmictagger.files import Events
+from cosmictagger.memory import PeakMemory
+from cosmictagger.metrics import CLASSES, confusion
 from cosmictagger.objective import FocalTotals, PlaneLoss, ShareLoss, TaggedLoss, class_weights
 from cosmictagger.recipe import Recipe
-
-CLASSES = 3
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def part_of(number: int, recipe: Recipe, events: Events, running: Running) -> Pa
     if recipe.accumulate == 1 or position or recipe.loss == "focal":
         return Part(batch)
     counts = _counts(found, running.downsample)
+    if recipe.loss == "none":  # which asks for the number of pixels alone
+        return Part(batch, counts * recipe.accumulate)
     for k in range(len(indices)):
         if k not in mine:
             counts += _counts([_event(recipe, step, k, indices[k], events)], running.downsample)
@@ -75,8 +78,19 @@ def _counts(events: list[Event], downsample: int) -> Tensor:
     return torch.from_numpy(np.sum(counted, axis=0).astype(np.int64))
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What a step came to, before the optimiser's."""
+
+    loss: float
+    counts: Tensor
+    """As `confusion` counts them, of all events of the step."""
+    added: int | None
+    """Bytes that the first part added, its gradients included, where that was asked and is known."""
+
+
 class Steps:
-    """Forward and backward of a step, part by part, in the engine's budget."""
+    """Forward and backward of a step, part by part, in the engine's budget. One part is held at a time."""
 
     def __init__(self, net: nn.Module, recipe: Recipe, running: Running) -> None:
         self._net, self._recipe, self._running = net, recipe, running
@@ -90,40 +104,59 @@ class Steps:
 
     def plan(self, part: Part) -> tuple[str, int | None]:
         """The printed plan of a part and the bytes it promises. Raises ValueError if the budget is too small."""
-        target = part.label
-        if self._recipe.accumulate > 1:  # any weights do, for the plan knows shapes alone
-            planes = part.label.shape[1]
-            target = self._target(part, (torch.ones(planes, CLASSES), torch.ones(planes)))
+        planes = part.label.shape[1]
+        any_weights = (torch.ones(planes, CLASSES), torch.ones(planes))  # the plan knows shapes alone
         with self._running.autocast():
-            plan = self._step.plan(part.batch.image, target)
+            plan = self._step.plan(part.batch.image, self._target(part, any_weights))
+            if self._totals is not None:
+                with torch.no_grad():
+                    self._totals.plan(part.batch.image, part.label)
         return str(plan), plan.projected_bytes
 
-    def weights(self, parts: list[Part]) -> tuple[Tensor, Tensor] | None:
-        """What all parts of a step have in common; None for a step of one part."""
-        return None if self._recipe.accumulate == 1 else self._weights(parts)
+    @property
+    def before(self) -> int:
+        """Parts that a step looks at before those that it learns from."""
+        return 0 if self._totals is None else self._recipe.accumulate
 
-    def __call__(self, part: Part, weights: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """(loss, tags) of a part; the losses and the gradients of all parts of a step are to be added up."""
-        with self._running.autocast():
-            loss, tags = self._step(part.batch.image, part.label if weights is None else self._target(part, weights))
-        loss.backward()
-        return loss.detach(), tags
+    def numbers(self, first: int, end: int) -> Iterator[int]:
+        """Which parts `take` asks for, for the steps from `first` to before `end`, in their order."""
+        for step in range(first, end):
+            parts = range(step * self._recipe.accumulate, (step + 1) * self._recipe.accumulate)
+            yield from parts if self.before else ()
+            yield from parts
 
-    def _target(self, part: Part, weights: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        table, totals = (x.to(part.label.device) for x in weights)
-        return part.label, table, totals
+    def take(self, coming: Iterator[Part], *, measure: bool = False) -> Taken:
+        """Take the parts of a step from `coming`, and add up their gradients."""
+        weights = self._focal_weights(coming) if self.before else None
+        loss, counts, added = 0.0, [], None
+        for k in range(self._recipe.accumulate):
+            part = next(coming)
+            if part.counts is not None:
+                weights = class_weights(self._recipe.loss, part.counts)
+            with PeakMemory(self._running.device, wanted=measure and k == 0) as peak:
+                with self._running.autocast():
+                    value, tags = self._step(part.batch.image, self._target(part, weights))
+                value.backward()
+            added = peak.added if k == 0 else added
+            loss += value.item()
+            counts.append(confusion(tags, part.label))
+        return Taken(loss, torch.cat(counts), added)
 
-    def _weights(self, parts: list[Part]) -> tuple[Tensor, Tensor]:
-        planes = parts[0].label.shape[1]
-        if self._totals is None:
-            counts = parts[0].counts
-            assert counts is not None  # the first part of a step has them
-            return class_weights(self._recipe.loss, counts)
+    def _target(self, part: Part, weights: tuple[Tensor, Tensor] | None) -> engine.Target:
+        if self._recipe.accumulate == 1:
+            return part.label
+        assert weights is not None  # the first part of a step brings the counts
+        return (part.label, *(x.to(part.label.device) for x in weights))
+
+    def _focal_weights(self, coming: Iterator[Part]) -> tuple[Tensor, Tensor]:
+        assert self._totals is not None
         kept = {name: value.clone() for name, value in self._net.named_buffers()}
-        total = torch.zeros(planes)
+        totals = []
         with torch.no_grad(), self._running.autocast():
-            for part in parts:
-                total += torch.stack([x.float().cpu() for x in self._totals(part.batch.image, part.label)])
+            for _ in range(self.before):
+                part = next(coming)
+                totals.append(torch.stack([x.float().cpu() for x in self._totals(part.batch.image, part.label)]))
             for name, value in self._net.named_buffers():
                 value.copy_(kept[name])  # they move when the parts come in earnest
-        return torch.ones(planes, CLASSES), total
+        total = torch.stack(totals).sum(0)
+        return torch.ones(len(total), CLASSES), total

@@ -15,7 +15,7 @@ A resumed training takes the steps that an uninterrupted one would have taken, w
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -31,8 +31,7 @@ from cosmictagger.checkpoint import load_checkpoint, save_checkpoint
 from cosmictagger.data import DataError
 from cosmictagger.evaluate import Running, Tagger, check_shape_suits, check_suits, evaluate
 from cosmictagger.files import Events, ahead
-from cosmictagger.memory import PeakMemory
-from cosmictagger.metrics import confusion, scores
+from cosmictagger.metrics import scores
 from cosmictagger.model import UResNet, expect_background
 from cosmictagger.optimizers import build_optimizer
 from cosmictagger.parts import Part, Steps, part_of
@@ -174,16 +173,12 @@ def _loop(
         log.add({"step": 0, "validation": evaluate(tagger, validation, first=recipe.validation_events).as_dict()})
     start, measured, late = time.monotonic(), None, False
     load = partial(part_of, recipe=recipe, events=events, running=replace(running, device=torch.device("cpu")))
-    each = recipe.accumulate
-    # nothing is read during the first part, so that its memory is its own
-    coming = held.enter_context(closing(ahead(load, range(state.step * each, recipe.steps * each), alone=1)))
+    numbers = steps.numbers(state.step, recipe.steps)
+    # nothing is read during the first part that is learned from, so that its memory is its own
+    coming = _Coming(held.enter_context(closing(ahead(load, numbers, alone=steps.before + 1))), running.device)
     while state.step < recipe.steps and not late:
-        asked = time.monotonic()
-        parts = [next(coming).to(running.device) for _ in range(each)]
-        waited = time.monotonic() - asked
         state.rates.before(state.step, time.monotonic() - start)
-        line, added = _one_step(steps, state, parts, running, measured is None)
-        line["waited"] = round(waited, 4)
+        line, added = _one_step(steps, state, coming, measured is None)
         measured = added if measured is None else measured
         log.add(line)
         text = f"loss {line['loss']:.4f}  mIoU {line['train']['mean_iou']:.3f}  {line['seconds']:.1f} s/step"
@@ -208,13 +203,9 @@ def seconds_per_step(recipe: Recipe, events: Events, running: Running) -> float:
     """How long a step of a recipe takes here, once it has been recorded. Nothing is kept of it."""
     state = _new(recipe, running)
     steps = Steps(state.net, recipe, running)
-    each = recipe.accumulate
-    taken = [
-        _one_step(
-            steps, state, [part_of(k * each + n, recipe, events, running) for n in range(each)], running, False
-        )[0]["seconds"]
-        for k in range(4)
-    ]
+    parts = (part_of(number, recipe, events, running) for number in steps.numbers(0, 4))
+    coming = _Coming(parts, running.device)
+    taken = [_one_step(steps, state, coming, False)[0]["seconds"] for _ in range(4)]
     return min(taken[2:])  # the first records, and the second notes what the others repeat
 
 
@@ -223,21 +214,28 @@ def read_log(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def _one_step(
-    steps: Steps, state: _State, parts: list[Part], running: Running, measure: bool
-) -> tuple[dict, int | None]:
+class _Coming:
+    """Parts as they come, on the device; `waited` adds up the seconds until they do."""
+
+    def __init__(self, parts: Iterator[Part], device: torch.device) -> None:
+        self._parts, self._device, self.waited = parts, device, 0.0
+
+    def __iter__(self) -> "_Coming":
+        return self
+
+    def __next__(self) -> Part:
+        asked = time.monotonic()
+        part = next(self._parts).to(self._device)
+        self.waited += time.monotonic() - asked
+        return part
+
+
+def _one_step(steps: Steps, state: _State, coming: _Coming, measure: bool) -> tuple[dict, int | None]:
     """Take a training step; returns its line of the log and, if asked, the bytes it added."""
-    began = time.monotonic()
+    began, coming.waited = time.monotonic(), 0.0
     without_gradients = all(p.grad is None for p in state.net.parameters())
-    value, counts, added = 0.0, [], None
-    weights = steps.weights(parts)
-    for part in parts:
-        first = part is parts[0]
-        with PeakMemory(running.device, wanted=measure and first) as peak:
-            loss, tags = steps(part, weights)
-        added = peak.added if first else added
-        value += loss.item()
-        counts.append(confusion(tags, part.label))
+    taken = steps.take(coming, measure=measure)
+    value, added = taken.loss, taken.added
     if added is not None and without_gradients:
         # gradients are the user's, whoever computes them
         added = max(0, added - sum(p.grad.nbytes for p in state.net.parameters() if p.grad is not None))
@@ -248,9 +246,10 @@ def _one_step(
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    found = scores(torch.cat(counts)).as_dict()
-    seconds = round(time.monotonic() - began, 3)
-    return {"step": state.step, "loss": value, "rate": _rate(state), "seconds": seconds, "train": found}, added
+    found = scores(taken.counts).as_dict()
+    line = {"step": state.step, "loss": value, "rate": _rate(state)}
+    seconds = round(time.monotonic() - began - coming.waited, 3)
+    return {**line, "seconds": seconds, "waited": round(coming.waited, 4), "train": found}, added
 
 
 def _rate(state: _State) -> float:

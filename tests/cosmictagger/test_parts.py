@@ -26,12 +26,10 @@ def recipe(small) -> Recipe:
 
 def gradients(net: nn.Module, recipe: Recipe, events, running: Running) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of the second step, which is of other events than the first."""
-    steps, each = Steps(net, recipe, running), recipe.accumulate
-    made = [part_of(each + k, recipe, events, running) for k in range(each)]
-    made = [Part(replace(p.batch, image=p.batch.image.double()), p.counts) for p in made]
-    weights = steps.weights(made)
-    loss = sum(steps(part, weights)[0].item() for part in made)
-    return loss, {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    steps = Steps(net, recipe, running)
+    made = (part_of(k, recipe, events, running) for k in steps.numbers(1, 2))
+    taken = steps.take(Part(replace(p.batch, image=p.batch.image.double()), p.counts) for p in made)
+    return taken.loss, {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("engine", ["plain"], indirect=True)
@@ -70,12 +68,16 @@ def test_batch_norm_sees_each_part_once(engine, recipe, small, small_events):
     recipe, net = replace(recipe, network=replace(small, depth=1), loss="focal"), UResNet(replace(small, depth=1))
     steps = Steps(net, recipe, Running())
     with EventFile(small_events) as events:
-        made = [part_of(k, recipe, events, Running()) for k in range(3)]
+        made = [part_of(k, recipe, events, Running()) for k in steps.numbers(0, 1)]
+    assert len(made) == 3 + 3
     before = {name: value.clone() for name, value in net.named_buffers()}
-    weights = steps.weights(made)
-    assert all(torch.equal(value, before[name]) for name, value in net.named_buffers())
-    for part in made:
-        steps(part, weights)
+
+    def first_looked_at():
+        yield from made[:3]
+        assert all(torch.equal(value, before[name]) for name, value in net.named_buffers())
+        yield from made[3:]
+
+    steps.take(first_looked_at())
     assert net.initial_convolution.norm.num_batches_tracked == 3 * 3  # planes
 
 
