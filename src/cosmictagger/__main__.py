@@ -162,10 +162,12 @@ def train_command(
     out
         Folder for everything the training leaves.
     resume
-        Go on with the training that the folder holds.
+        Go on with the training that the folder holds, with its settings where nothing else is said.
     """
     options = {"events": events, "out": out, **vars(training), **vars(running)}
-    settings = {} if file.config is None else read(file.config)
+    kept = None if out is None or not resume else out / NAME
+    source = kept if file.config is None and kept is not None and kept.is_file() else file.config
+    settings = {} if source is None else read(source)
     run = run_of(overridden(settings, options, file.set))
     print(run.text(), flush=True)
     print(train_with_report(run, resume=resume))

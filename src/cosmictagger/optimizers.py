@@ -21,6 +21,7 @@ _GIVEN = {
     "optimizer": "the optimizer",
     "last_epoch": "the checkpoint",
 }
+_MISLEADING = {"maximize": "it would make the loss larger"}
 _NOT_HERE = {
     "LBFGS": "it evaluates a step several times, which a training does not",
     "SparseAdam": "it takes sparse gradients, which a network of convolutions has not",
@@ -57,12 +58,21 @@ def check_schedule(name: str, arguments: Mapping[str, Any]) -> None:
 def build_optimizer(
     name: str, arguments: Mapping[str, Any], parameters: Iterable[torch.nn.Parameter], rate: float
 ) -> Optimizer:
-    """The optimiser; raises ValueError where it does not take these values, or these parameters."""
+    """The optimiser.
+
+    Raises ValueError where it does not take these values or these parameters, cannot take a step, or keeps what
+    cannot be written down.
+    """
     check_optimizer(name, arguments)
+    parameters = list(parameters)
+    alone = torch.nn.Parameter(torch.zeros_like(parameters[0], requires_grad=False))
     try:
-        return getattr(torch.optim, name)(parameters, lr=rate, **arguments)
+        made, tried = (getattr(torch.optim, name)(x, lr=rate, **arguments) for x in (parameters, [alone]))
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"optimizer {name}: {error}") from error
+    first_step(tried)
+    optimizer_state(tried)
+    return made
 
 
 def build_schedule(name: str, arguments: Mapping[str, Any], optimizer: Optimizer) -> LRScheduler:
@@ -155,10 +165,12 @@ def _check(what: str, name: str, arguments: Mapping[str, Any], names: list[str])
         takes: dict[str, inspect.Parameter] = {}
     else:
         takes = dict(inspect.signature(getattr(lr_scheduler if what == "schedule" else torch.optim, name)).parameters)
-    allowed = [key for key in takes if key not in _GIVEN]
+    allowed = [key for key in takes if key not in _GIVEN and key not in _MISLEADING]
     for key in arguments:
         if key in _GIVEN and key in takes:
             raise ValueError(f"{what} {name}: {key} is not among its arguments here; {_GIVEN[key]} says it")
+        if key in _MISLEADING and key in takes:
+            raise ValueError(f"{what} {name}: {key} cannot be used: {_MISLEADING[key]}")
         if key not in allowed:
             raise ValueError(f"{what} {name} has no argument {key!r}: choose among {', '.join(allowed) or 'none'}")
     plain(dict(arguments), f"{what} {name}")

@@ -73,6 +73,8 @@ class Recipe:
             raise ValueError(f"minutes is {self.minutes}; it must be positive")
         check_optimizer(self.optimizer, self.optimizer_arguments)
         check_schedule(self.schedule, self.schedule_arguments)
+        if self.optimizer == "Rprop" and (self.warmup or self.schedule != "constant"):
+            raise ValueError("optimizer Rprop reads its learning rate once; leave warmup and schedule out")
 
     def rate(self, step: int, seconds: float = 0.0) -> float:
         """Learning rate of step `step` (from 0), begun `seconds` after the training, by a schedule of our own."""

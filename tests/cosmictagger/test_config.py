@@ -12,6 +12,7 @@ from cosmictagger.config import Files, Run, overridden, read, run_of
 from cosmictagger.evaluate import Running
 from cosmictagger.model import VARIANTS
 from cosmictagger.recipe import Recipe
+from cosmictagger.train import read_log
 
 FULL = """
 variant: a21
@@ -92,6 +93,8 @@ def test_a_training_from_a_file_leaves_its_settings(engine, small, small_events,
     assert json.loads((out / "recipe.json").read_text())["optimizer"] == "AdamW"
     assert main(["train", "--config", str(out / "config.yaml"), "--resume", "--steps", "2"]) == 0
     assert "\nsteps: 2\n" in (out / "config.yaml").read_text()
+    assert main(["train", "--out", str(out), "--resume", "--steps", "3"]) == 0  # by the settings that are there
+    assert "\nsteps: 3\n" in (out / "config.yaml").read_text() and len(read_log(out)) == 3
 
 
 WRONG = {

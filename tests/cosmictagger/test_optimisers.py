@@ -137,6 +137,8 @@ WRONG = {
     "LBFGS": ({"optimizer": "LBFGS"}, "LBFGS cannot be used: it evaluates a step several times"),
     "unknown optimiser": ({"optimizer": "adam"}, "unknown optimizer 'adam': choose one of ASGD, "),
     "unknown argument": ({"optimizer_arguments": {"weight": 1}}, "optimizer Adam has no argument 'weight': choose among betas"),
+    "the wrong way": ({"optimizer_arguments": {"maximize": True}}, "maximize cannot be used: it would make the loss larger"),
+    "a rate that is not read": ({"optimizer": "Rprop", "warmup": 1}, "Rprop reads its learning rate once; leave warmup"),
     "the rate": ({"optimizer_arguments": {"lr": 1}}, "lr is not among its arguments here; learning_rate says it"),
     "a function": ({"schedule": "LambdaLR"}, "LambdaLR cannot be used: a function cannot be written down"),
     "missing": ({"schedule": "StepLR"}, "schedule StepLR needs the argument step_size"),
@@ -155,6 +157,7 @@ def test_what_cannot_be_named_is_refused_with_what_can(case, recipe):
 AT_THE_START = {
     "value": ({"optimizer_arguments": {"weight_decay": -1}}, "optimizer Adam: Invalid weight_decay"),
     "type": ({"optimizer_arguments": {"eps": "small"}}, "optimizer Adam: "),
+    "step": ({"optimizer_arguments": {"differentiable": True}}, "optimizer Adam: a leaf Variable that requires grad"),
     "schedule": ({"schedule": "StepLR", "schedule_arguments": {"step_size": 0}}, "schedule StepLR"),
     "too short": ({"schedule": "OneCycleLR", "schedule_arguments": {"max_lr": 1, "total_steps": 3}}, "ends after 3 steps"),
     "no scores": ({"schedule": "ReduceLROnPlateau"}, "follows the scores of validations"),

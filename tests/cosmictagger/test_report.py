@@ -165,6 +165,14 @@ window.addEventListener("load", async () => {
   canvas.dispatchEvent(new PointerEvent("pointerup", {...at, pointerId: 1}));
   const p = viewer.pixels, i = p.count >> 1, f = viewer.field;
   viewer.reset(); viewer.draw();
+  for (const [id, x] of [[11, -20], [12, 20]]) {
+    canvas.dispatchEvent(new PointerEvent("pointerdown", {...at, clientX: at.clientX + x, pointerId: id}));
+  }
+  canvas.dispatchEvent(new PointerEvent("pointermove", {...at, clientX: at.clientX + 60, pointerId: 12}));
+  note.pinched = viewer.scale / before;
+  for (const pointerId of [11, 12]) canvas.dispatchEvent(new PointerEvent("pointerup", {...at, pointerId}));
+  canvas.dispatchEvent(new KeyboardEvent("keydown", {key: "0", bubbles: true}));
+  note.whole = viewer.scale / before;
   const x = f.x + (p.column[i] + .5 - viewer.left) * viewer.scale, y = f.y + (p.row[i] + .5 - viewer.top) * viewer.scale;
   viewer.tell(x, y);
   note.told = document.getElementById("readout").textContent;
@@ -204,6 +212,7 @@ def test_a_browser_shows_every_layer_magnifies_and_tells(size, engine, run, smal
         f"{n}: {c}" for n, c in zip(("background", "cosmic", "neutrino"), note["counts"], strict=True)
     )
     assert note["magnified"] > 2 and note["moved"] == pytest.approx(40, abs=1)
+    assert note["pinched"] == pytest.approx(2, rel=0.01) and note["whole"] == 1
     row, column, charge, truth, said = note["pixel"]
     names = ("background", "cosmic", "neutrino")
     assert (
