@@ -24,6 +24,7 @@ from torch import nn
 
 from fullframe.bytecode.libtorch import bytecode_available
 from fullframe.codegen.toolchain import cxx
+from fullframe.device import device_of
 from fullframe.distributed.exchange import agree, together, told
 from fullframe.distributed.mesh import Domain
 from fullframe.errors import CaptureError, FullframeError, RankError
@@ -141,7 +142,7 @@ def _described(domain: Domain, call: Call) -> list[Described]:
 
 
 def _one(domain: Domain, call: Call, k: int, x: torch.Tensor, rank: int) -> Described:
-    if type(x) is not torch.Tensor or x.layout is not torch.strided or x.device.type != "cpu":
+    if type(x) is not torch.Tensor or x.layout is not torch.strided or not device_of(x.device).on_host:
         raise CaptureError(
             f"input {k} is a {type(x).__name__} of layout {x.layout} on {x.device}, and a step over a mesh takes "
             "plain tensors on the processor: give each rank its own rows (of a DTensor, to_local())"
