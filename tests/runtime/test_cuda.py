@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fullframe
-from fullframe.compiler import pipeline
+from fullframe.compiler import agreement
 from fullframe.device import DEVICES
 from fullframe.oracle import drawn
 
@@ -161,7 +161,7 @@ def test_maps_on_the_host(tile, monkeypatch):
     ours = Residual().double().cuda()
     plain = copy.deepcopy(ours)
     step = fullframe.tile(ours, loss=F.cross_entropy, tile=tile)
-    monkeypatch.setattr(pipeline, "plan", away)
+    monkeypatch.setattr(agreement, "plan", away)
     assert step.plan(*case()).offloaded
     for seed in range(3):
         both(ours, plain, step, *case(seed))

@@ -8,7 +8,7 @@ sum must not count the halo. Cheap values are recomputed in the second rather th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fullframe.ir import region as box
@@ -46,6 +46,7 @@ class _Draft:
     own: bool
     loop: Value | None
     after: set[int] = field(default_factory=set)  # groups it depends on, directly or not
+    near: set[Value] = field(default_factory=set)  # maps that it makes or reads
 
 
 Fusable = Callable[[Op], bool]
@@ -71,6 +72,7 @@ class _Drafts:
     def __init__(self, section: Section, tile_axes: TileAxes, fusable: Fusable):
         self.section, self.tile_axes, self.fusable = section, tile_axes, fusable
         self.maker = {op.output: op for op in section.ops}
+        self.order = {op: k for k, op in enumerate(section.ops)}
         self.sums = set(section.sums)
         self.users: dict[Value, list[Op]] = {}
         for op in section.ops:
@@ -108,7 +110,7 @@ class _Drafts:
         for k in range(len(self.groups) - 1, -1, -1):
             group = self.groups[k]
             same_loop = group.fused and group.own == own and group.loop is not None and group.loop.shape == loop.shape
-            if same_loop and self._near(group) & reads and self._may_join(k, op, recomputed):
+            if same_loop and not group.near.isdisjoint(reads) and self._may_join(k, op, recomputed):
                 self._place(op, k, recomputed)
                 return
         self._place(op, None, recomputed, fused=True, own=own, loop=loop)
@@ -123,8 +125,7 @@ class _Drafts:
                 return ()
             chain.append(maker)
             stack += [self.maker[v] for v in maker.inputs if v in self.maker and v not in self.own]
-        order = {o: k for k, o in enumerate(self.section.ops)}
-        return tuple(sorted(set(chain), key=order.__getitem__))
+        return tuple(sorted(set(chain), key=self.order.__getitem__))
 
     def _sources(self, op: Op, recomputed: Sequence[Op]) -> set[int]:
         """Groups that make what the op (and what is recomputed for it) reads."""
@@ -142,6 +143,7 @@ class _Drafts:
             k = len(self.groups)
             self.groups.append(_Draft([], [], fused, own, loop))
         group = self.groups[k]
+        group.near |= self._maps_of((*recomputed, op))
         for other in recomputed:
             if other not in group.ops:
                 group.ops.append(other)
@@ -164,12 +166,11 @@ class _Drafts:
     def _mergeable(self, a: _Draft, b: _Draft) -> bool:
         if not (a.fused and b.fused and a.own == b.own and a.loop is not None and b.loop is not None):
             return False
-        return a.loop.shape == b.loop.shape and bool(self._near(a) & self._near(b))
+        return a.loop.shape == b.loop.shape and not a.near.isdisjoint(b.near)
 
-    def _near(self, group: _Draft) -> set[Value]:
-        """Maps a group makes or reads."""
-        values = {v for o in (*group.ops, *group.sums) for v in (o.output, *o.inputs)}
-        return {v for v in values if tiled(v, self.tile_axes)}
+    def _maps_of(self, ops: Iterable[Op]) -> set[Value]:
+        """Maps that ops make or read."""
+        return {v for o in ops for v in (o.output, *o.inputs) if tiled(v, self.tile_axes)}
 
     def _between(self, j: int, k: int) -> bool:
         """Whether a third group must run after one of the two and before the other."""
@@ -181,6 +182,7 @@ class _Drafts:
         old, group = self.groups[j], self.groups[k]
         group.ops = [*(o for o in old.ops if o not in group.ops), *group.ops]
         group.sums = [*old.sums, *group.sums]
+        group.near |= old.near
         group.after = (group.after | old.after) - {j, k}
         self.groups[j] = _Draft([], [], False, False, None)
         self.owner = {v: k if h == j else h for v, h in self.owner.items()}
@@ -196,7 +198,8 @@ class _Drafts:
         order = [k for k, u in enumerate(self.groups) if u.ops or u.sums]
         order.sort(key=lambda k: (len(self.groups[k].after), k))
         saved = self._saved_by()
-        return tuple(self._group(self.groups[k], k, saved) for k in order)
+        wanted = self._wanted()
+        return tuple(self._group(self.groups[k], k, saved, wanted) for k in order)
 
     def _saved_by(self) -> dict[Value, int]:
         """The group that stores each saved value: one that passes over its own region, if any."""
@@ -212,9 +215,8 @@ class _Drafts:
             found[value] = owner if takes or not readers else readers[0]
         return found
 
-    def _group(self, draft: _Draft, k: int, saved: dict[Value, int]) -> FusionGroup:
-        order = {op: n for n, op in enumerate(self.section.ops)}
-        ops = tuple(sorted(draft.ops, key=order.__getitem__))
+    def _group(self, draft: _Draft, k: int, saved: dict[Value, int], wanted: set[Value]) -> FusionGroup:
+        ops = tuple(sorted(draft.ops, key=self.order.__getitem__))
         saves = tuple(v for v, by in saved.items() if by == k)
         if not draft.fused:
             (op,) = ops or draft.sums
@@ -222,16 +224,16 @@ class _Drafts:
             return FusionGroup(ops, op.inputs, makes, saves, tuple(draft.sums))
         made = [op.output for op in ops]
         reads = dict.fromkeys(v for op in (*ops, *draft.sums) for v in op.inputs if v not in made)
-        makes = tuple(v for v in made if self.owner[v] == k and (saved.get(v, k) != k or self._wanted(v, draft)))
+        makes = tuple(v for v in made if self.owner[v] == k and (saved.get(v, k) != k or v in wanted))
         return FusionGroup(ops, tuple(reads), makes, saves, tuple(draft.sums), True, draft.own, draft.loop)
 
-    def _wanted(self, value: Value, owner: _Draft) -> bool:
-        """Whether another group takes the value from its home, rather than recomputing it."""
-        for other in self.groups:
-            reads = any(value in op.inputs for op in (*other.ops, *other.sums))
-            if reads and other is not owner and all(op.output is not value for op in other.ops):
-                return True
-        return False
+    def _wanted(self) -> set[Value]:
+        """The values that a group takes from the one that makes them, rather than recomputing them."""
+        found: set[Value] = set()
+        for group in self.groups:
+            made = {op.output for op in group.ops}
+            found |= {v for op in (*group.ops, *group.sums) for v in op.inputs} - made
+        return found
 
 
 # A group on a tile ----------------------------------------------------------------------------------

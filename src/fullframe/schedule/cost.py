@@ -118,10 +118,11 @@ def _has_numbers_of(saved: SavedValues, value: Value, beside: set[Value], anyhow
     return False
 
 
-def nodes_of(graph: Graph, saved: SavedValues, more: set[Value], sizes: Callable[[Value], int]) -> Nodes:
-    """The graph drawn together to what is stored and what ``more`` could be."""
+def nodes_of(graph: Graph, saved: SavedValues, more: set[Value], left_out: set[Value],
+             sizes: Callable[[Value], int]) -> Nodes:  # fmt: skip
+    """The graph drawn together to what is stored or could be, as ``more``; what is ``left_out`` is always at hand."""
     chosen = saved.stored | more
-    values = [op.output for op in graph.ops if op.output in chosen]
+    values = [op.output for op in graph.ops if op.output in chosen and op.output not in left_out]
     index = {v: k for k, v in enumerate(values)}
     order = {op: k for k, op in enumerate(graph.ops)}
     heavy, work, edges, axes = [], [], [], []

@@ -33,7 +33,6 @@ KEPT = 2  # times what windows take is held by the C library, which keeps some o
 KEPT_AT_MOST = 3  # and so many times where the budget has room for it: it is then never told to let go
 LITTLE = 0.02  # of all that a step takes: stored maps that are no more are not worth a search
 REPEATS = 3  # times that the room for maps is estimated, which depends on the windows of what is on disk
-MANY = 400  # stages, beyond which a search for what to make again would take minutes: it is left out
 Known = dict[tuple[Section, int, frozenset[Value] | None], Stage]
 PER_BYTE = 500  # operations that are made in the time in which a disk takes or gives a byte: 250 GFLOP/s, 0.5 GB/s
 DEAR = 1.05  # times the price of the arithmetic alone, from which on it may pay to store less on a disk
@@ -136,7 +135,7 @@ def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
 
     made = finish(draft, 0)
     if over(made) <= 0:
-        if made.bytes.disk and len(draft.stages) <= MANY and price(made) > DEAR * arithmetic(made):
+        if made.bytes.disk and price(made) > DEAR * arithmetic(made):
             found = cheapest(graph, draft, finish, over, price)
             if found is not None and price(found.plan) < price(made):
                 draft, made, request = found.draft, found.plan, replace(request, most=found.most)
@@ -145,7 +144,7 @@ def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
         offloaded = made.bytes.host + made.bytes.disk
         if over(smallest) <= 0:
             draft, made = cloned, smallest
-        elif made.bytes.arena + offloaded < LITTLE * (made.bytes.total + offloaded) or len(draft.stages) > MANY:
+        elif made.bytes.arena + offloaded < LITTLE * (made.bytes.total + offloaded):
             raise _refusal(smallest, request)
         else:
             found = within(graph, draft, made, finish, over)

@@ -16,6 +16,8 @@ from fullframe.schedule.cost import Nodes, Stage, merged, more_to_store, nodes_o
 from fullframe.schedule.memory import rounded
 from fullframe.schedule.search import Search, bits_of
 
+SMALL = 1 << 16  # bytes of an untiled value that are not worth counting
+
 
 class Stages:
     """The stages of a draft in which everything is stored, and the drafts of other states."""
@@ -31,8 +33,14 @@ class Stages:
             return rounded(value.nbytes) if tiled(value, self.saved.tile_axes) else value.nbytes
 
         more = more_to_store(graph, draft.saved)
-        self.nodes: Nodes = nodes_of(graph, draft.saved, more, size)
-        self.stages: list[Stage] = stages_of(draft.stages, draft.saved, self.nodes)
+        # Which stages may be joined depends on all that they wait for.
+        self.plain = [not join and _plain(section, draft) for section in draft.stages]
+        self.left_out = {
+            v for section, plain in zip(draft.stages, self.plain, strict=True) if plain for v in section.outputs
+        }
+        self.nodes: Nodes = nodes_of(graph, draft.saved, more, self.left_out, size)
+        searched = [section for section, plain in zip(draft.stages, self.plain, strict=True) if not plain]
+        self.stages: list[Stage] = stages_of(searched, draft.saved, self.nodes)
         if join:
             self.stages = merged(self.stages, self.nodes, draft.early)
         extents: dict[int, int] = {}
@@ -53,22 +61,31 @@ class Stages:
         """The sections of a state."""
         latest: dict[int, Value] = {}
         stages: list[Section] = []
-        early, once = 0, 0
-        for t, stage in enumerate(self.stages):
+        early, once, t = 0, 0, 0
+        for position, (section, plain) in enumerate(zip(self.base.stages, self.plain, strict=True)):
+            if position == self.base.early:
+                early = len(stages)
+            if plain:
+                stages.append(section)
+                continue
             starts = state.enter[t + 1] & ~state.enter[t]
-            if stage.wanted or starts:
+            if self.stages[t].wanted or starts:
                 stages.append(self._section(state, t, starts, latest, once))
                 once |= state.done[t].made
-            early += t < self.base.early and bool(stage.wanted or starts)
+            t += 1
+        early = len(stages) if self.base.early >= len(self.base.stages) else early
         return Draft(self.saved, stages, early, self.order, self.base.kept, self.sizes)
 
     def _section(self, state: Search, t: int, starts: int, latest: dict[int, Value], once: int) -> Section:
         nodes, stage = self.nodes, self.stages[t]
-        found = state.found(t)
-        stop = {nodes.values[k] for k in bits_of(found)}
+        wanted = sorted({*stage.wanted, *bits_of(starts)})
+        under = 0
+        for k in wanted:
+            under |= state.origins[k]
+        stop = {nodes.values[k] for k in bits_of(state.found(t) & under)} | self.left_out
         ops: set[Op] = set()
         loads: set[Value] = set()
-        targets = [nodes.values[k] for k in sorted({*stage.wanted, *bits_of(starts)})]
+        targets = [nodes.values[k] for k in wanted]
         for target in targets:
             some, reads = self.saved.slice_of(target, stop)
             ops |= some
@@ -118,3 +135,9 @@ class Stages:
             self.sizes[clone] = self.nodes.size[k]
             self.clones[k, t] = clone
         return self.clones[k, t]
+
+
+def _plain(section: Section, draft: Draft) -> bool:
+    """Whether a section reads no map, makes none, and nothing large: it stays as it is, whatever is stored."""
+    tile_axes = draft.saved.tile_axes
+    return not any(tiled(v, tile_axes) or v.nbytes > SMALL for v in (*section.loads, *section.outputs))

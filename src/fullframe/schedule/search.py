@@ -19,7 +19,8 @@ from fullframe.schedule.cost import BYTE, Nodes, Stage
 
 DEPTHS = (0.8, 0.6, 0.4, 0.2, 0.0)  # of the limit, down to which gaps are dropped before some are filled again
 FLAT = 2  # expensive ops of a stage that is still best walked in strips
-VISITS = 3_000_000  # nodes looked at, after which no other start is tried
+LARGEST = 8  # times the window of a tile: none of what is made again on its way may be larger
+VISITS = 3_000_000  # nodes looked at, after which nothing else is tried
 
 
 def bits_of(mask: int) -> Iterator[int]:
@@ -71,7 +72,7 @@ class Search:
         self.parts = sum(1 << k for k in range(count) if self.home[k] < 0)
         self.enter = [0] * (len(stages) + 1)  # by stage: droppable nodes that it finds stored
         self.pinned = [0] * (len(stages) + 1)  # of them those that it must find
-        self.visits = 0
+        self.visits = [0]  # of this state and all copies
         self._pin()
         self.done: list[Made] = [Made(0, 0, 0.0)] * len(stages)
         self.reads, self.makes = [0] * count, [0] * count  # by node: the stages that read it stored, and that make it
@@ -123,7 +124,7 @@ class Search:
             todo = todo ^ 1 << k | above[k]
             mask |= 1 << k
             made.append(k)
-        self.visits += len(made)
+        self.visits[0] += len(made)
         stage = self.stages[t]
         if not stage.cut:
             allowed = self.wanted[t] | sum(1 << k for k in stage.offers) | self.parts
@@ -165,8 +166,9 @@ class Search:
         return found
 
     def _grown(self, made: Sequence[int], shares: dict[int, float]) -> float:
-        """Operations with the halo of tiles that are these shares of their axes."""
-        nodes, total = self.nodes, 0.0
+        """Operations with the halo of tiles that are these shares of their axes; infinite where that reaches so far
+        that a window is no longer small."""
+        nodes, total, most = self.nodes, 0.0, LARGEST * self.window
         work, inner, along = nodes.work, self.inner, nodes.axes
         width: dict[int, list[float]] = {}
         for k in made:
@@ -175,9 +177,13 @@ class Search:
                 mine = [n * shares.get(a, 1.0) for a, n in along[k]]
                 total += work[k]
             else:
-                growth = 1.0
+                growth, part = 1.0, float(self.bytes[k])
                 for (a, n), w in zip(along[k], mine, strict=True):
-                    growth *= (w if w < n else n) / (n * shares.get(a, 1.0))
+                    reached = (w if w < n else n) / n
+                    part *= reached
+                    growth *= reached / shares.get(a, 1.0)
+                if part > most:
+                    return inf
                 total += work[k] * growth
             for edge in inner[k]:
                 node = edge.node
@@ -291,7 +297,7 @@ class Search:
     def drop(self, limit: float) -> bool:
         """Drop gaps until no stage stores more than the limit; False where what is left must be stored."""
         known: dict[tuple[int, int, int], tuple[int, float]] = {}
-        runs: dict[tuple[int, int], tuple[int, int]] = {}
+        runs: dict[int, dict[int, tuple[int, int]]] = {}
         stamp = [0] * (len(self.stages) + 1)
         clock, used = 0, self.profile()
         while True:
@@ -304,20 +310,26 @@ class Search:
             excess = [u - limit if u > limit else 0.0 for u in used]
             above = [0.0, *accumulate(excess)]
             many = [0, *accumulate(e > 0 for e in excess)]
-            best: tuple[float, int, int, int] | None = None
+            candidates: list[tuple[float, float, int, int, int]] = []
             for k in bits_of((self.enter[peak] | self.enter[peak + 1]) & ~self.always):
                 size = self.nodes.size[k]
                 gap = self._gap(k, peak, runs) if size else None
                 if gap is None:
                     continue
-                x, y = gap
+                first, last = self._freed(k, *gap)
+                freed = min(size * (many[last + 1] - many[first]), above[last + 1] - above[first])
+                if freed > 0:
+                    candidates.append((known.get((k, *gap), (-1, 0.0))[1] / freed, freed, k, *gap))
+            candidates.sort()
+            best: tuple[float, int, int, int] | None = None
+            for expected, freed, k, x, y in candidates:
+                if best is not None and expected >= best[0]:
+                    break  # what a drop cost once, it mostly costs at least later on
                 when, loss = known.get((k, x, y), (-1, inf))
                 if when < max(stamp[x], stamp[y]):
                     loss = self._loss(k, x, y)
                     known[k, x, y] = clock, loss
-                first, last = self._freed(k, x, y)
-                freed = min(size * (many[last + 1] - many[first]), above[last + 1] - above[first])
-                if freed > 0 and loss < inf and (best is None or loss / freed < best[0]):
+                if loss < inf and (best is None or loss / freed < best[0]):
                     best = loss / freed, k, x, y
             if best is None:
                 return False
@@ -326,19 +338,19 @@ class Search:
             for t in range(first, last + 1):
                 used[t] -= self.nodes.size[k]
             self.clear(k, x, y)
-            runs = {key: run for key, run in runs.items() if key[0] != k}
+            runs.pop(k, None)
             clock += 1
             for t in range(x, y + 1):
                 stamp[t] = clock
 
-    def _gap(self, k: int, peak: int, runs: dict[tuple[int, int], tuple[int, int]]) -> tuple[int, int] | None:
+    def _gap(self, k: int, peak: int, runs: dict[int, dict[int, tuple[int, int]]]) -> tuple[int, int] | None:
         """The gap between uses of a node whose dropping frees its bytes at a stage: two where it is read there."""
         at = peak if self.enter[peak] >> k & 1 else peak + 1
-        if (k, at) not in runs:
+        known = runs.setdefault(k, {})
+        if at not in known:
             first, last = self._run(k, at)
-            for t in range(first, last + 1):
-                runs[k, t] = first, last
-        first, last = runs[k, at]
+            known.update(dict.fromkeys(range(first, last + 1), (first, last)))
+        first, last = known[at]
         reads = self.reads[k] & ((1 << last + 1) - (1 << first))
         before = reads & ((1 << peak) - 1)
         x = max(before.bit_length() - 1, first - 1)
@@ -372,14 +384,15 @@ class Search:
 
     # Filling -------------------------------------------------------------------------------------------------------
 
-    def fill(self, limit: float) -> None:
-        """Store the gaps that save most per byte and stage, as long as the limit allows."""
+    def fill(self, limit: float, enough: float = inf) -> None:
+        """Store the gaps that save most per byte and stage, as long as the limit allows, and until so many nodes have
+        been looked at."""
         used = self.profile()
         heap = [(-self._gain(c)[0], c) for c in self._additions(range(len(self.home)))]
         heap = [h for h in heap if h[0] < 0]
         heapify(heap)
         waiting: set[tuple[int, int, int]] = {c for _, c in heap}
-        while heap:
+        while heap and self.visits[0] < enough:
             old, candidate = heappop(heap)
             waiting.discard(candidate)
             k, x, y = candidate
@@ -479,6 +492,7 @@ def best_of(start: Search, limit: float) -> Search | None:
 
     Of several starts with less and less stored each is filled again.
     """
+    enough = start.visits[0] + VISITS
     state = start.copy()
     if not state.drop(limit):
         return None
@@ -487,9 +501,9 @@ def best_of(start: Search, limit: float) -> Search | None:
         if depth < 1.0:
             state.drop(limit * depth)
         tried = state.copy()
-        tried.fill(limit)
+        tried.fill(limit, enough)
         if max(tried.profile()) <= limit and (best is None or tried.total < best.total):
             best = tried
-        if start.visits + tried.visits + state.visits > VISITS:
+        if start.visits[0] > enough:
             break
     return best

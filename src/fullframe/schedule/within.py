@@ -19,6 +19,10 @@ SHARES = (0.8, 0.6, 0.4, 0.25, 0.15, 0.08, 0.04, 0.0)  # of the most that is sto
 MOST = (64 << 20, 0)  # bytes of the windows in work where values are recomputed; 0: as few as may be
 WINDOW = 4 << 20  # bytes of the largest window of a tile that the search counts halo for
 TRIES = 4
+FILLING = 500_000  # nodes looked at to fill a rung again
+MANY = (
+    400  # stages, beyond which joining them is not tried: it would double the time of a search that is long already
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +47,8 @@ def within(graph: Graph, draft: Draft, base: Plan, finish: Finish, over: Callabl
         return fits
     best = fits
     for stages in both:
+        if stages.search.total > best.cost:
+            continue  # even with everything stored
         limit = peak - over(fits.plan)
         for _ in range(TRIES):
             state = best_of(stages.search, limit)
@@ -76,7 +82,9 @@ def cheapest(
 
 
 def _both(graph: Graph, draft: Draft) -> list[Stages]:
-    """The stages of a draft as they are, and joined where that changes anything."""
+    """The stages of a draft as they are, and joined where that changes anything and they are not too many."""
+    if len(draft.stages) > MANY:
+        return [Stages(graph, draft, WINDOW, join=False)]
     joined = Stages(graph, draft, WINDOW, join=True)
     return [Stages(graph, draft, WINDOW, join=False)] + [joined] * any(
         not (s.wanted or s.offers) for s in joined.stages
@@ -106,6 +114,7 @@ def _ladder(both: list[Stages], base: Plan, finish: Finish, over: Callable[[Plan
         for k, stages in enumerate(both):
             states[k].drop(tops[k] * share)
             peak = max(states[k].profile(), default=0)
+            states[k].fill(peak, states[k].visits[0] + FILLING)
             if over(base) > base.bytes.total + base.bytes.host + base.bytes.disk - base.bytes.outputs - peak:
                 # The maps alone would not fit; they may be the smallest all the same.
                 passed.append((stages, states[k].copy()))
