@@ -60,8 +60,11 @@ def test_bits_are_those_of_one_process(name: str, found: Found, alone: dict[str,
     case, one = CASES[name], alone[name]
     for rank in case.ranks:
         _assert_same(found[rank][name], one)
+    axis = 0 if case.axis == "data" else 2
     parts = [found[rank][name]["image"] for rank in case.ranks]
-    assert torch.equal(torch.cat(parts, 0 if case.axis == "data" else 2), one["image"])
+    assert torch.equal(torch.cat(parts, axis), one["image"])
+    for k, whole in enumerate(one["outputs"]):
+        assert torch.equal(torch.cat([found[rank][name]["outputs"][k] for rank in case.ranks], axis), whole)
 
 
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.net is not ranking.Far])
@@ -69,7 +72,10 @@ def test_numbers_are_those_of_plain_pytorch(name: str, alone: dict[str, dict[str
     """Of the one process, which the ranks are equal to; dropout's are drawn otherwise."""
     case: Case = CASES[name]
     net, image, target = ranking.made(case)
-    plain = ranking.steps(lambda x, y: case.loss(net(x), y), net, image, target, case.steps)
+    loss = case.loss
+    step = net if loss is None else lambda x, y: loss(net(x), y)
+    plain = ranking.steps(step, net, image, target, case.steps)
+    torch.testing.assert_close(alone[name]["outputs"], plain["outputs"], rtol=1e-9, atol=1e-12)
     for kind in ("gradients", "buffers"):
         for tensor, number in alone[name][kind].items():
             torch.testing.assert_close(number, plain[kind][tensor], rtol=1e-9, atol=1e-12)
@@ -141,3 +147,28 @@ def test_one_folder_alone_talks_to_processes() -> None:
     users = {f.relative_to(source).parts[0] for f in source.rglob("*.py") if "import torch.distributed" in f.read_text()
              or "from torch.distributed" in f.read_text()}  # fmt: skip
     assert users == {"distributed"}
+
+
+def test_replicas_of_other_images_are_averaged_around_it(found: Found) -> None:
+    """DistributedDataParallel over the other dimension of the mesh."""
+    case = CASES["group norm, 3 ranks"]
+    net, image, target = ranking.made(case)
+    assert case.loss is not None
+    case.loss(net(image), target).backward()  # the mean over both images is that of their means
+    for there in found:
+        for name, parameter in net.named_parameters():
+            torch.testing.assert_close(there["replicas"][name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_the_smallest_budget_is_enough_on_every_rank(found: Found) -> None:
+    """Maps are made again, and take no more than a rank's rows of them."""
+    net, image, target = ranking.deep()
+    torch.nn.functional.cross_entropy(net(image), target).backward()
+    whole = fullframe.tile(net, loss=torch.nn.functional.cross_entropy, tile=64, budget="1 GB", workers=1)
+    arena = whole.plan(image, target).bytes.arena
+    for there in found:
+        small = there["small"]
+        assert small["again"] > 0 and small["projected"] <= small["least"]
+        assert small["arenas"][0] < small["arenas"][1] < 1.15 * arena / WORLD
+        for name, parameter in net.named_parameters():
+            torch.testing.assert_close(small["gradients"][name], parameter.grad, rtol=1e-9, atol=1e-12)

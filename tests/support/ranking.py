@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import fullframe
 from fullframe.runtime.executor import Run
@@ -50,7 +50,7 @@ class Far(nn.Module):
         self.drop = nn.Dropout(0.3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.drop(self.wide(x)).flip(2) + x
+        return self.drop(self.wide(x)).flip(2) + x * torch.tensor(0.5, dtype=x.dtype)
 
 
 class Classes(nn.Module):
@@ -73,13 +73,12 @@ class Case(NamedTuple):
     """A network, its loss, the ranks of the world that run it, and how many rows (or images) each has."""
 
     net: Callable[[], nn.Module]
-    loss: Callable[..., torch.Tensor]
+    loss: Callable[..., torch.Tensor] | None
     ranks: tuple[int, ...]
     sizes: tuple[int, ...]
     target: str = "labels"
     axis: str = "domain"
     steps: int = 2
-    whole: Callable[[], nn.Module] | None = None
 
 
 def _batch_norm() -> nn.Module:
@@ -98,6 +97,7 @@ CASES = {
     "batch norm over a batch in parts": Case(_batch_norm, F.cross_entropy, (0, 1), (1, 1), axis="data"),
     "group norm, 3 ranks": Case(_group_norm, F.cross_entropy, (0, 1, 2), (11, 4, 9)),
     "a halo larger than shards, and dropout": Case(Far, _squares, (0, 1, 2, 3), (6, 6, 6, 6), "image"),
+    "a module without a loss": Case(_group_norm, None, (0, 1), (7, 17), "scores"),
     "classes of images": Case(Classes, F.cross_entropy, (0, 1), (12, 12), "classes"),
 }
 
@@ -109,7 +109,7 @@ def made(case: Case) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     image = torch.randn(2, 2, ROWS, COLUMNS, dtype=torch.float64)
     targets = {
         "labels": torch.randint(0, 3, (2, ROWS, COLUMNS)), "image": torch.randn_like(image),
-        "classes": torch.randint(0, 3, (2,)),
+        "classes": torch.randint(0, 3, (2,)), "scores": torch.randn(2, 3, ROWS, COLUMNS, dtype=torch.float64),
     }  # fmt: skip
     return net, image, targets[case.target]
 
@@ -123,11 +123,17 @@ def steps(step: Any, net: nn.Module, image: torch.Tensor, target: torch.Tensor, 
     image = image.clone().requires_grad_()
     losses = []
     torch.manual_seed(4)
+    made = []
     for _ in range(count):
+        if target.dtype == image.dtype and target.shape[1] == 3:  # a module: its outputs, and their gradients
+            made.append(step(image))
+            made[-1].backward(target)
+            continue
         loss = step(image, target)
         loss.backward()
         losses.append(loss.detach())
     return {
+        "outputs": [m.detach() for m in made],
         "losses": losses,
         "gradients": {n: p.grad for n, p in net.named_parameters()},
         "buffers": dict(net.named_buffers()),
@@ -164,9 +170,59 @@ def work(rank: int, port: int, folder: str) -> None:
             step = tiled(case, net, meshes[case.ranks, case.axis])
             found[name] = steps(step, net, shard(image, case, at), shard(target, case, at), case.steps)
             found[name]["explained"] = step.explain()
+    found["replicas"] = _replicas(rank)
+    found["small"] = _small(rank, meshes[(0, 1, 2, 3), "domain"])
     found["faults"] = dict(_faults(rank, meshes[(0, 1, 2, 3), "domain"]))
     torch.save(found, Path(folder) / f"{rank}.pt")
     _killed(rank, meshes[(0, 1, 2, 3), "domain"], Path(folder))
+
+
+def _replicas(rank: int) -> dict[str, Any]:
+    """DistributedDataParallel over two images, each of which two ranks make together."""
+    case = CASES["group norm, 3 ranks"]._replace(sizes=(14, 10), steps=1)
+    net, image, target = made(case)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "domain"))
+    replica, part = divmod(rank, 2)
+    step = tiled(case, net, mesh["domain"])
+    outer = nn.parallel.DistributedDataParallel(step, process_group=mesh["data"].get_group())
+    mine = slice(replica, replica + 1)
+    outer(shard(image, case, part)[mine], shard(target, case, part)[mine]).backward()
+    return {n: p.grad for n, p in net.named_parameters()}
+
+
+def deep() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """Maps of a megabyte each, enough of them to be worth making again; the image and labels."""
+    torch.manual_seed(5)
+    layers: list[nn.Module] = [nn.Conv2d(2, 8, 3, padding=1)]
+    for _ in range(4):
+        layers += [nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)]
+    net = nn.Sequential(*layers).double()
+    return net, torch.randn(1, 2, 256, 64, dtype=torch.float64), torch.randint(0, 8, (1, 256, 64))
+
+
+def _small(rank: int, mesh: DeviceMesh) -> dict[str, Any]:
+    """A step within the smallest budget there is, where values are made again."""
+    net, image, target = deep()
+    mine, its = image[:, :, 64 * rank : 64 * rank + 64], target[:, 64 * rank : 64 * rank + 64]
+
+    def within(budget: int | str) -> fullframe.Tiled:
+        return fullframe.tile(net, loss=F.cross_entropy, tile=64, budget=budget, workers=1, mesh=mesh)
+
+    plenty = within("1 GB").plan(mine, its)
+    least = 0
+    try:
+        within(1).plan(mine, its)
+    except fullframe.BudgetError as error:
+        least = error.smallest
+    step = within(least)
+    plan = step.plan(mine, its)
+    step(mine, its).backward()
+    return {
+        "gradients": {n: p.grad for n, p in net.named_parameters()},
+        "again": sum(bool(s.section.clone or s.section.recompute) for s in plan.stages),
+        "projected": plan.projected_bytes, "least": least,
+        "arenas": (plan.bytes.arena, plenty.bytes.arena),
+    }  # fmt: skip
 
 
 def _groups() -> dict[tuple[tuple[int, ...], str], None]:

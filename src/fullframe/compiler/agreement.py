@@ -148,9 +148,15 @@ def _one(domain: Domain, call: Call, k: int, x: torch.Tensor, rank: int) -> Desc
             "plain tensors on the processor: give each rank its own rows (of a DTensor, to_local())"
         )
     axis = _axis(domain, x, rank)
-    numbers = "" if axis is not None else sha256(x.detach().contiguous().numpy(force=True).tobytes()).hexdigest()
+    numbers = "" if axis is not None else _digest(x)
     order = tuple(x.stride())
     return Described(axis, tuple(x.shape), x.dtype, x.requires_grad, order, numbers)
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    """The numbers of a tensor, in short."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _axis(domain: Domain, x: torch.Tensor, rank: int) -> int | None:
@@ -253,11 +259,7 @@ def plan_for(graph: Graph, request: Request, domain: Domain | None) -> Plan:
 def _lines(graph: Graph) -> list[str]:
     """A graph as text, with all that tells it from another."""
     lines = [f"inputs {[repr(v) for v in graph.inputs]}, late {sorted(v.name for v in graph.late)}"]
-    for value, tensor in graph.constants.items():
-        numbers = (
-            sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()) if tensor.numel() else ""
-        )
-        lines.append(f"constant {value!r} {numbers and numbers.hexdigest()}")
+    lines += [f"constant {value!r} {_digest(tensor)}" for value, tensor in graph.constants.items()]
     lines += [f"{op!r} {sorted((k, str(v)) for k, v in op.kwargs.items())}" for op in graph.ops]
     return [*lines, f"outputs {graph.outputs}, {graph.signature}"]
 
