@@ -29,7 +29,9 @@ from fullframe.frontend.recapture_reasons import Changes
 from fullframe.runtime.execution_paths import Idle, Key, Programs, keep, keys, matching, warn_of_paths
 from fullframe.runtime.explain import explain
 from fullframe.runtime.replay_cuda import CudaReplays
+from fullframe.schedule.budgets import PLENTY, Budgets, budgets
 from fullframe.schedule.plan import Plan
+from fullframe.schedule.planner import plan
 from fullframe.storage.pool import Pool
 from fullframe.storage.protocol import DISK
 from fullframe.storage.unnamed_file import disk_folder
@@ -121,6 +123,34 @@ class Tiled(nn.Module):
         """
         with self._fullframe["lock"], RECORDING:
             return self._program(self._call(self._fullframe["pair"], args, kwargs)[0]).plan
+
+    def budgets(self, *args: Any, **kwargs: Any) -> Budgets:
+        """What other budgets would buy for these inputs, from the fastest plan to the smallest, before anything runs.
+
+        At most eight budgets at equal ratios, whatever the one that this module was given, and with its disk. Each is
+        planned: for a network of thousands of ops the smaller ones take some ten seconds each. Printable as a table;
+        an entry has ``budget`` and ``projected`` in bytes, ``arithmetic`` as a multiple of the fastest plan's, and
+        the bytes that a step has ``read`` from the disk and ``written`` there. Raises what the call would refuse for
+        another reason than its budget.
+
+        Examples:
+            >>> import torch, fullframe
+            >>> choices = fullframe.tile(torch.nn.Conv2d(1, 2, 3), budget="1 GB").budgets(torch.zeros(1, 1, 32, 32))
+            >>> choices[0].arithmetic
+            1.0
+        """
+        options = replace(self._fullframe["options"], budget=PLENTY)
+        with self._fullframe["lock"], RECORDING:
+            call = self._call(self._fullframe["pair"], args, kwargs)[0]
+            program = compile_call(call, options)
+        request, windows = program.request, device_of(call.device).windows
+        assert request is not None
+
+        def planned(budget: int) -> Plan:
+            window = budget // windows if windows else 0
+            return plan(program.graph, replace(request, budget=budget, window=window))
+
+        return budgets(planned, 8)
 
     def _call(self, pair: Pair, args: Any, kwargs: Any) -> tuple[Call, Tensors | None]:
         """The call as it is recorded; and the tensors with which it runs, where those are parts of others."""

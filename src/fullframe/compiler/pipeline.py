@@ -152,12 +152,13 @@ def _compile(
     graph, requested, variants = _variants(graph, call, joint, request)
     if variants is not None:
         variants.domain = options.domain
-    planned = plan_for(graph, freed(request, graph), options.domain)
+    request = freed(request, graph)
+    planned = plan_for(graph, request, options.domain)
     return Program(
         graph, planned, terms.returned, terms.wanted, tuple(joint.differentiable), lasting and call.snapshot.lasting,
         terms.effects, tuple(joint.detached), reads, joint.devices, terms.unused, joint.lost, terms.alive,
         requested, variants, "" if lasting and call.snapshot.lasting else _moved(call, before, reads),
-        output_classes, joint.strides, tuple(joint.conditions.noted),
+        output_classes, joint.strides, tuple(joint.conditions.noted), request,
     )  # fmt: skip
 
 

@@ -69,6 +69,7 @@ class Program:
     which they may be asked; None where there is only that one. ``moved`` is a place, in words, that the forward
     itself changes. ``output_classes`` says of which classes the outputs are. ``strides`` are those of the outputs,
     and then of the gradients, in plain PyTorch. ``conditions`` are what the recording has assumed to hold or not.
+    ``request`` is what the plan was asked for.
     """
 
     graph: Graph
@@ -90,6 +91,7 @@ class Program:
     output_classes: OutputClasses = field(default_factory=OutputClasses)
     strides: tuple[Strides, ...] = ()
     conditions: tuple[Condition, ...] = ()
+    request: Request | None = None
 
     def expected(self) -> Program:
         """As it is planned for the outputs whose gradients were asked for lately."""

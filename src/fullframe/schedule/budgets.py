@@ -1,0 +1,67 @@
+"""The budgets that a step can run in, from the fastest plan to the smallest, and what each costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from fullframe.errors import BudgetError
+from fullframe.schedule.plan import Plan, arithmetic, human
+
+PLENTY = 1 << 62
+"""A budget that no plan comes near."""
+
+
+class Choice(NamedTuple):
+    """A budget in bytes, with which the step adds ``projected`` bytes at most; ``arithmetic``: operations of
+    expensive ops as a multiple of the fastest plan's; bytes of maps that a step reads from the disk and writes there.
+    """
+
+    budget: int
+    projected: int
+    arithmetic: float
+    read: int
+    written: int
+
+
+class Budgets(tuple[Choice, ...]):
+    """Choices from the fastest to the smallest, printable as a table."""
+
+    def __str__(self) -> str:
+        rows = [("budget", "projected", "arithmetic", "read from disk", "written to disk")]
+        rows += [
+            (human(c.budget), human(c.projected), f"{c.arithmetic:.2f}", human(c.read), human(c.written))
+            for c in self
+        ]
+        return "\n".join("  ".join(f"{cell:>15}" for cell in row) for row in rows)
+
+
+def budgets(planned: Callable[[int], Plan], count: int) -> Budgets:
+    """What some budgets buy: that of the fastest plan, the smallest, and others at equal ratios between.
+
+    Args:
+        planned: the plan for a budget in bytes. Raises `BudgetError` with the smallest that would do.
+        count: of budgets, at most; where two have the same plan only the smaller is kept.
+
+    Raises:
+        ValueError: the count is less than two.
+    """
+    if count < 2:
+        raise ValueError(f"count={count} must be at least 2: the fastest plan and the smallest")
+    fastest = planned(PLENTY)
+    top, least = fastest.projected_bytes, _least(planned)
+    found: dict[int, Choice] = {}
+    for k in range(count):
+        budget = top if k == 0 else round(top * (least / top) ** (k / (count - 1)))
+        made = fastest if k == 0 else planned(max(budget, least))
+        more = arithmetic(made) / max(1.0, arithmetic(fastest))
+        found[made.projected_bytes] = Choice(max(budget, least), made.projected_bytes, more, *made.disk_traffic)
+    return Budgets(tuple(found.values()))
+
+
+def _least(planned: Callable[[int], Plan]) -> int:
+    """The smallest budget there is."""
+    try:
+        return planned(1).projected_bytes
+    except BudgetError as error:
+        return error.smallest
