@@ -24,7 +24,8 @@ def replacing(path: Path) -> Iterator[Path]:
     os.close(handle)
     part = Path(name)
     try:
-        yield part
+        with named(path):
+            yield part
         part.chmod(0o666 & ~_umask())  # mkstemp keeps others out; an ordinary file does not
         part.replace(path)
     except BaseException:
@@ -33,6 +34,17 @@ def replacing(path: Path) -> Iterator[Path]:
             for folder in missing:
                 folder.rmdir()
         raise
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Name `path` in an error of a file that names none, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager

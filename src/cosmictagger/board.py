@@ -1,8 +1,10 @@
 """A training's log for TensorBoard, beside its JSON lines; an extra, since TensorBoard brings much with it."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
+from cosmictagger.atomic import named
 from cosmictagger.data import DataError
 
 NAME = "tensorboard"
@@ -21,20 +23,36 @@ class Board:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        self._writer = _writer()(str(folder / NAME), purge_step=step + 1 if step else 0)
+        self._folder = folder / NAME
+        with named(self._folder):
+            self._writer = _writer()(str(self._folder), purge_step=step + 1 if step else 0)
 
     def __enter__(self) -> "Board":
+        # What fails in the thread that writes is raised here, too, so that it need not be printed there.
+        self._hook, threading.excepthook = threading.excepthook, self._ignore
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._writer.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            with named(self._folder):
+                self._writer.close()
+        except OSError:
+            if kind is None:
+                raise
+        finally:
+            threading.excepthook = self._hook
+
+    def _ignore(self, failed: threading.ExceptHookArgs) -> None:
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            self._hook(failed)
 
     def add(self, line: dict) -> None:
         """A line as it stands in log.jsonl."""
-        for name, value in _scalars(line).items():
-            self._writer.add_scalar(name, value, line["step"])
-        if "validation" in line:
-            self._writer.flush()
+        with named(self._folder):
+            for name, value in _scalars(line).items():
+                self._writer.add_scalar(name, value, line["step"])
+            if "validation" in line:
+                self._writer.flush()
 
 
 def _scalars(line: dict) -> dict[str, float]:

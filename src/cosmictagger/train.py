@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch.optim import Optimizer
 
-from cosmictagger.atomic import locked, replacing
+from cosmictagger.atomic import locked, named, replacing
 from cosmictagger.board import Board, check_installed
 from cosmictagger.checkpoint import NAME as CHECKPOINT
 from cosmictagger.checkpoint import load_checkpoint, save_checkpoint
@@ -353,7 +353,7 @@ class _Log:
         return [line["validation"] for line in self._validations]
 
     def add(self, line: dict) -> None:
-        with self._path.open("a") as file:
+        with named(self._path), self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self._board is not None:
             self._board.add(line)

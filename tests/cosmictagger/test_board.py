@@ -1,5 +1,6 @@
 """What is written for TensorBoard, as TensorBoard reads it."""
 
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -36,6 +37,25 @@ def test_tensorboard_shows_what_the_log_says_also_after_a_resume(engine, small, 
     assert [step for step, _ in seen["training step/mean_iou"]] == [1, 2, 3, 4]
     wanted = [(line["step"], pytest.approx(line["validation"]["network"]["mean_iou"])) for line in checks]
     assert seen["validation, network/mean_iou"] == wanted and len(wanted) == 2
+
+
+def test_a_disk_that_fills_is_one_line_that_names_the_folder(tmp_path):
+    """A limit on the size of files stands for the disk."""
+    program = f"""
+import resource
+from pathlib import Path
+from cosmictagger.board import Board
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
+try:
+    with Board(Path("{tmp_path}"), 0) as board:
+        for step in range(500):
+            board.add({{"step": step, "loss": 1.0, "validation": {{}}}})
+except OSError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == f"[Errno 27] File too large: '{tmp_path / 'tensorboard'}'\n"
+    assert "Traceback" not in done.stderr and done.returncode == 0
 
 
 def test_tensorboard_is_refused_by_name_where_it_is_missing(small, small_events, tmp_path, monkeypatch, capsys):
