@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 
 from fullframe.capture.ambient import PendingBackward, find_pending
 from fullframe.capture.threads import ForkSafeLock
+from fullframe.compiler.externals import sources_of
 from fullframe.compiler.program import Program
 from fullframe.device import device_of
 from fullframe.distributed.exchange import agree
@@ -17,12 +18,14 @@ from fullframe.distributed.mesh import Domain
 from fullframe.errors import CaptureError, RankError
 from fullframe.frontend.aliasing import refuse_shared
 from fullframe.frontend.inputs import Call, Tensors
+from fullframe.ir import region as box
 from fullframe.ir.graph import Value, followers
 from fullframe.ops.primitives.rule import UnexpectedShapeError
 from fullframe.runtime.execution_paths import assuming
 from fullframe.runtime.executor import Run
 from fullframe.runtime.replay_cuda import CudaReplays, Feed
 from fullframe.storage.arena import laid_out, strides_as
+from fullframe.storage.external import Sink
 from fullframe.storage.pool import Pool, Stores
 from fullframe.torch_compat import is_batched
 
@@ -67,6 +70,7 @@ def run_forward(
 ) -> tuple[Tensors, RerunInputs, Made]:
     graph, plan, device = program.graph, program.plan, call.device
     refuse_shared(program.changed, call.tensors, call.names, program.unused)
+    sinks = program.sinks(call)
     tensors, pool = call.tensors, kept.pool
     seed = None if graph.seed is None else torch.randint(2**62, (), dtype=torch.int64)
     if seed is not None and kept.domain is not None:
@@ -76,7 +80,8 @@ def run_forward(
     run = kept.replays.replay(program, pool, device, feeds)
     if run is None:
         stores = pool.take(plan.bytes.stores, device, plan.bytes.spare)
-        run = Run(plan, stores, device, kept.domain)
+        external = {**sources_of(call, graph), **{v: s for k, s in sinks.items() if (v := graph.outputs[k])}}
+        run = Run(plan, stores, device, kept.domain, external)
         run.feed([f.value for f in feeds], [f.tensor for f in feeds])
         with stores.released_on_failure(), assuming(program, run), _naming_resized(program, call):
             run.advance(plan.early if graph.late else len(plan.stages))
@@ -86,7 +91,7 @@ def run_forward(
         if stores is not None:
             pool.give(stores)
         raise
-    outputs = _handed_out(program, run)
+    outputs = _handed_out(program, run, sinks)
     guard = _guard(program, call, run, outputs) if graph.late else []
     _take_apart(program, run, [tensors[k] for k in program.changed])
     rerun_inputs = [_as_it_was(tensors[k], k in program.changed, k < len(call.parameters)) for k in wanted]
@@ -155,16 +160,29 @@ def _feeds(program: Program, call: Call, seed: torch.Tensor | None) -> list[Feed
     return feeds
 
 
-def _handed_out(program: Program, run: Run) -> Tensors:
-    """The outputs; one that is there twice, as ``loss`` and ``loss.detach()`` are, in memory of its own each time."""
-    values = program.graph.handed_out
+def _handed_out(program: Program, run: Run, sinks: Mapping[int, Sink]) -> Tensors:
+    """The outputs; one that is there twice, as ``loss`` and ``loss.detach()`` are, in memory of its own each time.
+
+    In the place of one that goes elsewhere is nothing, once it is there: if no tile has put it there, it is untiled.
+    """
+    for k, sink in sinks.items():
+        value = program.graph.outputs[k]
+        if value in run.values:
+            sink.put(box.full(sink.shape), run.values.pop(value))
+    kept = [k for k in range(program.graph.signature.handed_out) if k not in sinks]
+    values = [program.graph.outputs[k] for k in kept]
     found = [(v, run.result(v)) for v in values]
     for v, t in found:
         if v is not None and t is not None and run.values[v] is t:
             run.values[v] = t.detach()  # what autograd will hang on the output must not lead back to the run
     made = [t.clone() if v in values[:k] else t for k, (v, t) in enumerate(found) if t is not None]
-    made = [t if device_of(t.device) is device_of(d) else t.to(d) for t, d in zip(made, program.devices, strict=True)]
-    return [laid_out(t, _strides(program, v, t, s)) for v, t, s in zip(values, made, program.strides, strict=False)]
+    for n, (k, t) in enumerate(zip(kept, made, strict=True)):
+        device, value = program.devices[k], program.graph.outputs[k]
+        t = t if device_of(t.device) is device_of(device) else t.to(device)
+        made[n] = laid_out(t, _strides(program, value, t, program.strides[k]))
+    for k in sorted(sinks):
+        made.insert(k, torch.empty(0))
+    return made
 
 
 def _strides(program: Program, value: Value | None, made: torch.Tensor | None, strides: Any) -> Any:
@@ -224,6 +242,7 @@ class TiledFunction(torch.autograd.Function):
         outputs, rerun_inputs, made = run_forward(kept, program, call, whole.rerun_inputs)
         ctx.set_materialize_grads(False)
         ctx.kept, ctx.whole, ctx.program, ctx.device = kept, whole, program, call.device
+        ctx.external = sources_of(call, program.graph)
         ctx.seed, ctx.names = made.seed, [call.names[k] for k in whole.rerun_inputs]
         ctx.late, ctx.spent, ctx.begun = None, False, False
         grads = [] if program.graph.late else _gradients(program, made.run)
@@ -346,7 +365,7 @@ def _rerun(ctx: Any, used: dict[int, torch.Tensor], saved: Sequence[torch.Tensor
             )
     plan, pool = program.plan, ctx.kept.pool
     stores = pool.take(plan.bytes.stores, ctx.device, plan.bytes.spare)
-    run = Run(plan, stores, ctx.device, ctx.kept.domain)
+    run = Run(plan, stores, ctx.device, ctx.kept.domain, ctx.external)
     fed = {whole.variants.graph.inputs[k]: t for k, t in zip(whole.rerun_inputs, saved, strict=True) if t is not None}
     if program.graph.seed is not None:
         fed[program.graph.seed] = ctx.seed

@@ -24,6 +24,7 @@ from fullframe.compiler.program import Options, Program
 from fullframe.device import device_of
 from fullframe.distributed.mesh import DeviceMesh, Domain
 from fullframe.errors import LOG, CaptureError, fall_back
+from fullframe.frontend.destinations import destinations, takes_out
 from fullframe.frontend.inputs import Call, Pair, Tensors
 from fullframe.frontend.recapture_reasons import Changes
 from fullframe.runtime.execution_paths import Idle, Key, Programs, keep, keys, matching, warn_of_paths
@@ -122,7 +123,7 @@ class Tiled(nn.Module):
             True
         """
         with self._fullframe["lock"], RECORDING:
-            return self._program(self._call(self._fullframe["pair"], args, kwargs)[0]).plan
+            return self._program(self._call(args, kwargs)[0]).plan
 
     def budgets(self, *args: Any, **kwargs: Any) -> Budgets:
         """What other budgets would buy for these inputs, from the fastest plan to the smallest, before anything runs.
@@ -141,7 +142,7 @@ class Tiled(nn.Module):
         """
         options = replace(self._fullframe["options"], budget=PLENTY)
         with self._fullframe["lock"], RECORDING:
-            call = self._call(self._fullframe["pair"], args, kwargs)[0]
+            call = self._call(args, kwargs)[0]
             program = compile_call(call, options)
         request, windows = program.request, device_of(call.device).windows
         assert request is not None
@@ -152,15 +153,20 @@ class Tiled(nn.Module):
 
         return budgets(planned, 8)
 
-    def _call(self, pair: Pair, args: Any, kwargs: Any) -> tuple[Call, Tensors | None]:
-        """The call as it is recorded; and the tensors with which it runs, where those are parts of others."""
-        domain = self._fullframe["options"].domain
+    def _call(self, args: Any, kwargs: Any) -> tuple[Call, Tensors | None]:
+        """The call as it is recorded, with ``out`` taken from its keywords if it is not the module's own; and the
+        tensors with which it runs, where those are parts of others."""
+        pair, domain = self._fullframe["pair"], self._fullframe["options"].domain
+        out = None
+        if "out" in kwargs and pair.criterion is None and not takes_out(pair.module):
+            kwargs = dict(kwargs)
+            out = kwargs.pop("out")
         if domain is None:
-            return Call(pair, args, kwargs), None
+            return Call(pair, args, kwargs, out), None
         if not self._fullframe["shared"]:
             share_parameters(domain, pair, _settings(self._fullframe["options"]))
             self._fullframe["shared"] = True
-        return whole_call(domain, pair, args, kwargs)
+        return whole_call(domain, pair, args, kwargs, out)
 
     def explain(self) -> str:
         """In words, how the last call ran and why: its capture, kernels, tiles, ops run whole, and where maps live.
@@ -185,11 +191,11 @@ class Tiled(nn.Module):
             with nested(pair):
                 return pair(args, kwargs)  # part of a larger module that is being recorded
         with self._fullframe["lock"]:
-            return self._tiled(pair, args, kwargs)
+            return self._tiled(args, kwargs)
 
-    def _tiled(self, pair: Pair, args: Any, kwargs: Any) -> Any:
+    def _tiled(self, args: Any, kwargs: Any) -> Any:
         with RECORDING:  # another thread's recording must not be met by the guard snapshot either
-            call, own = self._call(pair, args, kwargs)
+            call, own = self._call(args, kwargs)
             _refuse_transforms(call)
             refuse_modes()
             program = self._program(call)
@@ -207,6 +213,8 @@ class Tiled(nn.Module):
         made = [with_class(*pair) for pair in zip(made, shadows, strict=True)] if shadows else made
         program.leave(call, made)
         revive(program, call, made)
+        for k, sink in destinations(call.out, program.returned).items():
+            made[k] = sink.thing
         return program.assemble(call, made)
 
     def _run(self, kept: Kept, program: Program, call: Call) -> tuple[Program, Tensors, Any]:
@@ -353,7 +361,9 @@ def tile(  # noqa: PLR0913
 
     ``tile(module)`` has the module's call, output and gradients. ``tile(module, loss=criterion)`` is a step:
     ``step(input, target)`` equals ``criterion(module(input), target)``. Tensors that the forward or its hooks keep in
-    attributes, lists or dictionaries lie there after every call; those of a step are detached.
+    attributes, lists or dictionaries lie there after every call; those of a step are detached. Inputs and targets may
+    be read by regions from what has a shape, a dtype and slices (`numpy.memmap`, HDF5, Zarr, an object of one's own;
+    ValueError if it returns another region), and outputs written there: ``tiled(x, out=thing)``, without gradients.
 
     Args:
         module: any convolutional network, shared with the caller, not copied.

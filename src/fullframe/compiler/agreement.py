@@ -101,13 +101,13 @@ def _refused(named: dict[str, torch.Tensor]) -> Exception | None:
 # Each call -----------------------------------------------------------------------------------------
 
 
-def whole_call(domain: Domain, pair: Pair, args: Any, kwargs: Any) -> tuple[Call, Tensors]:
+def whole_call(domain: Domain, pair: Pair, args: Any, kwargs: Any, out: Any = None) -> tuple[Call, Tensors]:
     """The call as one process would be given it, with tensors that have a shape and no numbers, and this rank's own
     tensors in their place, to be run with."""
     described: list[Described] = []
     call, failed = None, None
     try:
-        call = Call(pair, args, kwargs)
+        call = Call(pair, args, kwargs, out)
         described = _described(domain, call)
     except Exception as error:
         failed = error
@@ -133,6 +133,12 @@ def whole_call(domain: Domain, pair: Pair, args: Any, kwargs: Any) -> tuple[Call
 
 
 def _described(domain: Domain, call: Call) -> list[Described]:
+    if call.sources or call.out is not None:
+        name = next((s.name for s in call.sources.values()), "out=")
+        raise CaptureError(
+            f"mesh= and what is read or written by regions ({name}) together are not supported; give each rank its "
+            "own rows as tensors"
+        )
     images = [x.dim() for x, axes in zip(call.inputs, call.spatial, strict=True) if axes]
     if not images:
         raise CaptureError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from threading import active_count
@@ -24,10 +24,12 @@ from fullframe.capture.threads import RECORDING
 from fullframe.capture.trace import _STATE, Recording, own_generator
 from fullframe.compiler.agreement import plan_for, split_of
 from fullframe.compiler.backward_variants import restricted_to
+from fullframe.compiler.externals import refuse_misuse, set_apart, sources_of
 from fullframe.compiler.program import BackwardVariants, Options, Program, changes, freed
 from fullframe.device import CPU, DEVICES, device_of
 from fullframe.errors import CaptureError, FullframeError
 from fullframe.frontend.aliasing import refuse_identities, refuse_shared
+from fullframe.frontend.destinations import destinations, refuse_misfits
 from fullframe.frontend.fields import state_of
 from fullframe.frontend.guards import GuardSnapshot
 from fullframe.frontend.inputs import Call
@@ -146,7 +148,11 @@ def _compile(
             changed = changes(graph)
     refuse_shared(changed, call.tensors, call.names, terms.unused)
     _refuse_changed_late(call, graph, changed)
-    request = request_for(graph, call, options)
+    sinks = destinations(call.out, terms.returned)
+    refuse_misuse(call, changed, terms.effects, sinks)
+    refuse_misfits(sinks, graph.handed_out)
+    graph = set_apart(graph, sources_of(call, graph), sinks)
+    request = request_for(graph, call, options, sinks)
     if options.domain is not None:
         request = replace(request, split=split_of(options.domain, graph, call, terms.wanted, joint.differentiable))
     graph, requested, variants = _variants(graph, call, joint, request)
@@ -164,13 +170,16 @@ def _compile(
 
 def _refuse_devices(call: Call) -> None:
     """Refuse tensors on a kind of device that nothing is known of, and on several devices."""
-    for name, tensor in zip(call.names, call.tensors, strict=True):
+    first = len(call.tensors) - len(call.inputs)
+    given = [(n, t) for k, (n, t) in enumerate(zip(call.names, call.tensors, strict=True), -first)
+             if k not in call.sources]  # fmt: skip
+    for name, tensor in given:
         if tensor.device.type not in DEVICES:
             raise CaptureError(
                 f"{name} is on {tensor.device}, and a tiled step runs on {' or '.join(DEVICES)}; move module, loss "
                 "and inputs there with .to(), or tile the part of the network that is there"
             )
-    devices = sorted({str(t.device) for t in call.tensors if not device_of(t.device).on_host})
+    devices = sorted({str(t.device) for _, t in given if not device_of(t.device).on_host})
     if len(devices) > 1:
         raise CaptureError(
             f"the step's tensors are on several devices ({', '.join(devices)}), and a tiled step runs on one; move "
@@ -287,7 +296,9 @@ def _forgetful(caches: Sequence[Any]) -> Iterator[None]:
             cache.cache_clear()
 
 
-def request_for(graph: Graph, call: Call, options: Options) -> Request:
+def request_for(graph: Graph, call: Call, options: Options, written: Iterable[int] = ()) -> Request:
+    """What a call's graph is planned for; outputs that are ``written`` elsewhere, by number, are not handed out."""
+    external = frozenset((*sources_of(call, graph), *(v for k in written if (v := graph.handed_out[k]) is not None)))
     end = len(call.tensors)
     images = [
         (v, axes) for v, axes in zip(graph.inputs[end - len(call.inputs) : end], call.spatial, strict=True) if axes
@@ -311,14 +322,15 @@ def request_for(graph: Graph, call: Call, options: Options) -> Request:
     if not device.windows:
         max_in_flight = MAX_IN_FLIGHT if options.workers > 1 and options.domain is None else 1
         return Request(budget, options.workers, roots, fusable, tile, free, disk=options.disk,
-                       max_in_flight=max_in_flight)  # fmt: skip
+                       max_in_flight=max_in_flight, external=external)  # fmt: skip
     host = device_of(CPU).free_bytes(CPU)
     # What a recorded run keeps besides: its inputs, and what it makes, to be copied out.
     lasting = len(call.parameters) + len(call.buffers)
-    copies = sum(t.nbytes for t in call.tensors[lasting:]) + sum(v.nbytes for v in graph.outputs if v is not None)
+    copied = (*graph.inputs[lasting:end], *(v for v in graph.outputs if v is not None))
+    copies = sum(v.nbytes for v in copied if v not in external)
     return Request(
         budget, 1, roots, fusable, tile, free, window=budget // device.windows, host=host, disk=options.disk,
-        fixed=FIXED + copies
+        fixed=FIXED + copies, external=external
     )  # fmt: skip
 
 
@@ -330,7 +342,7 @@ def capture(recording: Recording) -> Graph:
 
 def record(recording: Recording) -> Any:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = [mode.from_tensor(t.detach()) for t in recording.inputs]
+    fakes = _fakes(recording, mode)
     try:
         with (
             _active(), recording.capture_mode.paths(), fx_traceback.preserve_node_meta(), _uncompiled(), _own_norms(),
@@ -373,6 +385,20 @@ def record(recording: Recording) -> Any:
             recording.capture_mode.current, recording.capture_mode.failed
         ) from recording.capture_mode.failed
     return module
+
+
+def _fakes(recording: Recording, mode: FakeTensorMode) -> list[torch.Tensor]:
+    """What a recording computes with: for inputs that are read by regions fakes of their shape and dtype alone."""
+    call = recording.function.call
+    absent = {id(call.inputs[k]) for k in call.sources}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in absent:
+            return mode.from_tensor(tensor.detach())
+        with mode:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=recording.device)
+
+    return [fake(t) for t in recording.inputs]
 
 
 @contextmanager

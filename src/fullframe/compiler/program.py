@@ -15,6 +15,7 @@ from fullframe.capture.subclasses import OutputClasses
 from fullframe.compiler.agreement import plan_for
 from fullframe.compiler.backward_variants import backward_of, restricted_to, sources
 from fullframe.distributed.mesh import Domain
+from fullframe.frontend.destinations import destinations, refuse_misfits, refuse_overlaps
 from fullframe.frontend.inputs import Call
 from fullframe.frontend.outputs import Tree, unflatten
 from fullframe.frontend.reads import EVERYTHING, Reads
@@ -22,6 +23,7 @@ from fullframe.frontend.sources import SideEffect, WriteBack
 from fullframe.ir.graph import Graph, Value
 from fullframe.schedule.plan import Plan
 from fullframe.schedule.request import Request
+from fullframe.storage.external import Sink
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,9 @@ class Program:
 
     @cached_property
     def read(self) -> frozenset[Value]:
-        """The values that a run needs. It is given no others, or it would keep what former calls left behind."""
-        return self.made | {v for op in self.graph.ops for v in op.inputs}
+        """The values that a run needs. It is given no others, or it would keep what former calls left behind; what
+        lives in objects of the caller's it fetches."""
+        return (self.made | {v for op in self.graph.ops for v in op.inputs}) - self.plan.external
 
     @cached_property
     def read_late(self) -> frozenset[Value]:
@@ -176,6 +179,15 @@ class Program:
     def narrow(self) -> bool:
         """Whether anything is computed in float16, whose gradients may need a loss scale."""
         return any(op.output.dtype == torch.float16 for op in self.graph.ops)
+
+    def sinks(self, call: Call) -> dict[int, Sink]:
+        """Where outputs go, by their numbers; refused where they cannot, before anything runs."""
+        found = destinations(call.out, self.returned)
+        refuse_misfits(found, self.graph.outputs)
+        if found:
+            others = zip(call.names, call.tensors, strict=True)
+            refuse_overlaps(list(found.values()), [*((s.name, s.thing) for s in call.sources.values()), *others])
+        return found
 
     def assemble(self, call: Call, outputs: Sequence[torch.Tensor]) -> Any:
         """The call's own output from its tensors."""

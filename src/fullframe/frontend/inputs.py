@@ -11,10 +11,12 @@ from torch import nn
 
 from fullframe import torch_compat
 from fullframe.device import DEVICES
+from fullframe.frontend.destinations import outline
 from fullframe.frontend.fields import digest
 from fullframe.frontend.guards import GuardSnapshot
 from fullframe.frontend.opaque_leaves import value
 from fullframe.frontend.reads import EVERYTHING, Reads
+from fullframe.storage.external import Source, is_source, kind_of
 from fullframe.torch_compat import is_lazy, pytree
 
 Tensors = list[torch.Tensor]
@@ -48,13 +50,24 @@ class Call:
 
     ``tensors`` holds everything with numbers: parameters, buffers, ``others`` (tensors met in
     attributes, closures and the like), inputs. They are read where they live at each call, and what the
-    step changes in place is changed there.
+    step changes in place is changed there. ``sources``, by the number of the input, are objects that are
+    read region by region; among the inputs each has a stand-in of its shape and dtype without numbers, a
+    meta tensor. ``out`` says where outputs go that are not handed out (`frontend.destinations`).
     """
 
-    def __init__(self, pair: Pair, args: Any, kwargs: Any):
-        self.pair, self.args, self.kwargs = pair, args, kwargs
-        self._given = args[:1] if pair.criterion is not None else (args, kwargs)  # what the module is given
+    def __init__(self, pair: Pair, args: Any, kwargs: Any, out: Any = None):
+        if out is not None and torch.is_grad_enabled():
+            raise ValueError(
+                "out= is for calls without gradients, which an object that outputs are written to cannot have; call "
+                "under torch.no_grad() or torch.inference_mode()"
+            )
+        self.pair, self.out = pair, out
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        self.sources = self._take_sources()
+        if self.sources:
+            args, kwargs = pytree.tree_unflatten(self.leaves, self.spec)
+        self.args, self.kwargs = args, kwargs
+        self._given = args[:1] if pair.criterion is not None else (args, kwargs)  # what the module is given
         self.inputs: Tensors = [x for x in self.leaves if isinstance(x, torch.Tensor)]
         if pair.criterion is not None and (len(args) != 2 or kwargs):
             given = f"{len(args)} arguments" + (f" and {sorted(kwargs)} by name" if kwargs else "")
@@ -77,6 +90,28 @@ class Call:
         # Of each input the axis along which ranks have shards of it, and where they begin; None: each has all of it.
         self.shards: tuple[tuple[int, tuple[int, ...]] | None, ...] = ()
         self.undo: Callable[[], None] | None = None  # puts back what the recording of this call did in Python
+
+    def _take_sources(self) -> dict[int, Source]:
+        """The inputs that are read region by region, each with a stand-in put in its place among the leaves."""
+        numbers = [k for k, x in enumerate(self.leaves) if isinstance(x, torch.Tensor) or is_source(x)]
+        tensors = [self.leaves[k] for k in numbers if isinstance(self.leaves[k], torch.Tensor)]
+        if len(tensors) == len(numbers):
+            return {}
+        tensors = tensors or [*self.pair.parameters(), *self.pair.buffers()]
+        device = max(tensors, key=lambda t: t.dim()).device if tensors else torch.device("cpu")
+        found: dict[int, Source] = {}
+        for number, k in enumerate(numbers):
+            thing = self.leaves[k]
+            if isinstance(thing, torch.Tensor):
+                continue
+            if getattr(thing, "requires_grad", False):
+                raise ValueError(
+                    f"input {number}, a {kind_of(thing)}, asks for a gradient, which what is read region by region "
+                    "cannot have; give a tensor"
+                )
+            found[number] = Source(thing, f"input{number}", device)
+            self.leaves[k] = torch.empty(found[number].shape, dtype=found[number].dtype, device="meta")
+        return found
 
     def take_snapshot(self, reads: Reads, snapshot: GuardSnapshot | None = None) -> None:
         """See what is in reach, as far as a recording has read it; the ``snapshot`` may have been made already."""
@@ -132,7 +167,9 @@ class Call:
 
     @property
     def device(self) -> torch.device:
-        """Where the images are."""
+        """Where the images are, or are to be read to."""
+        for source in self.sources.values():
+            return source.device
         found = self.inputs or self.tensors
         return max(found, key=lambda t: t.dim()).device if found else torch.device("cpu")
 
@@ -150,6 +187,8 @@ class Call:
             tuple(read() for read in torch_compat.SWITCHES),
             numbers,
             details,
+            frozenset(self.sources),
+            outline(self.out),
         )
 
     @property

@@ -7,9 +7,10 @@ without a compiler as the plain reference, and on other devices, which do their 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import partial
+from types import MappingProxyType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,9 +34,11 @@ from fullframe.schedule.plan import Plan
 from fullframe.storage.arena import empty_output, strides_as
 from fullframe.storage.heap import HeapTrimmer, mapped
 from fullframe.storage.pool import Stores
+from fullframe.storage.protocol import StoredMap
 
 _RUNTIMES: WeakKeyDictionary[Plan, Runtime] = WeakKeyDictionary()
 _LOCK = ForkSafeLock()
+_NONE: Mapping[Value, StoredMap] = MappingProxyType({})
 
 
 class Runtime:
@@ -83,11 +86,17 @@ def runtime_of(plan: Plan, device: torch.device) -> Runtime:
 
 
 class Run:
-    """One run of a plan. ``feed`` inputs, ``advance`` over its stages, ``result`` an output."""
+    """One run of a plan. ``feed`` inputs, ``advance`` over its stages, ``result`` an output.
 
-    def __init__(self, plan: Plan, stores: Stores, device: torch.device, domain: Domain | None = None):
+    Of the inputs and outputs that live in objects of the caller's it is given these, as ``external``.
+    """
+
+    def __init__(
+        self, plan: Plan, stores: Stores, device: torch.device, domain: Domain | None = None,
+        external: Mapping[Value, StoredMap] = _NONE,
+    ):  # fmt: skip
         self.plan, self.arena, self.device, self.domain = plan, stores.arena, device, domain
-        self.offloaded = {v: stores.map(plan.slots[v]) for v in plan.offloaded}
+        self.offloaded = {v: external[v] if v in plan.external else stores.map(plan.slots[v]) for v in plan.offloaded}
         self.opened: set[Value] = set()  # of the maps that live elsewhere
         self.runtime = runtime_of(plan, device)
         self.values: dict[Value, torch.Tensor] = dict(self.runtime.constants)
@@ -250,7 +259,8 @@ class Run:
     def _trimmer(self) -> HeapTrimmer:
         """Until all maps have been written once, nobody can tell their pages from what is kept beside them."""
         counted = self.plan.bytes
-        made = sum(v.nbytes for v in {*self.plan.graph.outputs} if v is not None and v not in self.plan.graph.inputs)
+        other = self.plan.external.union(self.plan.graph.inputs)
+        made = sum(v.nbytes for v in {*self.plan.graph.outputs} if v is not None and v not in other)
         before, self.runtime.written = self.runtime.written, self.runtime.written | {self.position}
         return HeapTrimmer(
             counted.untiled + counted.scratch + counted.spare + made if self.position in before else None

@@ -17,7 +17,7 @@ from fullframe.runtime.fused import Kernels, bind
 from fullframe.runtime.tasks import Job, Part, Partials, Read, Store, Sum, Target, Task, task_of, tile_at
 from fullframe.schedule.plan import LARGE, Plan, Stage
 from fullframe.storage.arena import Arena, empty_map, gapless, strides_as
-from fullframe.storage.pool import Stored
+from fullframe.storage.protocol import StoredMap
 
 TRIES = 2  # What a library does once only, when it is first called, may keep the first recording from being used.
 
@@ -31,7 +31,7 @@ class Memory(NamedTuple):
 
     values: dict[Value, torch.Tensor]
     arena: Arena
-    offloaded: Mapping[Value, Stored]
+    offloaded: Mapping[Value, StoredMap]
     device: torch.device
     kernels: Kernels
     records: bool

@@ -123,7 +123,8 @@ class Plan:
     stages in a row any may be in work at the same time, if they need not wait for each other. ``tight``: the C
     library is told to give back what is free, since the budget has no room for all that it would keep. ``fastest``:
     operations of expensive ops in the plan that makes nothing again. ``share``: what one of several ranks has of it;
-    then the bytes are those of the rank that takes most."""
+    then the bytes are those of the rank that takes most. ``external`` are the inputs and outputs that live in objects
+    of the caller's."""
 
     graph: Graph
     tile_axes: TileAxes
@@ -138,16 +139,17 @@ class Plan:
     tight: bool = False
     fastest: float = 0.0
     share: Share | None = None
+    external: frozenset[Value] = frozenset()
 
     @cached_property
     def offloaded(self) -> Collection[Value]:
-        """The stored maps that live in another memory than the device's."""
-        return {v for v, slot in self.slots.items() if slot.tier != DEVICE}
+        """The maps that live in another memory than the device's, or with the caller."""
+        return self.external.union(v for v, slot in self.slots.items() if slot.tier != DEVICE)
 
     @cached_property
     def disk_traffic(self) -> Traffic:
         """What a step reads from the disk and writes to it."""
-        return traffic(self, DISK)
+        return traffic(self, {v for v, slot in self.slots.items() if slot.tier == DISK})
 
     @property
     def projected_bytes(self) -> int:
@@ -193,6 +195,7 @@ def describe(plan: Plan) -> str:
             f"{human(b.spare)} of the budget ahead and behind"
         )
     lines += [f"  {ranks(plan.share)}"] * (plan.share is not None)
+    lines += _external(plan)
     lines += [f"  runs whole: {name}" for name in plan.whole]
     for k, stage in enumerate(plan.stages):
         if k == plan.early and k > 0:
@@ -213,6 +216,31 @@ def ranks(share: Share | None) -> str:
         f"the {name}; {human(share.received)} of rows come from others in {len(share.exchanges)} exchanges, and each "
         f"rank makes all of {whole} stages"
     )
+
+
+def runs_whole(stages: Sequence[Stage], tile_axes: TileAxes, external: Collection[Value]) -> tuple[str, ...]:
+    """The ops, with their modules, that are not cut into tiles though what they make is, or for which all of a large
+    input is there at once that others read by regions."""
+    found = []
+    for stage in stages:
+        section = stage.section
+        read = len(stage.grid) == 1 and any(v in external and v.nbytes > LARGE for v in section.loads)
+        for op in section.ops:
+            cut, kind = tiled(op.output, tile_axes), op.rule.kind
+            if (cut and kind == "whole") or (read and not cut and kind not in ("layout", "reduce")):
+                found.append(f"{op.target} ({op.path or 'in the step'})")
+    return tuple(found)
+
+
+def _external(plan: Plan) -> Iterator[str]:
+    """What is read from objects of the caller's, and what is written there."""
+    for value in plan.graph.inputs:
+        if value in plan.external:
+            read = traffic(plan, (value,)).read
+            yield f"  {value!r} is read by regions: {human(read)} a step, {read / value.nbytes:.2f} times its size"
+    for value in plan.graph.outputs:
+        if value is not None and value in plan.external and value not in plan.graph.inputs:
+            yield f"  {value!r} is written by regions: {human(value.nbytes)}"
 
 
 def _is_tiled(plan: Plan, stage: Stage) -> bool:
@@ -268,9 +296,8 @@ def operations(works: Sequence[Work]) -> float:
     return total
 
 
-def traffic(plan: Plan, tier: str) -> Traffic:
-    """What goes to the maps of a tier and comes from there in a step, halo included."""
-    there = {v for v, slot in plan.slots.items() if slot.tier == tier}
+def traffic(plan: Plan, there: Collection[Value]) -> Traffic:
+    """What goes to these maps and comes from there in a step, halo included."""
     read = written = 0
     for stage in plan.stages:
         section = stage.section

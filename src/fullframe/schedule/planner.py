@@ -19,10 +19,10 @@ from fullframe.schedule.memory import Lifetimes, lifetimes, place, rounded
 from fullframe.schedule.order import interleave, orders
 from fullframe.schedule.placement import spill
 from fullframe.schedule.plan import KEPT as TASKS
-from fullframe.schedule.plan import LARGE, NBYTES, Bytes, Plan, Stage, arithmetic
+from fullframe.schedule.plan import LARGE, NBYTES, Bytes, Plan, Stage, arithmetic, runs_whole
 from fullframe.schedule.request import Request
 from fullframe.schedule.shares import Shares, shares_of
-from fullframe.schedule.tiling import choose_grid, deep_grid, window_bytes
+from fullframe.schedule.tiling import choose_grid, deep_grid, handed_over, window_bytes
 from fullframe.schedule.within import cheapest, within
 from fullframe.storage.protocol import DEVICE, DISK, DISK_BUFFER, HOST, Slot
 
@@ -312,10 +312,9 @@ def _arranged(graph: Graph, draft: Draft, request: Request, known: Known, fixed:
     ]
     scratch = max(taken, default=0)
     untiled = max((u + n for u, n in zip(usage, taken, strict=True)), default=0)
-    given = set(graph.inputs) | request.free
+    given = set(graph.inputs) | request.free | {v for v in request.external if tiled(v, tile_axes)}
     outputs = sum(shares.nbytes(v) if shares else v.nbytes for v in draft.kept if v not in given)
-    whole = tuple(f"{op.target} ({op.path or 'in the step'})" for s in stages for op in s.section.ops
-                  if op.rule.kind == "whole" and tiled(op.output, tile_axes))  # fmt: skip
+    whole = runs_whole(stages, tile_axes, request.external)
     if request.fixed is None:  # tasks lie in the same memory
         fixed += NBYTES * min(TASKS, sum(len(s.grid) for s in stages))
         fixed += 2 * DISK_BUFFER * request.workers * bool(far)  # one more for what is cut out of a band
@@ -323,7 +322,7 @@ def _arranged(graph: Graph, draft: Draft, request: Request, known: Known, fixed:
     total = Bytes(stored.get(DEVICE, 0), max(0, untiled - scratch), held, outputs, fixed, stored.get(HOST, 0),
                   stored.get(DISK, 0), exchanged=_exchanged(shares, stages) if shares else 0)  # fmt: skip
     return Plan(graph, tile_axes, stages, draft.early, slots, total, request.budget, request.workers, whole,
-                request.max_in_flight)  # fmt: skip
+                request.max_in_flight, external=request.external)  # fmt: skip
 
 
 def _exchanged(shares: Shares, stages: Sequence[Stage]) -> int:
@@ -374,13 +373,18 @@ def _scratch(stages: Sequence[Stage], workers: int) -> int:
 
 
 def _stage(section: Section, tile_axes: TileAxes, request: Request, offloaded: frozenset[Value]) -> Stage:
+    offloaded |= request.external
     grid = choose_grid(section, tile_axes, request)
     groups = fusion_groups(section, tile_axes, request.fusable)
     if section.recompute:
         grid = deep_grid(section, groups, tile_axes, grid, request)
     tiles = grid.corners() if section.recompute else grid.samples()
     device = request.fixed is not None
-    window = max(window_bytes(section, groups, tile_axes, tile, offloaded, device) for tile in tiles)
+    window = max(
+        window_bytes(section, groups, tile_axes, tile, offloaded, device)
+        + handed_over(section, groups, tile_axes, tile, request.external)
+        for tile in tiles
+    )
     running = min(request.workers, len(grid))
     waiting = (len(grid) - 1).bit_length()  # nodes of a sum's tree, one a level
     held = 8 * (waiting + running)

@@ -19,7 +19,8 @@ class Request:
     taken whatever the plan; None: an estimate of what recording, plan and libraries take, which lie in the same
     memory. ``max_in_flight``: how many stages in a row may be in work at the same time where the budget has room for
     it. ``most``: bytes that the windows of the tiles in work may take in stages that make values again, if there are
-    tiles so small."""
+    tiles so small. ``external``: inputs and outputs that live in objects of the caller's, and are fetched and put by
+    regions."""
 
     budget: int
     workers: int
@@ -34,6 +35,7 @@ class Request:
     max_in_flight: int = 1
     most: int = 0
     split: Split | None = None
+    external: frozenset[Value] = frozenset()
 
     @property
     def hands(self) -> int:

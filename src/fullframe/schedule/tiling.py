@@ -37,6 +37,17 @@ def window_bytes(section: Section, groups: Sequence[FusionGroup], tile_axes: Til
     return _most(section, *made, offloaded, device)
 
 
+def handed_over(section: Section, groups: Sequence[FusionGroup], tile_axes: TileAxes, tile: Tile,
+                external: Collection[Value]) -> int:  # fmt: skip
+    """Bytes of the largest region that an object of the caller's is given or returns in a tile: while it is copied it
+    is there twice."""
+    there = [v for v in (*section.loads, *section.saves) if v in external]
+    if not there:
+        return 0
+    regions = work_of(groups, section.saves, frozenset(section.sums), tile_axes, tile)[1]
+    return max((box.size(regions[v]) * v.itemsize for v in there if v in regions), default=0)
+
+
 def _most(section: Section, works: Sequence[Work], regions: dict[Value, Region], offloaded: Collection[Value] = (),
           device: bool = False) -> int:  # fmt: skip
     last = {value: k for k, work in enumerate(works) for value in work.group.reads}
@@ -162,7 +173,7 @@ def deep_grid(
             tried.add(found)
             tile = found.tile(tuple((n - 1) // 2 for n in found.counts()))
             made = work_of(groups, section.saves, frozenset(section.sums), tile_axes, tile)
-            window = _most(section, *made) * min(workers, len(found))
+            window = _most(section, *made, request.external) * min(workers, len(found))
             spent = operations(made[0]) * (1 + SLOWER * max(0, power))
             time = (spent + CALL * len(groups)) * len(found)
             over = float(max(0, window - request.most))

@@ -88,3 +88,28 @@ class Store(Protocol):
         """The store is let go, after a fault say: nothing is asked of it any more, and what it holds that others
         could use is free, though somebody may still refer to it."""
         ...
+
+
+class StoredMap(Protocol):
+    """One map as a run knows it, wherever it lives: in a store, or with the caller, as what is read region by region
+    and what is written so (`storage.external`). The methods are those of `Store` for one slot."""
+
+    def open(self) -> None:
+        """As `Store.open`."""
+        ...
+
+    def expect(self, region: Region) -> None:
+        """As `Store.expect`."""
+        ...
+
+    def fetch(self, region: Region) -> torch.Tensor:
+        """As `Store.fetch`."""
+        ...
+
+    def put(self, region: Region, window: torch.Tensor) -> None:
+        """As `Store.put`."""
+        ...
+
+    def close(self) -> None:
+        """As `Store.close`."""
+        ...
