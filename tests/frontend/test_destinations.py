@@ -245,6 +245,17 @@ def test_what_is_read_is_not_written(tmp_path):
         run(both[0], out=both[1])  # parts of one file
 
 
+def test_an_array_is_known_whatever_the_mode_in_which_it_is_opened(tmp_path):
+    first = zarr_array(tmp_path / "x.zarr")
+    zarr = pytest.importorskip("zarr", reason="comes with the packages of the examples")
+    run = tiled(nn.Conv2d(4, 4, 3, padding=1))
+    with torch.no_grad():
+        for mode in ("r", "r+"):
+            with pytest.raises(fullframe.CaptureError, match="out shares its numbers with input0"):
+                run(zarr.open(str(tmp_path / "x.zarr"), mode=mode), out=first)
+        run(first, out=zarr_array(tmp_path / "y.zarr"))
+
+
 def test_what_goes_elsewhere_is_not_kept_as_a_tensor():
     class Keeping(nn.Module):
         def forward(self, x):

@@ -91,8 +91,11 @@ def _same(a: Any, b: Any) -> bool:
         for other, begin, end in _spans(b):
             if place == other and low < end and begin < high:
                 return True
-    plain = type(a) is type(b) and not isinstance(a, torch.Tensor) and not any(_spans(a))
-    return plain and (a == b) is True  # as two names of one dataset are
+    if type(a) is not type(b) or isinstance(a, torch.Tensor) or any(_spans(a)):
+        return False
+    # Two names of one data set are equal; of Zarr's arrays only if both were opened in the same mode.
+    place = str(getattr(a, "store_path", ""))
+    return (a == b) is True or (bool(place) and place == str(getattr(b, "store_path", "")))
 
 
 def _spans(thing: Any) -> Iterator[tuple[str, int, int]]:
