@@ -1,7 +1,7 @@
 """A picture and its labels that stay in files: a U-Net is trained on them and writes its prediction to a third file.
 
     python examples/large_picture.py                  # 208 x 208 pixels, held against plain PyTorch
-    python examples/large_picture.py --side 20000     # 1.2 GB of picture, 0.4 GB of labels, in about 4 GB
+    python examples/large_picture.py --side 20000     # 1.6 GB of files: planned within 4 GB, not run
 
 Nothing is read as a whole: each tile reads its part of the files, as bytes, and the network's first op makes floats
 of them. The budget counts those parts, and not the files. An HDF5 data set, a Zarr array or an object of one's own
