@@ -110,6 +110,16 @@ class Bytes:
         return self.arena + self.untiled + self.scratch + self.outputs + self.fixed + self.spare + self.exchanged
 
 
+class Limits(NamedTuple):
+    """What a plan was asked to keep to: bytes of the budget, of a disk and of the host's memory beside a device's; and
+    the workers that it is made for."""
+
+    budget: int
+    disk: int
+    host: int
+    workers: int
+
+
 class Traffic(NamedTuple):
     """Bytes of maps that a step fetches from a store, and bytes that it puts there."""
 

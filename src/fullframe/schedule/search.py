@@ -17,10 +17,8 @@ from math import inf
 
 from fullframe.schedule.cost import BYTE, Nodes, Stage
 
-DEPTHS = (0.8, 0.6, 0.4, 0.2, 0.0)  # of the limit, down to which gaps are dropped before some are filled again
 FLAT = 2  # expensive ops of a stage that is still best walked in strips
 LARGEST = 8  # times the window of a tile: none of what is made again on its way may be larger
-VISITS = 3_000_000  # nodes looked at, after which nothing else is tried
 
 
 def bits_of(mask: int) -> Iterator[int]:
@@ -485,25 +483,3 @@ class Search:
             saved += self.done[t].cost - self.evaluate(t, self.enter[t] | bit, after).cost
         first, last = self._span(k, x, y)
         return saved / (self.nodes.size[k] * max(1, last - first + 1)), saved
-
-
-def best_of(start: Search, limit: float) -> Search | None:
-    """The cheapest state found within a limit; None where there is none.
-
-    Of several starts with less and less stored each is filled again.
-    """
-    enough = start.visits[0] + VISITS
-    state = start.copy()
-    if not state.drop(limit):
-        return None
-    best: Search | None = None
-    for depth in (1.0, *DEPTHS):
-        if depth < 1.0:
-            state.drop(limit * depth)
-        tried = state.copy()
-        tried.fill(limit, enough)
-        if max(tried.profile()) <= limit and (best is None or tried.total < best.total):
-            best = tried
-        if start.visits[0] > enough:
-            break
-    return best

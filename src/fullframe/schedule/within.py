@@ -13,12 +13,14 @@ from fullframe.ir.graph import Graph
 from fullframe.schedule.clones import Draft
 from fullframe.schedule.plan import Plan
 from fullframe.schedule.rematerialize import Stages
-from fullframe.schedule.search import Search, best_of
+from fullframe.schedule.search import Search
 
 SHARES = (0.8, 0.6, 0.4, 0.25, 0.15, 0.08, 0.04, 0.0)  # of the most that is stored at once
 MOST = (64 << 20, 0)  # bytes of the windows in work where values are recomputed; 0: as few as may be
 WINDOW = 4 << 20  # bytes of the largest window of a tile that the search counts halo for
 TRIES = 4
+DEPTHS = (0.8, 0.6, 0.4, 0.2, 0.0)  # of the limit, down to which gaps are dropped before some are filled again
+VISITS = 3_000_000  # nodes looked at, after which nothing else is tried
 FILLING = 500_000  # nodes looked at to fill a rung again
 MANY = (
     400  # stages, beyond which joining them is not tried: it would double the time of a search that is long already
@@ -129,3 +131,25 @@ def _ladder(both: list[Stages], base: Plan, finish: Finish, over: Callable[[Plan
 def _made(stages: Stages, state: Search, most: int, finish: Finish) -> Found:
     made = stages.draft(state)
     return Found(made, most, finish(made, most), state.total)
+
+
+def best_of(start: Search, limit: float) -> Search | None:
+    """The cheapest state found within a limit; None where there is none.
+
+    Of several starts with less and less stored each is filled again.
+    """
+    enough = start.visits[0] + VISITS
+    state = start.copy()
+    if not state.drop(limit):
+        return None
+    best: Search | None = None
+    for depth in (1.0, *DEPTHS):
+        if depth < 1.0:
+            state.drop(limit * depth)
+        tried = state.copy()
+        tried.fill(limit, enough)
+        if max(tried.profile()) <= limit and (best is None or tried.total < best.total):
+            best = tried
+        if start.visits[0] > enough:
+            break
+    return best
