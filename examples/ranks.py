@@ -87,6 +87,7 @@ def main() -> None:
     assert set(losses) == {loss.item()}, "the loss is that of whole images, the same on every rank"
     if rank == 0:
         print(step.explain())
+    dist.barrier()  # none closes its connections while another is still at work
     dist.destroy_process_group()
 
 

@@ -16,6 +16,7 @@ import torch.multiprocessing
 from ranking import CASES, WORLD, Case
 
 import fullframe
+from fullframe.compiler.agreement import axis_of
 
 Found = list[dict[str, Any]]
 
@@ -109,12 +110,30 @@ def test_the_step_after_faults_is_right(found: Found) -> None:
         ("no image", ["without elements"]),
         ("network", ["RankError: ranks differ: the network's weight is float64[3, 2, 3, 3] on rank 0", "rank 3"]),
         ("budget", ["BudgetError: the step does not fit in a budget of 1,000 bytes"]),
+        ("attribute", ["RankError: ranks differ: a tensor of shape [1, 3, 1, 1]", "on rank 1", "buffer"]),
         ("step", ["RankError: ranks have recorded different steps", "tanh", "relu"]),
     ],
 )
 def test_what_differs_is_named_on_all_ranks(what: str, says: list[str], found: Found) -> None:
     for there in found:
         assert all(text in there["faults"][what] for text in says), there["faults"][what]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "axis"),
+    [
+        ("domain", (1, 3, 9, 9), torch.float32, 2),
+        ("domain", (1, 9, 9), torch.int64, 1),
+        ("domain", (1, 9, 9), torch.float32, 1),
+        ("domain", (1, 3, 1, 1), torch.float32, None),
+        ("domain", (1, 5), torch.float32, None),
+        ("domain", (1,), torch.int64, None),
+        ("data", (1,), torch.int64, 0),
+        ("data", (), torch.float32, None),
+    ],
+)
+def test_inputs_come_in_shards_as_the_image_does(name: str, shape: Any, dtype: torch.dtype, axis: int | None) -> None:
+    assert axis_of(name, torch.zeros(shape, dtype=dtype), torch.zeros(1, 3, 9, 9)) == axis
 
 
 def test_a_rank_that_dies_ends_the_step_on_the_others(folder: Path) -> None:

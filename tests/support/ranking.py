@@ -53,6 +53,18 @@ class Far(nn.Module):
         return self.drop(self.wide(x)).flip(2) + x * torch.tensor(0.5, dtype=x.dtype)
 
 
+class Tinted(nn.Module):
+    """Has a tensor that is no buffer, and another one on each rank."""
+
+    def __init__(self, rank: int):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 1).double()
+        self.tint = torch.full((1, 3, 1, 1), 1.0 + rank, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) * self.tint
+
+
 class Classes(nn.Module):
     """An image's class: what is left of the rows is the same on every rank."""
 
@@ -250,6 +262,7 @@ def _faults(rank: int, mesh: DeviceMesh) -> Iterator[tuple[str, Any]]:
     yield "network", _message(lambda: tiled(case, other, mesh)(mine, its))
     step = fullframe.tile(nn.Conv2d(2, 3, 3, padding=1).double(), loss=F.cross_entropy, budget=1000, mesh=mesh)
     yield "budget", _message(lambda: step(mine, its))
+    yield "attribute", _message(lambda: tiled(case, Tinted(rank), mesh)(mine, its))
     branch = nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU() if rank else nn.Tanh()).double()
     yield "step", _message(lambda: tiled(case, branch, mesh)(mine, its))
 

@@ -139,21 +139,21 @@ def _described(domain: Domain, call: Call) -> list[Described]:
             f"mesh= and what is read or written by regions ({name}) together are not supported; give each rank its "
             "own rows as tensors"
         )
-    images = [x.dim() for x, axes in zip(call.inputs, call.spatial, strict=True) if axes]
+    images = [x for x, axes in zip(call.inputs, call.spatial, strict=True) if axes]
     if not images:
         raise CaptureError(
             "mesh= divides images among ranks, and no input is one: give a tensor of batch, channels and spatial axes"
         )
-    return [_one(domain, call, k, x, images[0]) for k, x in enumerate(call.inputs)]
+    return [_one(domain, k, x, images[0]) for k, x in enumerate(call.inputs)]
 
 
-def _one(domain: Domain, call: Call, k: int, x: torch.Tensor, rank: int) -> Described:
+def _one(domain: Domain, k: int, x: torch.Tensor, image: torch.Tensor) -> Described:
     if type(x) is not torch.Tensor or x.layout is not torch.strided or not device_of(x.device).on_host:
         raise CaptureError(
             f"input {k} is a {type(x).__name__} of layout {x.layout} on {x.device}, and a step over a mesh takes "
             "plain tensors on the processor: give each rank its own rows (of a DTensor, to_local())"
         )
-    axis = _axis(domain, x, rank)
+    axis = axis_of(domain.name, x, image)
     numbers = "" if axis is not None else _digest(x)
     order = tuple(x.stride())
     return Described(axis, tuple(x.shape), x.dtype, x.requires_grad, order, numbers)
@@ -165,13 +165,16 @@ def _digest(tensor: torch.Tensor) -> str:
     return sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def _axis(domain: Domain, x: torch.Tensor, rank: int) -> int | None:
-    """The axis along which an input comes in shards, beside images of so many axes; None: each rank has all of it."""
-    if domain.name == "data":
+def axis_of(name: str, x: torch.Tensor, image: torch.Tensor) -> int | None:
+    """The axis along which an input comes in shards, as the image beside it does; None: each rank has all of it.
+
+    Maps without channels, of labels say, have one axis less. What has one pixel beside an image of many is no image.
+    """
+    if name == "data":
         return 0 if x.dim() > 0 else None
-    if x.dim() == rank:
-        return 2
-    maps = x.dim() == rank - 1 and (x.dim() > 2 or not x.is_floating_point())
+    if x.dim() == image.dim():
+        return 2 if any(n > 1 for n in x.shape[2:]) or all(n == 1 for n in image.shape[2:]) else None
+    maps = x.dim() == image.dim() - 1 and (x.dim() > 2 or not x.is_floating_point())
     return 1 if maps else None
 
 
@@ -223,7 +226,11 @@ def telling(domain: Domain | None) -> Iterator[None]:
 def split_of(
     domain: Domain, graph: Graph, call: Call, wanted: Sequence[int], differentiable: Sequence[bool]
 ) -> Split:
-    """How the images of a recorded call are divided. ``wanted`` are the tensors of which it makes gradients."""
+    """How the images of a recorded call are divided. ``wanted`` are the tensors of which it makes gradients.
+
+    Raises `RankError` where a tensor that the step finds in an attribute has other numbers on another rank.
+    """
+    _refuse_other_numbers(domain, call)
     first = len(call.tensors) - len(call.inputs)
     shards = [(graph.inputs[first + k], *s) for k, s in enumerate(call.shards) if s is not None]
     image = next(k for k, axes in enumerate(call.spatial) if axes)
@@ -232,6 +239,19 @@ def split_of(
     late = dict(zip((v for v in graph.inputs if v in graph.late), numbers, strict=False))
     gradients = tuple(graph.inputs[k] for k in wanted)
     return Split(domain.name, (value, axis), bounds, tuple(shards), gradients, late)
+
+
+def _refuse_other_numbers(domain: Domain, call: Call) -> None:
+    """Parameters and buffers are the first rank's; what lies elsewhere is only compared, when a call is recorded."""
+    found = agree(domain, [(str(t.dtype), tuple(t.shape), _digest(t)) for t in call.others])
+    for rank, other in enumerate(found):
+        for mine, theirs in zip([*found[0], None], [*other, None], strict=False):
+            if mine != theirs:
+                shape = list((mine or theirs or ("", ()))[1])
+                raise RankError(
+                    f"ranks differ: a tensor of shape {shape} in an attribute or a closure has other numbers "
+                    f"on rank {rank} than on rank 0; register it as a buffer, which all ranks get from the first"
+                )
 
 
 def plan_for(graph: Graph, request: Request, domain: Domain | None) -> Plan:
