@@ -32,7 +32,8 @@ from fullframe.runtime.explain import explain
 from fullframe.runtime.replay_cuda import CudaReplays
 from fullframe.schedule.budgets import PLENTY, Budgets, budgets
 from fullframe.schedule.plan import Plan
-from fullframe.schedule.planner import plan
+from fullframe.schedule.planner import plan as planned_for
+from fullframe.schedule.saved_plan import SavedPlan, load
 from fullframe.storage.pool import Pool
 from fullframe.storage.protocol import DISK
 from fullframe.storage.unnamed_file import disk_folder
@@ -140,7 +141,7 @@ class Tiled(nn.Module):
             >>> choices[0].arithmetic
             1.0
         """
-        options = replace(self._fullframe["options"], budget=PLENTY)
+        options = replace(self._fullframe["options"], budget=PLENTY, saved=None)
         with self._fullframe["lock"], RECORDING:
             call = self._call(args, kwargs)[0]
             program = compile_call(call, options)
@@ -149,7 +150,7 @@ class Tiled(nn.Module):
 
         def planned(budget: int) -> Plan:
             window = budget // windows if windows else 0
-            return plan(program.graph, replace(request, budget=budget, window=window))
+            return planned_for(program.graph, replace(request, budget=budget, window=window))
 
         return budgets(planned, 8)
 
@@ -356,6 +357,7 @@ def tile(  # noqa: PLR0913
     disk: int | str | None = None,
     folder: str | os.PathLike[str] | None = None,
     mesh: DeviceMesh | None = None,
+    plan: str | os.PathLike[str] | None = None,
 ) -> Tiled:
     """Run a module, or its training step, tile by tile within a memory budget.
 
@@ -381,8 +383,11 @@ def tile(  # noqa: PLR0913
             with this budget. A call takes each one's part of inputs and targets, in the order of ranks along the
             first spatial axis (``domain``) or the batch (``data``), of any length, and gives its part of outputs.
             Loss, gradients of parameters, and buffers are those of the whole; parameters begin as the first rank's.
+        plan: a file that `Plan.save` has written: its budget, disk and workers take the place of these arguments, and
+            calls of the same inputs have the same plan, or there is an error. None: the plan follows from the others.
 
     Raises:
+        FullframeError: (at the first call) what is planned is another plan than the one that was saved.
         BudgetError: (at the first call) no plan fits the budget, with the disk there is; it names the smallest.
         OSError: the folder cannot be used; (at a call, before anything has run) the disk has not so many bytes free
             as the plan takes; (at a call) it fails to read or write, and no parameter, buffer or gradient is changed.
@@ -399,12 +404,22 @@ def tile(  # noqa: PLR0913
         >>> net.weight.grad.shape
         torch.Size([2, 1, 3, 3])
     """
+    saved = None if plan is None else _saved(plan, {"budget": budget, "workers": workers, "disk": disk, "mesh": mesh})
+    if saved is not None:
+        budget, workers, disk = saved.budget, saved.workers, saved.disk or None
     nbytes = None if budget is None else parse_bytes(budget)
     extents, threads = _extents(tile), _threads(workers)
     if loss is not None and not callable(loss):
         raise TypeError(f"loss={loss!r} must be a function or Module of (output, target)")
     on_disk, told = _disk(budget, disk, folder)
-    return Tiled(module, loss, Options(nbytes, extents, threads, on_disk, _domain(mesh, disk)), Pool(told))
+    return Tiled(module, loss, Options(nbytes, extents, threads, on_disk, _domain(mesh, disk), saved), Pool(told))
+
+
+def _saved(path: str | os.PathLike[str], others: dict[str, Any]) -> SavedPlan:
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise ValueError(f"plan= brings its own budget, disk and workers; leave out {given[0]}=")
+    return load(path)
 
 
 def _domain(mesh: DeviceMesh | None, disk: Any) -> Domain | None:

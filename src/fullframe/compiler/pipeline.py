@@ -41,6 +41,7 @@ from fullframe.frontend.side_effects import SideEffectTracker, recorded
 from fullframe.ir.graph import Graph, Value, followers
 from fullframe.ops.decompose import decompose_graph
 from fullframe.ops.primitives.elementwise import fusable
+from fullframe.schedule.plan import Plan
 from fullframe.schedule.planner import FIXED
 from fullframe.schedule.request import Request
 from fullframe.torch_compat import FakeTensorMode, TorchDispatchMode, dispatch_functionalize, fx_traceback, make_fx
@@ -159,13 +160,20 @@ def _compile(
     if variants is not None:
         variants.domain = options.domain
     request = freed(request, graph)
-    planned = plan_for(graph, request, options.domain)
+    planned = _planned(graph, request, options)
     return Program(
         graph, planned, terms.returned, terms.wanted, tuple(joint.differentiable), lasting and call.snapshot.lasting,
         terms.effects, tuple(joint.detached), reads, joint.devices, terms.unused, joint.lost, terms.alive,
         requested, variants, "" if lasting and call.snapshot.lasting else _moved(call, before, reads),
         output_classes, joint.strides, tuple(joint.conditions.noted), request,
     )  # fmt: skip
+
+
+def _planned(graph: Graph, request: Request, options: Options) -> Plan:
+    planned = plan_for(graph, request, options.domain)
+    if options.saved is not None:
+        options.saved.verify(planned)
+    return planned
 
 
 def _refuse_devices(call: Call) -> None:
@@ -323,7 +331,7 @@ def request_for(graph: Graph, call: Call, options: Options, written: Iterable[in
         max_in_flight = MAX_IN_FLIGHT if options.workers > 1 and options.domain is None else 1
         return Request(budget, options.workers, roots, fusable, tile, free, disk=options.disk,
                        max_in_flight=max_in_flight, external=external)  # fmt: skip
-    host = device_of(CPU).free_bytes(CPU)
+    host = device_of(CPU).free_bytes(CPU) if options.saved is None else options.saved.host
     # What a recorded run keeps besides: its inputs, and what it makes, to be copied out.
     lasting = len(call.parameters) + len(call.buffers)
     copied = (*graph.inputs[lasting:end], *(v for v in graph.outputs if v is not None))

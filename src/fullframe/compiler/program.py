@@ -23,19 +23,21 @@ from fullframe.frontend.sources import SideEffect, WriteBack
 from fullframe.ir.graph import Graph, Value
 from fullframe.schedule.plan import Plan
 from fullframe.schedule.request import Request
+from fullframe.schedule.saved_plan import SavedPlan
 from fullframe.storage.external import Sink
 
 
 @dataclass(frozen=True)
 class Options:
-    """Budget in bytes (None: what is free when first planned), forced tile, worker threads, bytes of a disk, and the
-    ranks that make the step together."""
+    """Budget in bytes (None: what is free when first planned), forced tile, worker threads, bytes of a disk, the
+    ranks that make the step together, and a plan that was saved, which brings numbers of its own."""
 
     budget: int | None
     tile: int | tuple[int, ...] | None
     workers: int
     disk: int = 0
     domain: Domain | None = None
+    saved: SavedPlan | None = None
 
 
 @dataclass(eq=False)

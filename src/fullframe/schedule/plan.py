@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from fullframe.ir.graph import Graph, Value
 from fullframe.partition.fusion import FusionGroup, Work, work_of
 from fullframe.partition.sections import Section
 from fullframe.partition.tile_axes import Span, Tile, TileAxes, tiled
+from fullframe.schedule import saved_plan
 from fullframe.schedule.split import Share
 from fullframe.storage.protocol import DEVICE, DISK, HOST, Slot
 
@@ -111,8 +113,8 @@ class Bytes:
 
 
 class Limits(NamedTuple):
-    """What a plan was asked to keep to: bytes of the budget, of a disk and of the host's memory beside a device's; and
-    the workers that it is made for."""
+    """What a plan was asked to keep to: bytes of the budget, of a disk and of the host's memory beside a device's;
+    and the workers that it is made for."""
 
     budget: int
     disk: int
@@ -150,6 +152,15 @@ class Plan:
     fastest: float = 0.0
     share: Share | None = None
     external: frozenset[Value] = frozenset()
+    limits: Limits | None = None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write down what the plan was made from and what came of it, for ``fullframe.tile(..., plan=path)``.
+
+        A training that goes on elsewhere, or beside other work, then has the same plan, and so the same bits. The
+        file is JSON, and is written whole or not at all. Raises OSError where it cannot be written.
+        """
+        saved_plan.save(self, path)
 
     @cached_property
     def offloaded(self) -> Collection[Value]:

@@ -19,7 +19,7 @@ from fullframe.schedule.memory import Lifetimes, lifetimes, place, rounded
 from fullframe.schedule.order import interleave, orders
 from fullframe.schedule.placement import spill
 from fullframe.schedule.plan import KEPT as TASKS
-from fullframe.schedule.plan import LARGE, NBYTES, Bytes, Plan, Stage, arithmetic, runs_whole
+from fullframe.schedule.plan import LARGE, NBYTES, Bytes, Limits, Plan, Stage, arithmetic, runs_whole
 from fullframe.schedule.request import Request
 from fullframe.schedule.shares import Shares, shares_of
 from fullframe.schedule.tiling import choose_grid, deep_grid, handed_over, window_bytes
@@ -65,7 +65,7 @@ def plan(graph: Graph, request: Request) -> Plan:
         raise refused
     if verify.ON:
         verify.verify_plan(found)
-    return found
+    return replace(found, limits=Limits(request.budget, request.disk, request.host, request.workers))
 
 
 def _again(plan: Plan) -> bool:
