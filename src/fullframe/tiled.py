@@ -379,15 +379,12 @@ def tile(  # noqa: PLR0913
         disk: bytes, or text as for the budget: what the maps that do not fit the budget may take on a disk, in a
             file without a name. The plan says how many bytes a step writes there. None: no disk is used.
         folder: where that file lies; None: the system's temporary folder. It may not be in memory itself (tmpfs).
-        mesh: a `DeviceMesh` of one dimension, ``domain`` or ``data``, whose processes make the step together, each
-            with this budget. A call takes each one's part of inputs and targets, in the order of ranks along the
-            first spatial axis (``domain``) or the batch (``data``), of any length, and gives its part of outputs.
-            Loss, gradients of parameters, and buffers are those of the whole; parameters begin as the first rank's.
-        plan: a file that `Plan.save` has written: its budget, disk and workers take the place of these arguments, and
-            calls of the same inputs have the same plan, or there is an error. None: the plan follows from the others.
+        mesh: a `DeviceMesh` of one dimension, ``domain`` (first spatial axis) or ``data`` (batch), whose processes
+            make the step together, each with this budget: a call takes a part of inputs and targets and gives that of
+            outputs; loss, gradients and buffers are those of the whole; parameters begin as the first rank's.
+        plan: a file of `Plan.save`, which brings budget, disk and workers: the plan is that one, or an error is raised.
 
     Raises:
-        FullframeError: (at the first call) what is planned is another plan than the one that was saved.
         BudgetError: (at the first call) no plan fits the budget, with the disk there is; it names the smallest.
         OSError: the folder cannot be used; (at a call, before anything has run) the disk has not so many bytes free
             as the plan takes; (at a call) it fails to read or write, and no parameter, buffer or gradient is changed.
@@ -399,14 +396,11 @@ def tile(  # noqa: PLR0913
         >>> import torch, fullframe
         >>> net = torch.nn.Conv2d(1, 2, 3, padding=1)
         >>> step = fullframe.tile(net, loss=torch.nn.functional.cross_entropy, budget="1 GB")
-        >>> loss = step(torch.zeros(1, 1, 32, 32), torch.zeros(1, 32, 32, dtype=torch.long))
-        >>> loss.backward()
+        >>> step(torch.zeros(1, 1, 32, 32), torch.zeros(1, 32, 32, dtype=torch.long)).backward()
         >>> net.weight.grad.shape
         torch.Size([2, 1, 3, 3])
     """
-    saved = None if plan is None else _saved(plan, {"budget": budget, "workers": workers, "disk": disk, "mesh": mesh})
-    if saved is not None:
-        budget, workers, disk = saved.budget, saved.workers, saved.disk or None
+    saved, budget, workers, disk = _saved(plan, budget, workers, disk, mesh)
     nbytes = None if budget is None else parse_bytes(budget)
     extents, threads = _extents(tile), _threads(workers)
     if loss is not None and not callable(loss):
@@ -415,11 +409,16 @@ def tile(  # noqa: PLR0913
     return Tiled(module, loss, Options(nbytes, extents, threads, on_disk, _domain(mesh, disk), saved), Pool(told))
 
 
-def _saved(path: str | os.PathLike[str], others: dict[str, Any]) -> SavedPlan:
+def _saved(path: Any, budget: Any, workers: Any, disk: Any, mesh: Any) -> tuple[SavedPlan | None, Any, Any, Any]:
+    """A plan that was saved, and budget, workers and disk: its own, or those that are given where there is none."""
+    if path is None:
+        return None, budget, workers, disk
+    others = {"budget": budget, "workers": workers, "disk": disk, "mesh": mesh}
     given = [name for name, value in others.items() if value is not None]
     if given:
         raise ValueError(f"plan= brings its own budget, disk and workers; leave out {given[0]}=")
-    return load(path)
+    found = load(path)
+    return found, found.budget, found.workers, found.disk or None
 
 
 def _domain(mesh: DeviceMesh | None, disk: Any) -> Domain | None:
