@@ -382,12 +382,12 @@ def tile(  # noqa: PLR0913
         mesh: a `DeviceMesh` of one dimension, ``domain`` (first spatial axis) or ``data`` (batch), whose processes
             make the step together, each with this budget: a call takes a part of inputs and targets and gives that of
             outputs; loss, gradients and buffers are those of the whole; parameters begin as the first rank's.
-        plan: a file of `Plan.save`, which brings budget, disk and workers: the plan is that one, or an error is raised.
+        plan: a file of `Plan.save`, which brings budget, disk and workers: the plan is that one, or it is an error.
 
     Raises:
         BudgetError: (at the first call) no plan fits the budget, with the disk there is; it names the smallest.
-        OSError: the folder cannot be used; (at a call, before anything has run) the disk has not so many bytes free
-            as the plan takes; (at a call) it fails to read or write, and no parameter, buffer or gradient is changed.
+        OSError: the folder cannot be used; (at a call) the disk has not so many bytes free as the plan takes, or fails
+            to read or write, and no parameter, buffer or gradient is changed.
         CaptureError: the step depends on data or randomness that a recording would freeze.
         UnsupportedOpError: an op must run whole and does not fit.
         RankError: (at a call) ranks differ, which is told by name, or another has failed; nothing is changed on any.
