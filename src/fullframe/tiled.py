@@ -386,8 +386,8 @@ def tile(  # noqa: PLR0913
 
     Raises:
         BudgetError: (at the first call) no plan fits the budget, with the disk there is; it names the smallest.
-        OSError: the folder cannot be used; (at a call) the disk has not so many bytes free as the plan takes, or fails
-            to read or write, and no parameter, buffer or gradient is changed.
+        OSError: the folder cannot be used; (at a call) the disk has not so many bytes free as the plan takes, or it
+            fails to read or write, and no parameter, buffer or gradient is changed.
         CaptureError: the step depends on data or randomness that a recording would freeze.
         UnsupportedOpError: an op must run whole and does not fit.
         RankError: (at a call) ranks differ, which is told by name, or another has failed; nothing is changed on any.
