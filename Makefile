@@ -4,8 +4,8 @@ PIP    := .venv/bin/python -m pip --disable-pip-version-check install --quiet --
 
 SUITE  := .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 # Of a test with more cases `make test` runs so many, and `make rest` the others.
-CASES  := 4
-# The `compat` targets run all of both; with SOME="--few 4" only what `make test` runs.
+CASES  := 2
+# The `compat` targets run all of both; with SOME="--few 2" only what `make test` runs.
 SOME   ?=
 
 .PHONY: help demo ci test rest examples docs package lint fuzz slow compat compat-isa compat-nocompiler clean
