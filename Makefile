@@ -13,7 +13,7 @@ SOME   ?=
 help:
 	@echo "make demo   simulate, train at full resolution, evaluate; leaves out/demo/report.html"
 	@echo "make test   lint and the ordinary tests, of each a few cases (under 10 minutes)"
-	@echo "make rest   the other cases (half an hour); make ci runs both"
+	@echo "make rest   the other cases (longer); make ci runs both"
 	@echo "make examples   the scripts of examples/"
 	@echo "make package   the wheel and the source archive, installed and tried"
 	@echo "make docs   the documentation as a site in out/site; its code is run"

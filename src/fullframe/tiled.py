@@ -152,7 +152,7 @@ class Tiled(nn.Module):
             window = budget // windows if windows else 0
             return planned_for(program.graph, replace(request, budget=budget, window=window))
 
-        return budgets(planned, 8)
+        return budgets(planned)
 
     def _call(self, args: Any, kwargs: Any) -> tuple[Call, Tensors | None]:
         """The call as it is recorded, with ``out`` taken from its keywords if it is not the module's own; and the

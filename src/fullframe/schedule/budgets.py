@@ -10,6 +10,8 @@ from fullframe.schedule.plan import Plan, arithmetic, human
 
 PLENTY = 1 << 62
 """A budget that no plan comes near."""
+COUNT = 8
+"""Budgets of a table, at most."""
 
 
 class Choice(NamedTuple):
@@ -36,23 +38,17 @@ class Budgets(tuple[Choice, ...]):
         return "\n".join("  ".join(f"{cell:>15}" for cell in row) for row in rows)
 
 
-def budgets(planned: Callable[[int], Plan], count: int) -> Budgets:
+def budgets(planned: Callable[[int], Plan]) -> Budgets:
     """What some budgets buy: that of the fastest plan, the smallest, and others at equal ratios between.
 
-    Args:
-        planned: the plan for a budget in bytes. Raises `BudgetError` with the smallest that would do.
-        count: of budgets, at most; where two have the same plan only the smaller is kept.
-
-    Raises:
-        ValueError: the count is less than two.
+    ``planned`` is the plan for a budget in bytes, and raises `BudgetError` with the smallest that would do. Of
+    budgets that have the same plan only the smallest is kept.
     """
-    if count < 2:
-        raise ValueError(f"count={count} must be at least 2: the fastest plan and the smallest")
     fastest = planned(PLENTY)
     top, least = fastest.projected_bytes, _least(planned)
     found: dict[int, Choice] = {}
-    for k in range(count):
-        budget = top if k == 0 else round(top * (least / top) ** (k / (count - 1)))
+    for k in range(COUNT):
+        budget = top if k == 0 else round(top * (least / top) ** (k / (COUNT - 1)))
         made = fastest if k == 0 else planned(max(budget, least))
         more = arithmetic(made) / max(1.0, arithmetic(fastest))
         found[made.projected_bytes] = Choice(max(budget, least), made.projected_bytes, more, *made.disk_traffic)

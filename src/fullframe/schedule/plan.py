@@ -16,6 +16,7 @@ from fullframe.partition.fusion import FusionGroup, Work, work_of
 from fullframe.partition.sections import Section
 from fullframe.partition.tile_axes import Span, Tile, TileAxes, tiled
 from fullframe.schedule import saved_plan
+from fullframe.schedule.saved_plan import Limits
 from fullframe.schedule.split import Share
 from fullframe.storage.protocol import DEVICE, DISK, HOST, Slot
 
@@ -110,16 +111,6 @@ class Bytes:
     def total(self) -> int:
         """All that count against the budget."""
         return self.arena + self.untiled + self.scratch + self.outputs + self.fixed + self.spare + self.exchanged
-
-
-class Limits(NamedTuple):
-    """What a plan was asked to keep to: bytes of the budget, of a disk and of the host's memory beside a device's;
-    and the workers that it is made for."""
-
-    budget: int
-    disk: int
-    host: int
-    workers: int
 
 
 class Traffic(NamedTuple):

@@ -19,8 +19,9 @@ from fullframe.schedule.memory import Lifetimes, lifetimes, place, rounded
 from fullframe.schedule.order import interleave, orders
 from fullframe.schedule.placement import spill
 from fullframe.schedule.plan import KEPT as TASKS
-from fullframe.schedule.plan import LARGE, NBYTES, Bytes, Limits, Plan, Stage, arithmetic, runs_whole
+from fullframe.schedule.plan import LARGE, NBYTES, Bytes, Plan, Stage, arithmetic, runs_whole
 from fullframe.schedule.request import Request
+from fullframe.schedule.saved_plan import Limits
 from fullframe.schedule.shares import Shares, shares_of
 from fullframe.schedule.tiling import choose_grid, deep_grid, handed_over, window_bytes
 from fullframe.schedule.within import cheapest, within

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fullframe.errors import FullframeError
 from fullframe.ir.graph import Graph
@@ -20,7 +20,18 @@ from fullframe.ir.graph import Graph
 if TYPE_CHECKING:
     from fullframe.schedule.plan import Plan
 
-NUMBERS = ("budget", "disk", "host", "workers")
+
+class Limits(NamedTuple):
+    """What a plan was asked to keep to: bytes of the budget, of a disk and of the host's memory beside a device's;
+    and the workers that it is made for."""
+
+    budget: int
+    disk: int
+    host: int
+    workers: int
+
+
+NUMBERS = Limits._fields
 
 
 @dataclass(frozen=True)

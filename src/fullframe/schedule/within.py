@@ -22,9 +22,7 @@ TRIES = 4
 DEPTHS = (0.8, 0.6, 0.4, 0.2, 0.0)  # of the limit, down to which gaps are dropped before some are filled again
 VISITS = 3_000_000  # nodes looked at, after which nothing else is tried
 FILLING = 500_000  # nodes looked at to fill a rung again
-MANY = (
-    400  # stages, beyond which joining them is not tried: it would double the time of a search that is long already
-)
+MANY = 400  # stages, beyond which joining them is not tried: a search that is long already would take twice as long
 
 
 @dataclass(frozen=True, eq=False)
