@@ -1,4 +1,4 @@
-"""The limits that keep the engine readable: lines of a file, lines and parameters of a function."""
+"""The limits that keep the engine readable: lines of a file, lines and parameters of a function, and where `Any` stands."""
 
 from __future__ import annotations
 
@@ -14,6 +14,25 @@ LINES, FUNCTION, PARAMETERS = 500, 60, 6
 OF_ATEN = ENGINE / "ops" / "decompositions"
 # Functions with more: the check of a user's network, the geometry of a convolution, and the door of the engine.
 MORE = {"check.check": 1, "native.weight_gradient.weight_grad": 1, "tiled.tile": 3}
+# Folders and modules that may say `Any`, each with what it meets there that has no type.
+ANY = {
+    "autograd": "the contexts of torch's autograd functions, and what a caller's module returns",
+    "bytecode.recorder": "calls as torch's dispatcher hands them on",
+    "capture": "calls as torch's modes hand them on, and objects of the caller's modules",
+    "check": "inputs, targets and outputs of the caller's",
+    "compiler.pipeline": "calls as torch's dispatcher hands them on",
+    "frontend": "objects of the caller's: what a call reads, keeps and returns",
+    "ir.graph": "arguments of ATen's calls",
+    "ops.builder": "arguments of ATen's calls",
+    "ops.decompose": "arguments of ATen's calls",
+    "ops.decompositions": "arguments of ATen's calls",
+    "ops.numerics.convolve": "arguments of ATen's calls",
+    "oracle": "calls as torch's dispatcher hands them on",
+    "storage.external": "sources and sinks of the caller's",
+    "storage.mapped_file": "sources and sinks of the caller's",
+    "tiled": "arguments, attributes and outputs of the caller's",
+    "torch_compat": "torch's private names, which have no types",
+}
 
 FILES = sorted(ENGINE.rglob("*.py"))
 
@@ -38,6 +57,20 @@ def test_files_and_functions_stay_short() -> None:
             assert (function.end_lineno or 0) - function.lineno < FUNCTION, name
             if file.parent != OF_ATEN:
                 assert _parameters(function) <= PARAMETERS + MORE.get(name, 0), name
+
+
+def _says_any(tree: ast.AST) -> bool:
+    return any(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(tree))
+
+
+def test_any_stands_only_where_torch_or_the_caller_is_met() -> None:
+    met = set()
+    for file in (f for f in FILES if _says_any(ast.parse(f.read_text()))):
+        module = ".".join(file.relative_to(ENGINE).with_suffix("").parts)
+        found = [place for place in ANY if f"{module}.".startswith(f"{place}.")]
+        assert found, f"{module} says Any: give it a type, or a place in ANY with the reason"
+        met.update(found)
+    assert met == ANY.keys(), f"no longer needed: {ANY.keys() - met}"
 
 
 @pytest.mark.parametrize("file", sorted((*ENGINE.rglob("*.cpp"), *ENGINE.rglob("*.h"))), ids=lambda f: f.name)

@@ -185,10 +185,12 @@ def _handed_out(program: Program, run: Run, sinks: Mapping[int, Sink]) -> Tensor
     return made
 
 
-def _strides(program: Program, value: Value | None, made: torch.Tensor | None, strides: Any) -> Any:
+def _strides(
+    program: Program, value: Value | None, made: torch.Tensor, strides: tuple[int, ...] | None
+) -> tuple[int, ...] | None:
     """Strides of an output or gradient; those of a rank's part of it lie in the same order."""
     share = program.plan.share
-    if share is None or value is None or made is None or value not in share.parts or made.shape == value.shape:
+    if share is None or value is None or value not in share.parts or made.shape == value.shape:
         return strides
     return strides_as(made.shape, strides)
 
@@ -431,4 +433,4 @@ def _without(program: Program, grads: Grads, used: Iterable[Value], unused: Iter
 def _gradients(program: Program, run: Run) -> Grads:
     found = zip(program.graph.gradients, program.strides[program.graph.signature.handed_out :], strict=True)
     made = ((v, run.result(v), s) for v, s in found)
-    return [laid_out(t, _strides(program, v, t, s)) for v, t, s in made]
+    return [t if t is None else laid_out(t, _strides(program, v, t, s)) for v, t, s in made]

@@ -173,12 +173,12 @@ def twin(thing: Any) -> Any:
 class _Side:
     """One of the two runs: copies of network and loss, and what the step left in them."""
 
-    def __init__(self, net: nn.Module, loss: Callable[..., Any] | None, options: Any):
+    def __init__(self, net: nn.Module, loss: Callable[..., Any] | None, options: dict[str, Any] | None):
         self.net, self.loss = twin((net, loss))
         self.net.double()
         if isinstance(self.loss, nn.Module):
             self.loss.double()
-        self.run: Any = None
+        self.run: Tiled | None = None
         if options is not None:
             self.run = tile(self.net, loss=self.loss, **options)
         self.outputs: list[torch.Tensor] = []
@@ -189,7 +189,7 @@ class _Side:
         input, target = pytree.tree_map(_double, (input, target))
         self.inputs = [t for t in pytree.tree_leaves(input) if isinstance(t, torch.Tensor)]
         arguments = (input,) if self.loss is None else (input, target)
-        if isinstance(self.run, Tiled):
+        if self.run is not None:
             self.plan = self.run.plan(*arguments)
             made = self.run(*arguments)
         else:

@@ -10,7 +10,8 @@ import mmap
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from types import ModuleType
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +21,8 @@ CXX, NVRTC = "C++", "NVRTC"
 """The toolchains that make kernels (`fullframe.codegen.kernel`)."""
 BYTECODE, GRAPH = "bytecode", "graph"
 """The ways of running a step again without Python (`fullframe.runtime`)."""
+Mark = torch.cuda.Event | torch.Event | None
+"""A moment of a stream, where there are streams."""
 
 
 class Device:
@@ -49,16 +52,16 @@ class Device:
         """Bytes in which stored maps live. Raises `MemoryError`, or what torch raises for lack of memory."""
         return torch.empty(nbytes, dtype=torch.uint8, device=place)
 
-    def lock(self, owner: Any, block: torch.Tensor, place: torch.device) -> None:
+    def lock(self, owner: object, block: torch.Tensor, place: torch.device) -> None:
         """Let copies between a block of the host's memory and the device be fast, as long as its owner lives."""
 
     def synchronize(self, place: torch.device) -> None:
         """Wait until all is done that was asked of it."""
 
-    def mark(self, place: torch.device) -> Any:
+    def mark(self, place: torch.device) -> Mark:
         """What `wait` takes: that the current stream has come so far. None where there are no streams."""
 
-    def wait(self, mark: Any, place: torch.device) -> None:
+    def wait(self, mark: Mark, place: torch.device) -> None:
         """Let what follows on the current stream wait until a mark has been reached."""
 
     def streams(self, count: int, place: torch.device) -> StreamPool | None:
@@ -105,11 +108,12 @@ class Cuda(Device):
         unused = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
         return int(torch.cuda.mem_get_info(place)[0]) + unused
 
-    def lock(self, owner: Any, block: torch.Tensor, place: torch.device) -> None:
+    def lock(self, owner: object, block: torch.Tensor, place: torch.device) -> None:
         """As `Device.lock`: copies of locked pages need not be waited for. Raises `MemoryError`."""
         if not block.nbytes:
             return
-        runtime: Any = torch.cuda.cudart()
+        runtime = torch.cuda.cudart()
+        assert runtime is not None
         error = int(runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0))
         if error:
             raise MemoryError(
@@ -122,11 +126,11 @@ class Cuda(Device):
         """As `Device.synchronize`."""
         torch.cuda.synchronize(place)
 
-    def mark(self, place: torch.device) -> Any:
+    def mark(self, place: torch.device) -> Mark:
         """As `Device.mark`."""
         return torch.cuda.current_stream(place).record_event()
 
-    def wait(self, mark: Any, place: torch.device) -> None:
+    def wait(self, mark: Mark, place: torch.device) -> None:
         """As `Device.wait`."""
         if mark is not None:
             torch.cuda.current_stream(place).wait_event(mark)
@@ -136,14 +140,15 @@ class Cuda(Device):
         return StreamPool(place, count)
 
 
-def _unlock(runtime: Any, block: torch.Tensor, place: torch.device) -> None:
+def _unlock(runtime: ModuleType, block: torch.Tensor, place: torch.device) -> None:
     try:
         torch.cuda.synchronize(place)  # no copy may be on its way
     finally:
         runtime.cudaHostUnregister(block.data_ptr())
 
 
-Partials = list[tuple[Any, torch.Tensor]]  # with the place of each
+Place = TypeVar("Place")
+Partials = list[tuple[Place, torch.Tensor]]
 
 
 class StreamPool:
@@ -153,7 +158,9 @@ class StreamPool:
         self.device = device
         self.streams = [torch.cuda.Stream(device) for _ in range(count)]
 
-    def run(self, tiles: int, tile: Callable[[int], Partials], take: Callable[[int, Partials], None]) -> None:
+    def run(
+        self, tiles: int, tile: Callable[[int], Partials[Place]], take: Callable[[int, Partials[Place]], None]
+    ) -> None:
         """Run ``tile`` for 0..n-1, each on the next stream, and ``take`` its number and what it returns on
         the caller's stream."""
         main = torch.cuda.current_stream(self.device)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from random import Random
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +18,7 @@ from torch import nn
 import fullframe
 from fullframe.check import twin
 from fullframe.ir import region as box
-from fullframe.ir.graph import Op
+from fullframe.ir.graph import Op, reduction_of
 from fullframe.ir.region import Interval, Region
 from fullframe.oracle import drawn
 from fullframe.schedule.plan import Plan
@@ -45,7 +44,7 @@ class Difference:
 
 
 def agree(
-    net: nn.Module, inputs: Tensors, loss: Callable[..., torch.Tensor], *, target: Any = None,
+    net: nn.Module, inputs: Tensors, loss: Callable[..., torch.Tensor], *, target: object = None,
     tile: int | tuple[int, ...] | None = None, budget: int | None = None,
 ) -> Difference:  # fmt: skip
     """Run a training step plainly and tiled, on copies of ``net``, and compare everything.
@@ -105,7 +104,7 @@ def sufficient(op: Op, tensors: Tensors, wanted: Region, *, tolerance: float = 1
     For a reduction the wanted region is one of the driver, and the partial result is compared with
     that of a tensor which is the driver there and absent elsewhere: see `combines`.
     """
-    rule: Any = op.rule
+    rule = op.rule
     region = rule.grow(op, wanted)
     assert box.contains(region, wanted), f"{op!r} grows {wanted} to {region}"
     made = rule.run(op, region, _cut(op, tensors, region))
@@ -116,9 +115,8 @@ def sufficient(op: Op, tensors: Tensors, wanted: Region, *, tolerance: float = 1
 
 def _cut(op: Op, tensors: Tensors, region: Region) -> list[torch.Tensor]:
     """The windows a region reads, as views into tensors that are NaN all around."""
-    rule: Any = op.rule
     windows = []
-    for tensor, read in zip(tensors, rule.footprint(op, region), strict=True):
+    for tensor, read in zip(tensors, op.rule.footprint(op, region), strict=True):
         assert box.contains(box.full(tuple(tensor.shape)), read), f"{op!r} reads {read} of {tuple(tensor.shape)}"
         hidden = torch.full_like(tensor, float("nan")) if tensor.is_floating_point() else torch.zeros_like(tensor)
         hidden[box.slices(read)] = tensor[box.slices(read)]
@@ -148,7 +146,7 @@ def tight(op: Op, tensors: Tensors, wanted: Region) -> list[tuple[int, int, str]
 
     They are set to NaN, and where that changes nothing (a comparison) to other numbers.
     """
-    rule: Any = op.rule
+    rule = op.rule
     region = rule.grow(op, wanted)
     windows = _cut(op, tensors, region)
     before = rule.run(op, region, [w.clone() for w in windows])
@@ -164,13 +162,14 @@ def tight(op: Op, tensors: Tensors, wanted: Region) -> list[tuple[int, int, str]
     return idle
 
 
-def _reaches(op: Op, region: Region, windows: Tensors, before: torch.Tensor, probe: Any) -> bool:
+def _reaches(
+    op: Op, region: Region, windows: Tensors, before: torch.Tensor, probe: tuple[int, int, int, float]
+) -> bool:
     """Whether the output changes with one face of one window set to a number."""
     k, axis, at, number = probe
     probed = [w.clone() for w in windows]
     probed[k].select(axis, at).fill_(number)
-    rule: Any = op.rule
-    after = rule.run(op, region, probed)
+    after = op.rule.run(op, region, probed)
     same = after == before
     if before.is_floating_point() or before.is_complex():
         same |= after.isnan() & before.isnan()
@@ -183,7 +182,7 @@ def combines(op: Op, tensors: Tensors, random: Random, *, tolerance: float = 1e-
     ``tolerance`` is relative to the largest of the results and of the partial ones: what these are rounded to stays
     where they cancel.
     """
-    rule: Any = op.rule
+    rule = reduction_of(op)
     driver = box.full(tuple(tensors[rule.driver].shape))
     whole = rule.finish(op, rule.run(op, driver, list(tensors)))
     total = rule.start(op, op.output.shape, tensors[rule.driver].device)
@@ -198,10 +197,9 @@ def combines(op: Op, tensors: Tensors, random: Random, *, tolerance: float = 1e-
 
 def _parts(op: Op, driver: Region, axis: int, random: Random) -> list[Interval]:
     """An axis of the driver cut at random places, unless the rule takes it in full."""
-    rule: Any = op.rule
     extent = driver[axis][1]
     half = tuple((0, (high + 1) // 2) if a == axis else (low, high) for a, (low, high) in enumerate(driver))
-    if extent < 2 or rule.grow(op, half) != half:
+    if extent < 2 or op.rule.grow(op, half) != half:
         return [(0, extent)]
     return list(pairwise(sorted({0, extent, random.randint(1, extent - 1), random.randint(1, extent - 1)})))
 

@@ -320,12 +320,13 @@ def _refuse_transforms(call: Call) -> None:
         )
 
 
+_Bytes = int | str | None
 KEPT = 16  # recordings kept; the least recently used goes first
 SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_load_state_dict_post_hooks")
 OWN = frozenset(("training", *nn.Module().__dict__)) - frozenset(SHARED)
 
 
-def _empty() -> dict[str, Any]:
+def _empty() -> dict[str, object]:
     return {
         "programs": {},
         "values": Values(),
@@ -409,7 +410,9 @@ def tile(  # noqa: PLR0913
     return Tiled(module, loss, Options(nbytes, extents, threads, on_disk, _domain(mesh, disk), saved), Pool(told))
 
 
-def _saved(path: Any, budget: Any, workers: Any, disk: Any, mesh: Any) -> tuple[SavedPlan | None, Any, Any, Any]:
+def _saved(
+    path: str | os.PathLike[str] | None, budget: _Bytes, workers: int | None, disk: _Bytes, mesh: DeviceMesh | None
+) -> tuple[SavedPlan | None, _Bytes, int | None, _Bytes]:
     """A plan that was saved, and budget, workers and disk: its own, or those that are given where there is none."""
     if path is None:
         return None, budget, workers, disk
@@ -421,18 +424,18 @@ def _saved(path: Any, budget: Any, workers: Any, disk: Any, mesh: Any) -> tuple[
     return found, found.budget, found.workers, found.disk or None
 
 
-def _domain(mesh: DeviceMesh | None, disk: Any) -> Domain | None:
+def _domain(mesh: DeviceMesh | None, disk: int | str | None) -> Domain | None:
     if mesh is not None and disk is not None:
         raise ValueError("mesh= and disk= together are not supported: maps of a rank lie in memory; leave one out")
     return None if mesh is None else Domain(mesh)
 
 
-def _settings(options: Options) -> dict[str, Any]:
+def _settings(options: Options) -> dict[str, object]:
     """What ranks have to be told alike."""
     return {"budget=": options.budget, "tile=": options.tile, "workers=": options.workers}
 
 
-def _threads(workers: Any) -> int:
+def _threads(workers: int | None) -> int:
     if workers is not None and not _whole(workers):
         raise TypeError(f"workers={workers!r} must be a whole number of threads")
     if workers is not None and workers < 1:
@@ -440,7 +443,9 @@ def _threads(workers: Any) -> int:
     return workers or _cores()
 
 
-def _disk(budget: Any, disk: int | str | None, folder: str | os.PathLike[str] | None) -> tuple[int, dict[str, Any]]:
+def _disk(
+    budget: int | str | None, disk: int | str | None, folder: str | os.PathLike[str] | None
+) -> tuple[int, dict[str, dict[str, object]]]:
     """Bytes on disk that maps may take, and what the store is told of their folder."""
     if disk is None:
         if folder is not None:
@@ -464,7 +469,7 @@ def _extents(tile: Any) -> int | tuple[int, ...] | None:
     return whole if several else whole[0]
 
 
-def _whole(number: Any) -> bool:
+def _whole(number: object) -> bool:
     """Whether this is a whole number, of NumPy's say, and no switch."""
     return hasattr(type(number), "__index__") and not isinstance(number, (bool, torch.Tensor))
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -37,11 +37,11 @@ class Entries(NamedTuple):
     """The entries of the C++, and the ``library`` that each is given."""
 
     interpret: Callable[..., int]
-    scheduler_new: Callable[..., Any]
+    scheduler_new: Callable[..., int | None]
     scheduler_run: Callable[..., int]
-    scheduler_fail: Callable[..., Any]
-    scheduler_delete: Callable[..., Any]
-    library: Any
+    scheduler_fail: Callable[..., int]
+    scheduler_delete: Callable[..., int]
+    library: ctypes.Array[ctypes.c_void_p]
 
 
 def bytecode_available() -> bool:
@@ -72,6 +72,6 @@ def _torch() -> ctypes.CDLL:
 
 
 @cache
-def codes() -> dict[Any, int]:
+def codes() -> dict[torch.dtype, int]:
     """The library's numbers of types."""
     return {t: getattr(_torch(), f"aoti_torch_dtype_{str(t).removeprefix('torch.')}")() for t in TYPES}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -30,7 +30,7 @@ class Bytecode:
     """
 
     def __init__(self, words: Sequence[int], marks: Sequence[int], slots: int, nbytes: int, results: Sequence[Result],
-                 held: Any):  # fmt: skip
+                 held: object):  # fmt: skip
         self.words = (ctypes.c_int64 * len(words))(*words)
         self.marks, self.slots, self.nbytes, self.results, self._held = marks, slots, nbytes, results, held
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fullframe.bytecode.libtorch import entries
 from fullframe.bytecode.program import Bytecode
@@ -42,7 +42,7 @@ class NativeStages:
 
     def __init__(self, stages: Sequence[NativeStage]):
         self.list = list(stages)
-        self._held: list[Any] = []
+        self._held: list[ctypes.Array[ctypes.c_int64]] = []
         words: list[int] = []
         for s in stages:
             flags = ROOM * s.room + FREES * s.frees + MULTI_THREADED * s.multi_threaded
@@ -79,8 +79,8 @@ class NativeScheduler:
 
     COUNTS = (1, 3, 2, 1, 1, 1, 0)  # numbers of arguments
 
-    def __init__(self, stages: NativeStages, stage_range: range, max_in_flight: int, most: int, table: Any,
-                 calls: Sequence[Callable[..., None]]):  # fmt: skip
+    def __init__(self, stages: NativeStages, stage_range: range, max_in_flight: int, most: int,
+                 table: ctypes.Array[ctypes.c_void_p], calls: Sequence[Callable[..., None]]):  # fmt: skip
         found = entries()
         assert found is not None
         self._entries = found
@@ -90,7 +90,7 @@ class NativeScheduler:
         made = [self._guarded(call, n) for call, n in zip(calls, self.COUNTS, strict=True)]
         # Not by ctypes.cast, which makes a function hold itself, and with it all that a stage had.
         addresses = (ctypes.c_void_p * len(made))(*(ctypes.c_void_p.from_buffer(f).value for f in made))
-        self._held: Any = (stages, table, made, addresses)
+        self._held: tuple[object, ...] | None = (stages, table, made, addresses)
         numbers = (ctypes.c_int64(n) for n in (stage_range.start, stage_range.stop, max_in_flight, most))
         self._scheduler = ctypes.c_void_p(
             found.scheduler_new(stages.words, *numbers, table, found.library, addresses)
@@ -98,19 +98,19 @@ class NativeScheduler:
         if not self._scheduler:
             raise MemoryError("no memory to begin the steps of a tiled call")
 
-    def _guarded(self, call: Callable[..., None], count: int) -> Any:
+    def _guarded(self, call: Callable[..., None], count: int):
         """A function for the C++. An interrupt may end it before anything of it has run, and is lost then; so it is
         not what it returns that says that all is well."""
 
-        def guarded(*args: Any) -> None:
+        def guarded(*args: int) -> None:
             try:
                 call(*args[:-1])
-                args[-1][0] = 1
+                ctypes.c_int64.from_address(args[-1]).value = 1
             except BaseException as error:
                 self.errors.append(error)
 
         numbers = [ctypes.c_int64] * min(count, 2) + [ctypes.c_void_p] * (count > 2)
-        return ctypes.CFUNCTYPE(None, *numbers, ctypes.POINTER(ctypes.c_int64))(guarded)
+        return ctypes.CFUNCTYPE(None, *numbers, ctypes.c_void_p)(guarded)
 
     def run(self, own: bool) -> None:
         """Make tiles until there are none, or one has failed; nothing once it is closed."""

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 from fullframe.errors import CaptureError
 
@@ -41,7 +40,7 @@ def by_calls() -> Iterator[None]:
     before = _numpy_state()
     found = False
 
-    def look(_frame: FrameType, event: str, called: Any) -> None:
+    def look(_frame: FrameType, event: str, called: object) -> None:
         nonlocal found
         if event == "c_call" and getattr(called, "__self__", None) is random._inst:
             found = True
@@ -56,7 +55,7 @@ def by_calls() -> Iterator[None]:
         raise Drawn
 
 
-def _numpy_state() -> Any:
+def _numpy_state() -> object:
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return None

@@ -11,13 +11,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from fullframe.capture.function_mode import CaptureMode
 from fullframe.capture.joint import JointFunction
 from fullframe.errors import CaptureError
+from fullframe.frontend.inputs import Pair
 
 
 @dataclass
@@ -50,7 +50,7 @@ DEEPEST = 8  # calls of a tiled module inside of each other
 
 
 @contextmanager
-def nested(pair: Any) -> Iterator[None]:
+def nested(pair: Pair) -> Iterator[None]:
     """Inside, a tiled module is at work as a part of what is recorded; refuses one that calls itself without end."""
     inside: list[int] = _STATE.__dict__.setdefault("inside", [])
     if inside.count(id(pair)) >= DEEPEST:

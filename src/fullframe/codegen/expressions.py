@@ -10,12 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 
 from fullframe import torch_compat
-from fullframe.codegen.group import Group, Node, Ref
+from fullframe.codegen.group import Argument, Group, Node, Ref
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Call:
 
     node: Node
     type: torch.dtype
-    arguments: dict[str, Any]
+    arguments: dict[str, Argument]
     expressions: dict[str, str]
     """of the tensors, and of every scalar that is a number"""
 
@@ -83,8 +82,8 @@ class Rule:
     narrow: bool = False
 
 
-def _unary(expression: str, **options: Any) -> Rule:
-    return Rule(expression, floating=True, **options)
+def _unary(expression: str, exact: bool = False, narrow: bool = False) -> Rule:
+    return Rule(expression, floating=True, exact=exact, narrow=narrow)
 
 
 def _power(call: Call) -> str:
@@ -101,7 +100,8 @@ def _power(call: Call) -> str:
         -1: f"1 / {x}",
         -2: f"1 / {square}",
     }
-    return fixed.get(exponent) or f"m_pow({x}, {call.expressions['exponent']})"
+    known = fixed.get(exponent) if isinstance(exponent, (int, float)) else None
+    return known or f"m_pow({x}, {call.expressions['exponent']})"
 
 
 def _rounded(call: Call, value: str) -> str:
@@ -248,7 +248,7 @@ SUPPORTED: frozenset[str] = frozenset(f"aten.{name}" for name in _RULES)
 _LOGIC = ("bitwise", "logical", "where", "masked_fill", "zeros_like", "ones_like", "full_like", "fill")
 
 
-def supports(target: str, args: Sequence[Any], dtypes: Sequence[torch.dtype]) -> bool:
+def supports(target: str, args: Sequence[object], dtypes: Sequence[torch.dtype]) -> bool:
     """Whether a call can be part of a compiled group.
 
     Args:
@@ -271,7 +271,7 @@ def supports(target: str, args: Sequence[Any], dtypes: Sequence[torch.dtype]) ->
 
 
 @cache
-def _parameters(target: str) -> tuple[tuple[str, Any], ...]:
+def _parameters(target: str) -> tuple[tuple[str, Argument], ...]:
     """Names and default values of a target's parameters."""
     schema = find(target)._schema
     return tuple((a.name, a.default_value if a.has_default_value() else None) for a in schema.arguments)
@@ -311,7 +311,7 @@ def _type(group: Group, node: Node, rule: Rule, dimensioned: list[bool]) -> torc
     if rule.types != "promoted":
         return node.dtype
     operands = [a for a in node.args if isinstance(a, (Ref, bool, int, float))]
-    samples: list[Any] = [
+    samples: list[torch.Tensor | float] = [
         torch.empty((1,) if dimensioned[a.index] else (), dtype=group.dtype(a), device="meta")
         if isinstance(a, Ref)
         else a

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -14,6 +14,10 @@ class Ref:
     """A value of a group: operands are numbered first, from 0, then the nodes."""
 
     index: int
+
+
+Argument = Ref | bool | int | float | complex | str | torch.dtype | torch.memory_format | None
+"""Of a call: a value, or anything else as it is."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,9 @@ class Node:
     """
 
     target: str
-    args: tuple[Any, ...]
+    args: tuple[Argument, ...]
     dtype: torch.dtype
-    kwargs: tuple[tuple[str, Any], ...] = ()
+    kwargs: tuple[tuple[str, Argument], ...] = ()
 
     def refs(self) -> list[Ref]:
         """The values read, in the order of the arguments."""

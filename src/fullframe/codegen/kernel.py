@@ -6,13 +6,12 @@ import ctypes
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 
 from fullframe.codegen import cpp as source
 from fullframe.codegen import expressions as table
-from fullframe.codegen.group import Call, Group, Ref
+from fullframe.codegen.group import Argument, Call, Group, Ref
 from fullframe.codegen.loop_layout import Geometry, device, measure
 from fullframe.codegen.toolchain import cuda_kernel as cuda
 from fullframe.codegen.toolchain import cxx as compiler
@@ -76,7 +75,7 @@ class PlainCall(Call):
         return self._kernel.run(self._operands, self._outputs)
 
 
-def _resolved(argument: Any, values: list[torch.Tensor]) -> Any:
+def _resolved(argument: Argument, values: list[torch.Tensor]) -> torch.Tensor | Argument:
     return values[argument.index] if isinstance(argument, Ref) else argument
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import version
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -66,7 +66,7 @@ class Described(NamedTuple):
 # Once ----------------------------------------------------------------------------------------------
 
 
-def share_parameters(domain: Domain, pair: Pair, settings: dict[str, Any]) -> None:
+def share_parameters(domain: Domain, pair: Pair, settings: dict[str, object]) -> None:
     """Compare versions, settings and networks, and give all ranks the first one's parameters and buffers.
 
     Raises `RankError` with the name of the first thing in which ranks differ.
@@ -101,7 +101,9 @@ def _refused(named: dict[str, torch.Tensor]) -> Exception | None:
 # Each call -----------------------------------------------------------------------------------------
 
 
-def whole_call(domain: Domain, pair: Pair, args: Any, kwargs: Any, out: Any = None) -> tuple[Call, Tensors]:
+def whole_call(
+    domain: Domain, pair: Pair, args: tuple[object, ...], kwargs: dict[str, object], out: object = None
+) -> tuple[Call, Tensors]:
     """The call as one process would be given it, with tensors that have a shape and no numbers, and this rank's own
     tensors in their place, to be run with."""
     described: list[Described] = []
@@ -277,6 +279,7 @@ def plan_for(graph: Graph, request: Request, domain: Domain | None) -> Plan:
     sent = agree(domain, made, failed)[0]
     if isinstance(sent, FullframeError):
         raise together(sent)
+    assert sent is not None
     local = localized(_unpacked(sent, graph), split, domain.rank)
     AGREED[local] = digest
     return local
@@ -304,6 +307,9 @@ def _refuse_different(domain: Domain, lines: list[str]) -> None:
 # Plans as bytes ------------------------------------------------------------------------------------
 
 
+_Again = tuple[Callable[..., Op], tuple[Op, tuple[Value, ...], Value]]
+
+
 class _Packer(pickle.Pickler):
     """Writes values and ops of a graph as their numbers; an op that differs from one of those in what it reads and
     makes alone, as one that a plan makes again does, by its number and these."""
@@ -313,10 +319,10 @@ class _Packer(pickle.Pickler):
         self.numbers = {id(thing): k for k, thing in enumerate(_things(graph))}
         self.origins = {_form(op): op for op in graph.ops}
 
-    def persistent_id(self, obj: Any) -> int | None:
+    def persistent_id(self, obj: object) -> int | None:
         return self.numbers.get(id(obj))
 
-    def reducer_override(self, obj: Any) -> Any:
+    def reducer_override(self, obj: object) -> _Again:
         if type(obj) is Op:
             return _like, (self.origins[_form(obj)], obj.inputs, obj.output)
         return NotImplemented
@@ -327,16 +333,16 @@ class _Unpacker(pickle.Unpickler):
         super().__init__(file)
         self.things = _things(graph)
 
-    def persistent_load(self, pid: int) -> Any:
+    def persistent_load(self, pid: int) -> Graph | Op | Value:
         return self.things[pid]
 
 
-def _things(graph: Graph) -> list[Any]:
+def _things(graph: Graph) -> list[Graph | Op | Value]:
     values = dict.fromkeys((*graph.inputs, *graph.constants, *(op.output for op in graph.ops)))
     return [graph, *graph.ops, *values]
 
 
-def _form(op: Op) -> tuple[Any, ...]:
+def _form(op: Op) -> tuple[str | int, ...]:
     return op.target, id(op.args), id(op.kwargs), id(op.rule), id(op.call)
 
 

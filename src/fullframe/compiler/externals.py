@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from fullframe import torch_compat
 from fullframe.errors import CaptureError
@@ -51,7 +50,7 @@ def refuse_misuse(
             )
 
 
-def _parts(recipe: Any) -> Iterator[Any]:
+def _parts(recipe: object) -> Iterator[object]:
     """What a place is made again of."""
     yield recipe
     for part in recipe.parts if isinstance(recipe, Made) else recipe if isinstance(recipe, tuple) else ():

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from threading import active_count
 from traceback import walk_tb
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -292,8 +292,12 @@ def _looked(call: Call, capture_mode: CaptureMode) -> bool:
     return any(id(t) in capture_mode.touched or id(t) not in others for t in call.snapshot.side_effects)
 
 
+class _Cache(Protocol):
+    def cache_clear(self) -> None: ...
+
+
 @contextmanager
-def _forgetful(caches: Sequence[Any]) -> Iterator[None]:
+def _forgetful(caches: Sequence[_Cache]) -> Iterator[None]:
     """Caches of functions must not hand numbers into a recording, nor tensors of the recording out of it."""
     for cache in caches:
         cache.cache_clear()
@@ -348,7 +352,7 @@ def capture(recording: Recording) -> Graph:
     return decompose_graph(module, recording.names, recording.device, recording.function.signature)
 
 
-def record(recording: Recording) -> Any:
+def record(recording: Recording) -> torch.fx.GraphModule:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = _fakes(recording, mode)
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -191,7 +190,7 @@ class Program:
             refuse_overlaps(list(found.values()), [*((s.name, s.thing) for s in call.sources.values()), *others])
         return found
 
-    def assemble(self, call: Call, outputs: Sequence[torch.Tensor]) -> Any:
+    def assemble(self, call: Call, outputs: Sequence[torch.Tensor]) -> object:
         """The call's own output from its tensors."""
         return unflatten(self.returned, outputs, call.snapshot)
 

@@ -8,11 +8,10 @@ each raises. The group is in step afterwards, and the next step may be tried.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from fullframe.distributed.mesh import Domain
+from fullframe.distributed.mesh import Domain, Thing
 from fullframe.errors import RankError
 
 WORD = 8  # bytes of what goes ahead, and to which all parts are rounded up
@@ -58,7 +57,7 @@ def together(error: BaseException) -> BaseException:
     return error
 
 
-def agree(domain: Domain, thing: Any, failed: BaseException | None = None) -> list[Any]:
+def agree(domain: Domain, thing: Thing, failed: BaseException | None = None) -> list[Thing]:
     """What each rank has given; `RankError` where any has failed instead, and on that one what it has failed with."""
     found = domain.gather((thing, None if failed is None else f"{type(failed).__name__}: {failed}"))
     if failed is not None:

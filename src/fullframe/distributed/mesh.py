@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fullframe.errors import RankError
 
+Thing = TypeVar("Thing")
 NAMES = ("domain", "data")
 """The dimensions that can be divided: the first spatial axis of the images, and their batch."""
 
@@ -30,9 +31,9 @@ class Domain:
         self.rank, self.size = mesh.get_local_rank(), mesh.size()
         self._lost: str = ""
 
-    def gather(self, thing: Any) -> list[Any]:
+    def gather(self, thing: Thing) -> list[Thing]:
         """What each rank has given, in their order. It travels as a pickle, among processes of one training."""
-        found: list[Any] = [None] * self.size
+        found = [thing] * self.size
         with self._talking():
             dist.all_gather_object(found, thing, group=self.group)
         return found
@@ -77,7 +78,7 @@ class Domain:
         raise TypeError("a module that is tiled over a mesh cannot be pickled; pickle its state_dict()")
 
 
-def _refuse(mesh: Any) -> None:
+def _refuse(mesh: object) -> None:
     """Refuse what is no mesh of one dimension that can be divided."""
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh={mesh!r} must be a DeviceMesh, of torch.distributed.device_mesh.init_device_mesh say")

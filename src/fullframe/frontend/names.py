@@ -8,7 +8,6 @@ import sys
 import sysconfig
 import types
 from pathlib import Path
-from typing import Any
 
 INSTALLED = tuple({sysconfig.get_paths()[k] for k in ("purelib", "platlib", "stdlib", "platstdlib")})
 INSTALLED += (str(Path(__file__).parents[1]),)
@@ -16,7 +15,7 @@ BY_STRING = frozenset(("getattr", "hasattr", "globals", "vars", "eval", "exec", 
 ANY_GLOBAL = frozenset(("globals", "eval", "exec"))
 
 
-def imported(name: str, package: str) -> Any:
+def imported(name: str, package: str) -> types.ModuleType | None:
     """The module that a function of this package imports by this name, in full or from where it is."""
     while name not in sys.modules and package and f"{package}.{name}" not in sys.modules:
         package = package.rpartition(".")[0]

@@ -1,8 +1,8 @@
 """The graph: values, ops and the contract of a rule.
 
 A graph is a flat list of ops in an order that can be run. Every op makes one value; no two values
-share memory; buffers that a module updates are outputs. The module knows nothing of torch: dtypes
-and callables are opaque.
+share memory; buffers that a module updates are outputs. The module runs without torch, whose types it names for
+the type checker alone; arguments of ATen's ops are kept as they were recorded.
 """
 
 from __future__ import annotations
@@ -10,20 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
 
 from fullframe.ir.region import Region
+
+if TYPE_CHECKING:
+    import torch
 
 Kind = Literal["pointwise", "window", "resample", "layout", "reduce", "whole"]
 
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """One tensor of the step: ``shape`` (elements per axis), an opaque ``dtype``, bytes per element."""
+    """One tensor of the step: ``shape`` (elements per axis), ``dtype``, bytes per element."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: torch.dtype
     itemsize: int
 
     @property
@@ -88,7 +91,7 @@ class Rule(Protocol):
 
     def footprint(self, op: Op, region: Region) -> Sequence[Region]: ...
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any: ...
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor: ...
 
     def cost(self, op: Op, elements: int) -> int: ...
 
@@ -116,6 +119,7 @@ class Reduction(Rule, Protocol):
     ``driver``       the input whose own regions, a disjoint cover, are summed.
     ``keeps``        pairs (axis of the driver, axis of the output) that are not summed.
     ``out_region``   the part of the output that a region of the driver adds to.
+    ``driver_region``  the part of the driver that adds to a region of the output.
     ``accumulator``  the type in which partial results are combined; they may come in a narrower one.
     ``start``        what adds nothing, of a shape.
     ``combine``      puts two partial results together, in the memory of the first, the one that comes first in the
@@ -129,13 +133,15 @@ class Reduction(Rule, Protocol):
 
     def out_region(self, op: Op, driver: Region) -> Region: ...
 
-    def accumulator(self, op: Op) -> Any: ...
+    def driver_region(self, op: Op, out: Region) -> Region: ...
 
-    def start(self, op: Op, shape: Sequence[int], device: Any) -> Any: ...
+    def accumulator(self, op: Op) -> torch.dtype: ...
 
-    def combine(self, op: Op, total: Any, partial: Any) -> None: ...
+    def start(self, op: Op, shape: Sequence[int], device: torch.device) -> torch.Tensor: ...
 
-    def finish(self, op: Op, total: Any) -> Any: ...
+    def combine(self, op: Op, total: torch.Tensor, partial: torch.Tensor) -> None: ...
+
+    def finish(self, op: Op, total: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +157,7 @@ class Op:
     call: Callable[..., Any]
     path: str = ""
 
-    def bind(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
+    def bind(self, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
         """Positional arguments with the tensors in place of their `Ref`."""
         return tuple(_fill(a, tensors) for a in self.args)
 
@@ -160,7 +166,7 @@ class Op:
         return f"{self.output!r} = {self.target}({shown})"
 
 
-def _fill(arg: Any, tensors: Sequence[Any]) -> Any:
+def _fill(arg: Any, tensors: Sequence[torch.Tensor]) -> Any:
     if type(arg) is Ref:
         return tensors[arg.index]
     if type(arg) in (list, tuple):
@@ -174,6 +180,22 @@ def _show(arg: Any, inputs: Sequence[Value]) -> str:
     if isinstance(arg, (list, tuple)):
         return "[" + ", ".join(_show(a, inputs) for a in arg) + "]"
     return str(arg)
+
+
+def reduces(rule: Rule) -> TypeGuard[Reduction]:
+    """Whether partial results of an op with this rule can be combined."""
+    return rule.kind == "reduce"
+
+
+def reduction_of(op: Op) -> Reduction:
+    """The rule of an op whose partial results can be combined."""
+    assert reduces(op.rule), f"{op!r} is no reduction"
+    return op.rule
+
+
+def walked(op: Op) -> Value:
+    """The value whose elements an op goes through: the driver of a reduction, else what it makes."""
+    return op.inputs[op.rule.driver] if reduces(op.rule) else op.output
 
 
 def arg(op: Op, position: int, default: Any = None) -> Any:
@@ -219,7 +241,7 @@ class Graph:
     outputs: list[Value | None]
     signature: GraphSignature = GraphSignature()
     late: frozenset[Value] = frozenset()
-    constants: dict[Value, Any] = field(default_factory=dict)
+    constants: dict[Value, torch.Tensor] = field(default_factory=dict)
     seed: Value | None = None  # the input that random numbers follow from; the last of the inputs
     strides: dict[Value, tuple[int, ...]] = field(default_factory=dict)  # of outputs, as their caller expects them
 

@@ -11,12 +11,12 @@ import ctypes
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from fullframe.device import CXX, device_of
-from fullframe.native.loader import own, run
+from fullframe.native.loader import Words, own, run
 
 CHAIN = 144  # products that may be added up one after the other: 16 channels of 3 x 3
 LEAST = 8  # output channels: half a vector, on the widest processor
@@ -146,13 +146,13 @@ _Strides = tuple[int, ...]
 
 @lru_cache(maxsize=4096)
 def _words(channels: tuple[int, ...], geometry: tuple[tuple[int, ...], ...], x: _Strides, made: _Strides,
-           weight: _Strides) -> Any:  # fmt: skip
+           weight: _Strides) -> Words:  # fmt: skip
     """What the kernel is told of a call. Kept, since to make it takes as long as a small window."""
     return array([*numbers(channels, geometry, x, made, weight), *parts_of(geometry[-1][2], channels[2])])
 
 
 @lru_cache(maxsize=4096)
-def order(shape: tuple[int, ...], strides: _Strides, flipped: bool) -> Any:
+def order(shape: tuple[int, ...], strides: _Strides, flipped: bool) -> Words:
     """What `pack` is told of a weight."""
     out, deep, *kernel = shape
     none = (0,) * (len(kernel) + 2)
@@ -160,7 +160,7 @@ def order(shape: tuple[int, ...], strides: _Strides, flipped: bool) -> Any:
     return array([*words, 0, 0, int(flipped)])
 
 
-def array(words: Sequence[int]) -> Any:
+def array(words: Sequence[int]) -> Words:
     """Numbers as a kernel takes them."""
     return (ctypes.c_int64 * len(words))(*words)
 

@@ -6,7 +6,6 @@ import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import torch
 
@@ -14,6 +13,8 @@ from fullframe.bytecode.recorder import current
 from fullframe.codegen.toolchain import cxx as compiler
 from fullframe.errors import fall_back
 
+Words = ctypes.Array[ctypes.c_int64]
+"""Numbers as a kernel takes them."""
 _LOCK = Lock()
 _LOADED: dict[str, Callable[..., int] | None] = {}
 SOURCES = {
@@ -47,7 +48,7 @@ def _load(name: str, source: str) -> Callable[..., int] | None:
         return None
 
 
-def run(function: Callable[..., int], words: Any, tensors: Sequence[torch.Tensor | None]) -> None:
+def run(function: Callable[..., int], words: Words, tensors: Sequence[torch.Tensor | None]) -> None:
     """Call a function with numbers, an array of ctypes, and the addresses of tensors."""
     places = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
     if function(words, places):

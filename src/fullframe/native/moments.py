@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
-from typing import Any
 
 import torch
 
 from fullframe.device import CXX, device_of
-from fullframe.native.loader import own, run
+from fullframe.native.loader import Words, own, run
 
 
 def combine_moments(total: torch.Tensor, partial: torch.Tensor) -> None:
@@ -38,5 +37,5 @@ def combine_moments(total: torch.Tensor, partial: torch.Tensor) -> None:
 
 
 @lru_cache(maxsize=1024)
-def _words(count: int) -> Any:
+def _words(count: int) -> Words:
     return (ctypes.c_int64 * 1)(count)

@@ -14,14 +14,14 @@ import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from fullframe import torch_compat
 from fullframe.device import CXX, device_of
 from fullframe.native.convolution import innermost
-from fullframe.native.loader import own, run
+from fullframe.native.loader import Words, own, run
 from fullframe.native.winograd import by_couples
 
 LEAST = 16  # channels of a vector, on the widest processor
@@ -72,7 +72,7 @@ def weight_grad(
 class _Form(NamedTuple):
     """What the kernel is told of a call, the shape it makes, and whether that has output channels innermost."""
 
-    words: Any
+    words: Words
     made: tuple[int, ...]
     swapped: bool
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,7 @@ from fullframe.native.convolution import (
     outputs,
     parts_of,
 )
-from fullframe.native.loader import own, run
+from fullframe.native.loader import Words, own, run
 
 TAPS = 3  # of a row
 LEAST = 16  # channels in, so that vectors are full
@@ -100,7 +99,7 @@ def winograd(
 
 @lru_cache(maxsize=4096)
 def _words(channels: tuple[int, ...], geometry: tuple[tuple[int, ...], ...], x: tuple[int, ...],
-           made: tuple[int, ...], weight: tuple[int, ...], phase: int) -> Any:  # fmt: skip
+           made: tuple[int, ...], weight: tuple[int, ...], phase: int) -> Words:  # fmt: skip
     """What the kernel is told of a call. Kept, since to make it takes as long as a small window."""
     return array([*numbers(channels, geometry, x, made, weight), *parts_of(1, channels[2]), phase])
 

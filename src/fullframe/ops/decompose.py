@@ -16,7 +16,9 @@ from fullframe.ops.builder.builder import Builder
 from fullframe.ops.builder.registry import DECOMPOSITIONS
 
 
-def decompose_graph(module: Any, names: Sequence[str], device: torch.device, signature: GraphSignature) -> Graph:
+def decompose_graph(
+    module: torch.fx.GraphModule, names: Sequence[str], device: torch.device, signature: GraphSignature
+) -> Graph:
     """A recorded module as a graph in normal form, its inputs named."""
     builder = Builder()
     builder.device = device

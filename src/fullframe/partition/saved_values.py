@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-from fullframe.ir.graph import Graph, Op, Value
+from fullframe.ir.graph import Graph, Op, Value, walked
 from fullframe.partition.tile_axes import TileAxes, sums_tiles, tiled
 
 FAN_IN = 3  # a value recomputed from more stored maps than this is stored itself
@@ -26,6 +25,11 @@ class SavedValues:
     reducing: set[Op]
     late: set[Value] = field(default_factory=set)  # what depends on inputs that arrive late
     pinned: set[Value] = field(default_factory=set)  # pinned: never recomputed: see `pinned_values`
+
+    def walked(self, value: Value) -> Value:
+        """The value whose tiles make a stored one: of a sum over tiles, what is summed."""
+        op = self.maker[value]
+        return walked(op) if op in self.reducing else value
 
     def slice_of(self, value: Value, stop: set[Value]) -> tuple[set[Op], set[Value]]:
         """Ops to make a value from the values in ``stop`` (inputs included), and those it loads."""
@@ -171,7 +175,7 @@ def _forms(graph: Graph) -> dict[Value, int]:
     Of two parameters the numbers may be the same, too: a teacher begins as a copy of its student. And what is done to
     an image element by element, or which part of it is taken, tells nothing about the numbers.
     """
-    numbers: dict[Any, int] = {}
+    numbers: dict[object, int] = {}
     forms: dict[Value, int] = {}
     made = {op.output for op in graph.ops}
     given: set[Value] = set()

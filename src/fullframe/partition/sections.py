@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
-from fullframe.ir.graph import Graph, Op, Value
+from fullframe.ir.graph import Graph, Op, Value, walked
 from fullframe.partition.saved_values import SavedValues
 from fullframe.partition.tile_axes import tiled
 
@@ -172,9 +171,7 @@ def _can_join(state: Grouping, k: int, value: Value, ops: set[Op], loads: set[Va
 
 def _tiled_along(saved: SavedValues, value: Value) -> set[int]:
     """Tile axes whose tiles a stored value is cut into; for a sum, those of what is summed."""
-    op = saved.maker[value]
-    through = op.inputs[op.rule.driver] if op in saved.reducing else value  # type: ignore[attr-defined]
-    return {tile_axis for tile_axis in saved.tile_axes[through] if tile_axis is not None}
+    return {tile_axis for tile_axis in saved.tile_axes[saved.walked(value)] if tile_axis is not None}
 
 
 def _shares_maps(saved: SavedValues, draft: _Draft, loads: set[Value]) -> bool:
@@ -218,6 +215,4 @@ def _standalone(saved: SavedValues, value: Value) -> bool:
     op = saved.maker[value]
     if op not in saved.reducing or not op.rule.heavy:
         return False
-    rule: Any = op.rule
-    spent = rule.cost(op, prod(op.inputs[rule.driver].shape))
-    return spent > STANDALONE * sum(v.nbytes for v in op.inputs)
+    return op.rule.cost(op, prod(walked(op).shape)) > STANDALONE * sum(v.nbytes for v in op.inputs)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fullframe.ir import region as box
-from fullframe.ir.graph import Graph, Op, Value
+from fullframe.ir.graph import Graph, Op, Value, reduces, walked
 from fullframe.ir.region import Region
 
 TileAxes = dict[Value, tuple["int | None", ...]]
+_Axis = tuple[Value, int]
 
 
 def find_tile_axes(graph: Graph, roots: Sequence[tuple[Value, Sequence[int]]]) -> TileAxes:
@@ -21,20 +21,20 @@ def find_tile_axes(graph: Graph, roots: Sequence[tuple[Value, Sequence[int]]]) -
     """
     parent: dict[tuple[Value, int], tuple[Value, int]] = {}
 
-    def find(key: tuple[Value, int]) -> tuple[Value, int]:
+    def find(key: _Axis) -> _Axis:
         while (up := parent.get(key, key)) != key:
             parent[key] = parent.get(up, up)
             key = up
         return key
 
-    channels: list[tuple[Value, int]] = []
+    channels: list[_Axis] = []
     for op in graph.ops:
         for a, b in axis_pairs(op):
             parent[find(a)] = find(b)
         for i, axis in op.rule.channels(op):
             channels.append((op.output if i < 0 else op.inputs[i], axis))
     dead = {find(key) for key in channels}
-    names: dict[tuple[Value, int], int] = {}
+    names: dict[_Axis, int] = {}
     for value, axes in roots:
         for axis in axes:
             key = find((value, axis))
@@ -43,18 +43,17 @@ def find_tile_axes(graph: Graph, roots: Sequence[tuple[Value, Sequence[int]]]) -
     return _apply_names(graph, names, find)
 
 
-def axis_pairs(op: Op) -> Iterable[tuple[tuple[Value, int], tuple[Value, int]]]:
+def axis_pairs(op: Op) -> Iterable[tuple[_Axis, _Axis]]:
     """Pairs of axes that run along each other in an op."""
-    rule: Any = op.rule
-    through = op.inputs[rule.driver] if rule.kind == "reduce" else op.output
-    for link in rule.links(op):
+    through = walked(op)
+    for link in op.rule.links(op):
         yield (op.inputs[link.input], link.axis), (through, link.out)
-    if rule.kind == "reduce":
-        for axis, out in rule.keeps(op):
+    if reduces(op.rule):
+        for axis, out in op.rule.keeps(op):
             yield (through, axis), (op.output, out)
 
 
-def _apply_names(graph: Graph, names: dict[tuple[Value, int], int], find: Any) -> TileAxes:
+def _apply_names(graph: Graph, names: dict[_Axis, int], find: Callable[[_Axis], _Axis]) -> TileAxes:
     values = [*graph.inputs, *graph.constants, *(op.output for op in graph.ops)]
     found: TileAxes = {}
     doubled: set[int] = set()
@@ -74,11 +73,10 @@ def tiled(value: Value, tile_axes: TileAxes) -> bool:
 
 def sums_tiles(op: Op, tile_axes: TileAxes) -> bool:
     """Whether the op adds up partial results of tiles (a reduction over a tile axis)."""
-    rule: Any = op.rule
-    if rule.kind != "reduce":
+    if not reduces(op.rule):
         return False
-    kept = {axis for axis, _ in rule.keeps(op)}
-    return any(x is not None and a not in kept for a, x in enumerate(tile_axes[op.inputs[rule.driver]]))
+    kept = {axis for axis, _ in op.rule.keeps(op)}
+    return any(x is not None and a not in kept for a, x in enumerate(tile_axes[walked(op)]))
 
 
 # Tiles -------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from math import prod
 import torch
 
 from fullframe.ir import region as box
-from fullframe.ir.graph import Op, Reduction
+from fullframe.ir.graph import Op, reduction_of
 from fullframe.ir.region import Region
 from fullframe.runtime.tasks import Partials
 
@@ -87,7 +87,7 @@ def _combined(left: Node, right: Node) -> Node:
     for place, partial in right.items():
         if place in left:
             left[place] = widened(place[0], left[place])
-            _rule(place[0]).combine(place[0], left[place], partial)
+            reduction_of(place[0]).combine(place[0], left[place], partial)
         else:
             left[place] = partial
     return left
@@ -95,7 +95,7 @@ def _combined(left: Node, right: Node) -> Node:
 
 def widened(op: Op, partial: torch.Tensor) -> torch.Tensor:
     """A partial result in the type in which its sum is added: one may come in the type of the output."""
-    return partial.to(_rule(op).accumulator(op))
+    return partial.to(reduction_of(op).accumulator(op))
 
 
 def _tree(leaves: Sequence[Node]) -> Node:
@@ -118,13 +118,13 @@ def _level_by_level(op: Op, partials: Sequence[torch.Tensor]) -> torch.Tensor:
     nodes = torch.stack(list(partials), -1)
     while (count := nodes.shape[-1]) > 1:
         left, right = nodes[..., 0 : count & ~1 : 2], nodes[..., 1::2]
-        _rule(op).combine(op, left, right)
+        reduction_of(op).combine(op, left, right)
         nodes = nodes[..., ::2].contiguous()
     return nodes[..., 0].clone()
 
 
 def _finished(op: Op, root: Node, device: torch.device) -> torch.Tensor:
-    rule = _rule(op)
+    rule = reduction_of(op)
     total = root.get((op, None))
     if total is None:
         total = rule.start(op, op.output.shape, device)
@@ -133,8 +133,3 @@ def _finished(op: Op, root: Node, device: torch.device) -> torch.Tensor:
             if other is op and region is not None:
                 total[box.slices(region)].copy_(partial)
     return rule.finish(op, total)
-
-
-def _rule(op: Op) -> Reduction:
-    assert op.rule.kind == "reduce"
-    return op.rule  # type: ignore[return-value]

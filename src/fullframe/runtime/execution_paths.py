@@ -8,11 +8,11 @@ things than the others, so each has a key of its own.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+from torch.autograd.function import FunctionCtx
 
 from fullframe.capture.conditions import MAX_PATHS, Diverged
 from fullframe.compiler.program import Program
@@ -23,8 +23,8 @@ from fullframe.frontend.recapture_reasons import outside
 from fullframe.runtime.executor import Run
 
 Answers = tuple[bool, ...]
-Key = tuple[Reads, Any]
-Programs = dict[tuple[Reads, Any, Answers], Program]  # the latest used is last
+Key = tuple[Reads, Hashable]
+Programs = dict[tuple[Reads, Hashable, Answers], Program]  # the latest used is last
 
 
 def keys(call: Call, programs: Iterable[Key]) -> Iterator[Key]:
@@ -34,7 +34,7 @@ def keys(call: Call, programs: Iterable[Key]) -> Iterator[Key]:
         yield reads, call.key(reads)
 
 
-def matching(call: Call, programs: Programs, known: Answers = ()) -> Iterator[tuple[Reads, Any, Answers]]:
+def matching(call: Call, programs: Programs, known: Answers = ()) -> Iterator[tuple[Reads, Hashable, Answers]]:
     """Keys of the ways that hold for a call with these answers to its first conditions, the latest used first.
 
     The call is looked at by the reads of each.
@@ -89,9 +89,9 @@ class Idle(torch.autograd.Function):
     """An output that asks for a gradient and hands none on, as of a norm of order 0."""
 
     @staticmethod
-    def forward(ctx: Any, made: torch.Tensor, _leaf: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, made: torch.Tensor, _leaf: torch.Tensor) -> torch.Tensor:
         return made.detach()
 
     @staticmethod
-    def backward(ctx: Any, *_upstream: Any) -> Any:
+    def backward(ctx: FunctionCtx, *_upstream: torch.Tensor) -> tuple[None, None]:
         return None, None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -81,7 +81,7 @@ def _place(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.data_ptr(), tensor.stride()
 
 
-def _flags() -> tuple[Any, ...]:
+def _flags() -> tuple[object, ...]:
     """How torch's libraries are to compute: a recording holds what they chose."""
     cudnn, cuda = torch.backends.cudnn, torch.backends.cuda.matmul
     kinds = (cudnn, cudnn.conv, cuda) if hasattr(cudnn, "conv") else (cudnn, cuda)

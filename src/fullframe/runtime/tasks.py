@@ -10,16 +10,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from fullframe.ir import region as box
-from fullframe.ir.graph import Op, Value
+from fullframe.ir.graph import Op, Value, reduces, reduction_of, walked
 from fullframe.ir.region import Region
 from fullframe.partition.fusion import FusionGroup, Work, work_of
 from fullframe.partition.tile_axes import Tile, own_region, tiled
 from fullframe.schedule.plan import KEPT, NBYTES, Plan, Stage
+
+if TYPE_CHECKING:
+    from fullframe.runtime.fused import BoundKernel
 
 Part = tuple[slice, ...] | None  # of a tensor; None is all of it
 
@@ -77,7 +80,7 @@ class Job:
     stores: tuple[Store, ...]
     sums: tuple[Sum, ...]
     frees: tuple[Value, ...]
-    bound: Any = None
+    bound: BoundKernel | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -187,10 +190,9 @@ def _stores(plan: Plan, values: Iterable[Value], tile: Tile, made: Region) -> It
 
 def _sum(plan: Plan, op: Op, region: Region, tile: Tile) -> Sum:
     """Tiles that differ only in tile axes a driver lacks share its region: the first counts it."""
-    rule: Any = op.rule
-    tile_axes = plan.tile_axes[op.inputs[rule.driver]]
+    tile_axes = plan.tile_axes[walked(op)]
     counted = all(span.low == 0 or tile_axis in tile_axes for tile_axis, span in tile.items())
-    out = rule.out_region(op, region)
+    out = reduction_of(op).out_region(op, region)
     whole = out == box.full(op.output.shape)
     return Sum(op, None if whole else out, box.shape_of(out), counted)
 
@@ -215,10 +217,9 @@ def _fused(plan: Plan, stage: Stage, work: Work, tile: Tile) -> Form:
 def _single(plan: Plan, stage: Stage, work: Work, tile: Tile) -> Form:
     group = work.group
     (op,) = group.ops or group.sums
-    rule: Any = op.rule
     if op in stage.section.sums:
         return (), (), (_sum(plan, op, work.region, tile),)
-    made = rule.out_region(op, work.region) if rule.kind == "reduce" else work.region
+    made = op.rule.out_region(op, work.region) if reduces(op.rule) else work.region
     return (), tuple(_stores(plan, group.saves, tile, made)), ()
 
 

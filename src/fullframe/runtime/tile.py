@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -12,7 +12,7 @@ from fullframe.bytecode.program import Bytecode
 from fullframe.bytecode.recorder import Recorder
 from fullframe.codegen.group import Call
 from fullframe.codegen.kernel import Kernel
-from fullframe.ir.graph import Value
+from fullframe.ir.graph import Value, reduces
 from fullframe.runtime.fused import Kernels, bind
 from fullframe.runtime.tasks import Job, Part, Partials, Read, Store, Sum, Target, Task, task_of, tile_at
 from fullframe.schedule.plan import LARGE, Plan, Stage
@@ -219,17 +219,16 @@ def _single(job: Job, memory: Memory, windows: Windows, partials: Partials) -> N
     """Run one op by its rule."""
     group = job.group
     (op,) = group.ops or group.sums
-    rule: Any = op.rule
     parts = [_read(read, memory, windows) for read in job.reads]
-    made = rule.run(op, job.region, parts)
+    made = op.rule.run(op, job.region, parts)
     if job.sums:
         (place,) = job.sums
         if place.counted:  # it will be added to, and must not be memory that was read
             shared = any(made.untyped_storage().data_ptr() == part.untyped_storage().data_ptr() for part in parts)
             partials.append((place, made.clone() if shared else made))
         return
-    if rule.kind == "reduce":  # no tile cuts it: finished at once
-        made = rule.finish(op, made)
+    if reduces(op.rule):  # no tile cuts it: finished at once
+        made = op.rule.finish(op, made)
     for store in job.stores:
         _store(store, made, memory, parts)
     windows[op.output] = made
@@ -240,7 +239,7 @@ def _fused(job: Job, memory: Memory, windows: Windows, partials: Partials, recor
     made: Windows = {}
     known = job.bound
     places = known.places(memory.values, windows, made, memory.device) if known else None
-    if places is None:
+    if known is None or places is None:
         call, tensors, fresh = _prepare(job, memory, windows, made)
         places = [t.data_ptr() for t in tensors]
     else:

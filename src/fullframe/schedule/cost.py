@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 from fullframe.ir import region as box
-from fullframe.ir.graph import Graph, Op, Value
+from fullframe.ir.graph import Graph, Op, Value, reduces, walked
 from fullframe.ir.region import Region
 from fullframe.partition.saved_values import SavedValues
 from fullframe.partition.sections import Section
@@ -140,24 +139,20 @@ def nodes_of(graph: Graph, saved: SavedValues, more: set[Value], left_out: set[V
 
 def spent(op: Op) -> float:
     """Operations that an op of a whole map counts for."""
-    rule: Any = op.rule
-    through = op.inputs[rule.driver] if rule.kind == "reduce" else op.output
-    n = prod(through.shape)
-    return rule.cost(op, n) if rule.heavy else POINTWISE * n
+    n = prod(walked(op).shape)
+    return op.rule.cost(op, n) if op.rule.heavy else POINTWISE * n
 
 
 def _axes(saved: SavedValues, value: Value) -> tuple[tuple[int, int], ...]:
     """Tile axes with extents; for a sum, those of what is summed."""
-    op = saved.maker[value]
-    through = op.inputs[op.rule.driver] if op in saved.reducing else value  # type: ignore[attr-defined]
+    through = saved.walked(value)
     return tuple((a, n) for a, n in zip(saved.tile_axes[through], through.shape, strict=True) if a is not None)
 
 
 def _edges(saved: SavedValues, value: Value, ops: Sequence[Op], loads: Iterable[Value],
            index: dict[Value, int]) -> tuple[Edge, ...]:  # fmt: skip
     own = _axes(saved, value)
-    op = saved.maker[value]
-    through = op.inputs[op.rule.driver] if op in saved.reducing else value  # type: ignore[attr-defined]
+    op, through = saved.maker[value], saved.walked(value)
     probes = []
     for width in (16, 48):
         region = tuple((0, n) if a is None else _middle(n, width)
@@ -202,17 +197,16 @@ def _reach(ops: Sequence[Op], last: Op, region: Region, reducing: bool) -> dict[
     """The part of each value that making a part of the last op's output takes."""
     need: dict[Value, Region] = {last.output: region}
     for op in reversed(ops):
-        rule: Any = op.rule
         wanted = need.get(op.output)
         if wanted is None or box.is_empty(wanted):
             continue
         if op is last and reducing:
             grown = wanted
-        elif rule.kind == "reduce":
-            grown = rule.grow(op, rule.driver_region(op, wanted))
+        elif reduces(op.rule):
+            grown = op.rule.grow(op, op.rule.driver_region(op, wanted))
         else:
-            grown = rule.grow(op, wanted)
-        for v, read in zip(op.inputs, rule.footprint(op, grown), strict=True):
+            grown = op.rule.grow(op, wanted)
+        for v, read in zip(op.inputs, op.rule.footprint(op, grown), strict=True):
             known = need.get(v)
             need[v] = read if known is None else box.union(known, read)
     return need

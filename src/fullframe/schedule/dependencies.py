@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fullframe.ir.graph import Value
+from fullframe.ir.graph import Value, walked
 from fullframe.schedule.plan import LARGE, Plan, Slot, Stage
 
 EXPENSIVE = 4_000_000_000  # operations: some ten milliseconds, as long as threads inside an op wait busily after it
@@ -16,9 +16,8 @@ def is_expensive(stage: Stage) -> bool:
     """Whether a stage is worth more than one thread."""
     spent = 0
     for op in stage.section.ops:
-        rule: Any = op.rule
-        through = op.inputs[rule.driver] if rule.kind == "reduce" else op.output
-        spent += max(rule.cost(op, prod(through.shape)), 100 * prod(op.output.shape) * (rule.kind == "whole"))
+        whole = 100 * prod(op.output.shape) * (op.rule.kind == "whole")
+        spent += max(op.rule.cost(op, prod(walked(op).shape)), whole)
     return spent > EXPENSIVE
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fullframe.ir import region as box
 from fullframe.ir.graph import Graph, Value
@@ -302,9 +302,8 @@ def operations(works: Sequence[Work]) -> float:
     total = 0.0
     for work in works:
         for op in (*work.group.ops, *work.group.sums):
-            rule: Any = op.rule
-            if rule.heavy:
-                total += rule.cost(op, box.size(work.region))
+            if op.rule.heavy:
+                total += op.rule.cost(op, box.size(work.region))
     return total
 
 

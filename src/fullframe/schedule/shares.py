@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 from fullframe.errors import UnsupportedOpError
 from fullframe.ir import region as box
-from fullframe.ir.graph import Graph, Value
+from fullframe.ir.graph import Graph, Value, walked
 from fullframe.ir.region import Interval, Region
 from fullframe.partition.fusion import work_of
 from fullframe.partition.sections import Section
@@ -146,7 +146,7 @@ class _Walk:
     def stage(self, stage: Stage) -> None:
         """Move on by a stage."""
         section = stage.section
-        through = [*section.saves, *(op.inputs[op.rule.driver] for op in section.sums)]  # type: ignore[attr-defined]
+        through = [*section.saves, *(walked(op) for op in section.sums)]
         divided = self.tile_axis is not None and all(self.tile_axis in self.tile_axes[v] for v in through)
         whose = self._whose(stage) if divided and through else None
         reads = self._reads(stage)

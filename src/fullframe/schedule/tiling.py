@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from math import prod
-from typing import Any
 
 from fullframe.ir import region as box
-from fullframe.ir.graph import Value
+from fullframe.ir.graph import Value, walked
 from fullframe.ir.region import Region
 from fullframe.partition.fusion import FusionGroup, Work, work_of
 from fullframe.partition.sections import Section
@@ -109,15 +108,14 @@ def _dense(section: Section, root: Value) -> bool:
     """Whether a section is worth cutting for what is spent on its map, and no large sum would be made per tile."""
     spent = 0
     for op in section.ops:
-        rule: Any = op.rule
-        spent += rule.cost(op, prod(op.output.shape)) if rule.heavy and rule.kind != "reduce" else 0
+        spent += op.rule.cost(op, prod(op.output.shape)) if op.rule.heavy and op.rule.kind != "reduce" else 0
     return spent > DENSE * root.nbytes and all(op.output.nbytes < root.nbytes for op in section.sums)
 
 
 def _root(section: Section, tile_axes: TileAxes) -> Value | None:
     """The largest tiled map among what a section makes or sums over."""
     found = [v for v in section.saves if tiled(v, tile_axes)]
-    found += [op.inputs[getattr(op.rule, "driver", 0)] for op in section.sums]
+    found += [walked(op) for op in section.sums]
     found = [v for v in found if tiled(v, tile_axes)]
     return max(found, key=lambda v: v.nbytes, default=None)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import torch
 
@@ -75,9 +74,9 @@ def packed(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
-def laid_out(tensor: Any, strides: tuple[int, ...] | None) -> Any:
-    """A tensor of no graph, or None, with these strides; a copy only where its elements lie in another order."""
-    if strides is None or tensor is None or tensor.stride() == strides:
+def laid_out(tensor: torch.Tensor, strides: tuple[int, ...] | None) -> torch.Tensor:
+    """A tensor of no graph with these strides; a copy only where its elements lie in another order."""
+    if strides is None or tensor.stride() == strides:
         return tensor
     pairs = zip(tensor.shape, tensor.stride(), strides, strict=True)
     if all(n == 1 or old == new for n, old, new in pairs):

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 MAPPED = 1 << 20  # bytes from which a window is mapped alone within a tight budget
@@ -68,7 +67,7 @@ def resident() -> int:
 
 
 @cache
-def _library() -> Any:
+def _library() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(None)
         return library if hasattr(library, "malloc_trim") else None

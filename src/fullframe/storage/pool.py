@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from fullframe.device import device_of
+from fullframe.device import Mark, device_of
 from fullframe.ir.region import Region
 from fullframe.storage.arena import Arena
 from fullframe.storage.disk import Disk
@@ -65,7 +65,7 @@ class Stores(NamedTuple):
 
 class _Idle(NamedTuple):
     store: Store
-    done: Any  # a mark of its device: the run before is done with it
+    done: Mark  # a mark of its device: the run before is done with it
     process: int  # whose it is: one that was forked shares files with it
 
 
@@ -76,7 +76,7 @@ class Pool:
     ``told`` are keywords for the makers of kinds: the folder of a disk.
     """
 
-    def __init__(self, told: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    def __init__(self, told: Mapping[str, Mapping[str, object]] | None = None) -> None:
         self.told = told or {}
         self._idle: dict[str, _Idle] = {}
 
@@ -115,5 +115,5 @@ class Pool:
     def __deepcopy__(self, _: object) -> Pool:
         return Pool(self.told)
 
-    def __reduce__(self) -> tuple[type[Pool], tuple[Mapping[str, Mapping[str, Any]]]]:
+    def __reduce__(self) -> tuple[type[Pool], tuple[Mapping[str, Mapping[str, object]]]]:
         return Pool, (self.told,)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from fullframe.ir.region import Region
 
@@ -26,15 +26,15 @@ DISK_BUFFER = 1 << 20
 class Slot:
     """Where a map lives: in which store (``tier``), and there from which byte on (``offset``).
 
-    Its ``nbytes`` may be more than its elements take, since places begin at whole pages. ``dtype`` is opaque here, so
-    that plans do not need torch. Elements lie in the order of `fullframe.storage.arena.shaped`: axis by axis, but
-    with channels innermost where there are two or three spatial axes.
+    Its ``nbytes`` may be more than its elements take, since places begin at whole pages. Elements lie in the order of
+    `fullframe.storage.arena.shaped`: axis by axis, but with channels innermost where there are two or three spatial
+    axes.
     """
 
     offset: int
     nbytes: int
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: torch.dtype
     itemsize: int
     tier: str = DEVICE
 

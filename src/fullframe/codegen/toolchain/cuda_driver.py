@@ -6,14 +6,13 @@ import ctypes
 from collections.abc import Callable
 from functools import cache
 from threading import Lock
-from typing import Any
 
 import torch
 
 from fullframe.codegen.toolchain.cxx import BuildError
 from fullframe.torch_compat import current_cuda_stream
 
-Start = Callable[[ctypes.Array[Any]], None]
+Start = Callable[[ctypes.Array[ctypes.c_void_p]], None]
 """Starts a function with these addresses of its parameters. Raises DriverError where it cannot be started."""
 
 
@@ -34,7 +33,7 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _checked(name: str, *arguments: Any) -> None:
+def _checked(name: str, *arguments: object) -> None:
     code = getattr(_library(), name)(*arguments)
     if code:
         raise DriverError(f"{name} failed: {_meaning(code)}")
@@ -88,7 +87,7 @@ class Device:
         launch, current, context, index = self._launch, self._current, self._context.value, self.index
         across, down = grid
 
-        def start(arguments: ctypes.Array[Any]) -> None:
+        def start(arguments: ctypes.Array[ctypes.c_void_p]) -> None:
             found = ctypes.c_void_p()
             current(ctypes.byref(found))
             words = (function, across, down, 1, threads, 1, 1, 0, current_cuda_stream(index), arguments, None)

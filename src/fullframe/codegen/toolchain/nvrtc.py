@@ -6,7 +6,6 @@ import ctypes
 import hashlib
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -44,7 +43,7 @@ class Nvrtc:
         self.version = f"{major.value}.{minor.value}"
         library.nvrtcGetErrorString.restype = ctypes.c_char_p
 
-    def _checked(self, name: str, *arguments: Any) -> None:
+    def _checked(self, name: str, *arguments: object) -> None:
         code = getattr(self._library, name)(*arguments)
         if code:
             raise BuildError(f"{name} failed with code {code}")

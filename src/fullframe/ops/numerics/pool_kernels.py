@@ -10,7 +10,7 @@ import torch
 
 from fullframe.bytecode.recorder import run
 from fullframe.codegen import kernel
-from fullframe.codegen.group import Group, Node, Operand, Ref
+from fullframe.codegen.group import Argument, Group, Node, Operand, Ref
 from fullframe.codegen.toolchain.cuda_kernel import DeviceKernel
 from fullframe.ops.numerics.convolve import Axis
 
@@ -46,7 +46,7 @@ def _maximum(count: int, dtype: torch.dtype, rank: int, choice: torch.dtype | No
     operands = (Operand(dtype, (False,) * rank),) * count
     nodes: list[Node] = []
 
-    def add(target: str, args: tuple[object, ...], dtype: torch.dtype, *rest: tuple[str, object]) -> Ref:
+    def add(target: str, args: tuple[Argument, ...], dtype: torch.dtype, *rest: tuple[str, Argument]) -> Ref:
         nodes.append(Node(f"aten.{target}", args, dtype, rest))
         return Ref(count + len(nodes) - 1)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, wraps
-from typing import Any, TypeVar
+from typing import TypeVar
 
 Made = TypeVar("Made")
 _KEPT = 1024  # of each function; the least recently used go first
-_HELD: ContextVar[list[Any] | None] = ContextVar("held", default=None)
+_HELD: ContextVar[list[object] | None] = ContextVar("held", default=None)
 
 
 def table(make: Callable[..., Made]) -> Callable[..., Made]:
@@ -18,7 +18,7 @@ def table(make: Callable[..., Made]) -> Callable[..., Made]:
     remembered = lru_cache(maxsize=_KEPT)(make)
 
     @wraps(make)
-    def found(*args: Any) -> Made:
+    def found(*args: Hashable) -> Made:
         made = remembered(*args)
         held = _HELD.get()
         if held is not None:
@@ -29,9 +29,9 @@ def table(make: Callable[..., Made]) -> Callable[..., Made]:
 
 
 @contextmanager
-def held() -> Iterator[list[Any]]:
+def held() -> Iterator[list[object]]:
     """All tables that are read inside, for whoever reads their memory later than they may be remembered."""
-    found: list[Any] = []
+    found: list[object] = []
     token = _HELD.set(found)
     try:
         yield found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import torch
 
@@ -33,21 +32,20 @@ def outside(region: Sequence[Interval], extents: Sequence[int]) -> list[Interval
 BLOCK = 16  # channels: the library's own layout has a multiple of so many
 
 
-def _library(op: Op, x: Region, g: Region, kernel: Sequence[int]) -> int:
+def _library(op: Op, axes: Sequence[Axis], x: Region, g: Region, kernel: Sequence[int]) -> int:
     """Bytes that the library takes beside a map read in ``x`` and one at each of whose pixels ``g`` a window lies.
 
     In float32 and below these are copies in its own layout; what it makes by a matrix product, as float64 and weight
     gradients of small windows and batches, has a column for each pixel.
     """
-    rule: Any = op.rule
     item = op.inputs[0].itemsize
     sizes = [high - low for low, high in g]
-    plain = all(a.stride == a.dilation == 1 for a in rule.axes(op))
-    small = rule.kind == "reduce" and max(kernel[-2:]) <= 3 and sizes[0] < 16 and plain
+    plain = all(a.stride == a.dilation == 1 for a in axes)
+    small = op.rule.kind == "reduce" and max(kernel[-2:]) <= 3 and sizes[0] < 16 and plain
     products = item == 8 or small
     columns = blocked = 0
     if products and prod(kernel) > 1:
-        deep = op.output.shape[1] if rule.kind == "reduce" else op.inputs[1].shape[1]
+        deep = op.output.shape[1] if op.rule.kind == "reduce" else op.inputs[1].shape[1]
         columns = sizes[0] * prod(sizes[2:-1]) * (sizes[-1] + EVEN) * deep * prod(kernel) * item
     if item < 8:
         pixels = [(box.size(r) // max(1, r[1][1] - r[1][0]), r[1][1] - r[1][0]) for r in (x, g)]
@@ -84,7 +82,7 @@ class Conv(BaseRule):
         spatial = [box.clip(r, n) for r, n in zip(self.reads(op, region), shape[2:], strict=True)]
         return [(region[0], (0, shape[1]), *spatial), *(box.full(v.shape) for v in op.inputs[1:])]
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         x, weight = windows[0], windows[1]
         bias = windows[2] if len(windows) > 2 else None
         _, _, _, stride, _, dilation, groups = op.args
@@ -112,7 +110,7 @@ class Conv(BaseRule):
             return 0
         read = self.footprint(op, region)[0]
         copies = 2 * box.size(read) * op.inputs[0].itemsize + made_of(op, region)  # padded, and in another layout
-        return copies + _library(op, read, region, op.inputs[1].shape[2:])
+        return copies + _library(op, self.axes(op), read, region, op.inputs[1].shape[2:])
 
     def calls(self, op: Op) -> bool:
         weight = op.inputs[1]
@@ -129,7 +127,7 @@ class Winograd(Conv):
         *axes, row = super().axes(op)
         return [*axes, row._replace(kernel=row.kernel - 1)]
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         bias = windows[2] if len(windows) > 2 else None
         return winograd(windows[0], windows[1], bias, self.placed(op, region)[1], region[-1][0])
 
@@ -163,7 +161,7 @@ class ConvTranspose(BaseRule):
         ]
         return [(region[0], (0, shape[1]), *spatial), *(box.full(v.shape) for v in op.inputs[1:])]
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         x, weight = windows[0], windows[1]
         bias = windows[2] if len(windows) > 2 else None
         _, _, _, stride, _, dilation, groups = op.args
@@ -246,7 +244,7 @@ class ConvWeightGrad(Reduction):
         spatial = [box.clip(r, n) for r, n in zip(self.reads(op, region), shape[2:], strict=True)]
         return [region, (region[0], (0, shape[1]), *spatial)]
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         g, x = windows
         stride, padding, dilation, groups = op.args[2:]
         pads = outside(self.reads(op, region), op.inputs[1].shape[2:])
@@ -277,7 +275,7 @@ class ConvWeightGrad(Reduction):
         if not self.calls(op) and bytecode_available():
             return 0
         g, x = self.footprint(op, region)
-        return nbytes_of(op, (g, x)) + _library(op, x, g, op.output.shape[2:])
+        return nbytes_of(op, (g, x)) + _library(op, self.axes(op), x, g, op.output.shape[2:])
 
     def calls(self, op: Op) -> bool:
         return not suits_gradient(op.output.shape, op.inputs[0].dtype, op.args[5])

@@ -7,7 +7,6 @@ that make a tensor from nothing but its shape.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -125,7 +124,7 @@ class Constant(BaseRule):
 
     kind: Kind = "pointwise"
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.full(box.shape_of(region), op.args[0], **op.kwargs)
 
 
@@ -134,7 +133,7 @@ class Line(BaseRule):
 
     kind: Kind = "pointwise"
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         return op.call(*op.args, **op.kwargs)[box.slices(region)]
 
 
@@ -143,7 +142,7 @@ class Iota(BaseRule):
 
     kind: Kind = "pointwise"
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         axis, device = op.args
         return torch.arange(*region[axis], device=device).view(box.shape_of(region))
 
@@ -203,7 +202,7 @@ def _nested(op: Op) -> bool:
     return any(isinstance(a, (list, tuple)) for a in op.args) or any(isinstance(v, Value) for v in op.kwargs.values())
 
 
-def _ref(argument: Any) -> Any:
+def _ref(argument: object) -> object:
     return group.Ref(argument.index) if isinstance(argument, Ref) else argument
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,7 @@ class Permute(Layout):
             read[axis] = region[out]
         return [tuple(read)]
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         return windows[0].permute(op.args[1])
 
 
@@ -48,7 +47,7 @@ class Slice(Layout):
         read = (start + low * step, start + (high - 1) * step + 1) if high > low else (0, 0)
         return [(*region[:axis], read, *region[axis + 1 :])]
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         _, axis, _, step = op.args
         cut = [slice(None)] * len(region)
         cut[axis] = slice(None, None, step)
@@ -74,7 +73,7 @@ class Embed(Layout):
         axis = op.args[1]
         return [(*region[:axis], self._inside(op, region), *region[axis + 1 :])]
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         _, axis, start, step, _ = op.args
         inside = self._inside(op, region)
         if step == 1 and box.shape_of(region) == tuple(windows[0].shape):
@@ -99,7 +98,7 @@ def zeros_like_layout(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 class Expand(Pointwise):
     kind: Kind = "layout"
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         return windows[0].expand(box.shape_of(region))
 
 
@@ -124,7 +123,7 @@ class Cat(Layout):
         axis = op.args[-1]
         return [(*region[:axis], part, *region[axis + 1 :]) for part in self._parts(op, region)]
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         axis = op.args[-1]
         used = [w for w in windows if w.shape[axis] > 0]
         return used[0] if len(used) == 1 else torch.cat(used or list(windows), axis)
@@ -170,7 +169,7 @@ class ConstantPad(Layout):
             )
         ]
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         flat: list[int] = []
         shape = op.inputs[0].shape
         for axis in reversed(range(len(region))):
@@ -222,7 +221,7 @@ class Reshape(Layout):
                 read[a] = interval
         return tuple(read)
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         return windows[0].reshape(box.shape_of(region))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 from math import prod
-from typing import Any
 
 import torch
 
@@ -26,7 +25,7 @@ from fullframe.ops.primitives.convolution import outside
 from fullframe.ops.primitives.rule import BaseRule
 
 
-def geometry(args: Sequence[Any]) -> list[Axis]:
+def geometry(args: Sequence[Sequence[int]]) -> list[Axis]:
     """Axes of a pooling from its (kernel, stride, padding, dilation)."""
     n = len(args[0])
     return [Axis(*a) for a in zip(*(spread(v, n) for v in args), strict=True)]
@@ -69,7 +68,7 @@ class Pool(BaseRule):
         spans = zip(self.reads(op, region), op.inputs[0].shape[lead:], strict=True)
         return [(*region[:lead], *(box.clip(r, n) for r, n in spans))]
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         axes, lead = self.axes(op), self.lead(op)
         pads = outside(self.reads(op, region), op.inputs[0].shape[lead:])
         if _small(windows[0], axes) and not any(n for pair in pads for n in pair):
@@ -152,7 +151,7 @@ class PoolIndices(BaseRule):
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
         return [region]
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         extents, rest = op.args[5], windows[0].to(torch.int64)
         lead = len(region) - len(extents)
         found, inner = torch.zeros_like(rest), 1
@@ -199,7 +198,7 @@ class PoolGrad(BaseRule):
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
         return [(*region[: self.lead(op)], *self.touched(op, region))] * 2
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         axes, lead, outs = self.axes(op), self.lead(op), self.touched(op, region)
         g, choice = windows
         if any(high <= low for low, high in outs):
@@ -266,7 +265,7 @@ class Unpool(BaseRule):
         lead = self.lead(op)
         return [(*region[:lead], *self.touched(op, region))] * 2
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         lead = self.lead(op)
         return scattered(windows[0], windows[1], op.output.shape[lead:], region[lead:])
 
@@ -285,7 +284,7 @@ class UnpoolGrad(BaseRule):
         axes = zip(region[lead:], self.axes(op), op.inputs[0].shape[lead:], strict=True)
         return [(*region[:lead], *(box.clip(box.window_reads(r, *a), n) for r, a, n in axes)), region]
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         lead, (g, indices) = self.lead(op), windows
         read = self.footprint(op, region)[0][lead:]
         where = moved(indices, op.inputs[0].shape[lead:], [low for low, _ in read], g.shape[lead:])
@@ -313,7 +312,7 @@ class AdaptiveMax(BaseRule):
         lead = len(region) - op.args[-1]
         return [(*region[:lead], *(reads(s, *r) for s, r in zip(self.specs(op), region[lead:], strict=True)))]
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         return adaptive_max(windows[0], self.specs(op), region[len(region) - op.args[-1] :])[0]
 
 
@@ -353,7 +352,7 @@ class AdaptiveMaxChoice(AdaptiveMax):
 
     pinned = True
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         return adaptive_max(windows[0], self.specs(op), region[len(region) - op.args[-1] :])[1]
 
 
@@ -371,7 +370,7 @@ class AdaptiveMaxGrad(BaseRule):
         axes = zip(region[lead:], op.output.shape[lead:], op.inputs[0].shape[lead:], strict=True)
         return [(*region[:lead], *(readers(Spec("adaptive", s, t), *r) for r, s, t in axes))] * 2
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         lead = len(region) - op.args[-1]
         return scattered(windows[0], windows[1], op.output.shape[lead:], region[lead:])
 

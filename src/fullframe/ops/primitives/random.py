@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import pi, prod
-from typing import Any
 
 import torch
 
@@ -61,7 +60,7 @@ class Random(BaseRule):
 
     kind: Kind = "pointwise"
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         _, kind, number = op.args
         made = (normal if kind == "normal" else uniform)(windows[0], number, op.output.shape, region)
         return narrowed(made, op.output.dtype) if kind == "uniform" else made.to(op.output.dtype)

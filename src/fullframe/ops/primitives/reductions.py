@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
 
 import torch
 
@@ -35,7 +34,7 @@ class Sum(Reduction):
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
         return [region]
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         dtype = self.accumulator(op)
         return torch.sum(windows[0], op.args[1], op.args[2], dtype=dtype) if op.args[1] else windows[0].to(dtype)
 
@@ -59,7 +58,7 @@ class Extreme(Reduction):
     def start(self, op: Op, shape: Sequence[int], device: torch.device) -> torch.Tensor:
         dtype = op.output.dtype
         if dtype == torch.bool:
-            worst: Any = not self.largest
+            worst: float = not self.largest
         elif dtype.is_floating_point:
             worst = float("-inf") if self.largest else float("inf")
         else:
@@ -70,7 +69,7 @@ class Extreme(Reduction):
     def combine(self, op: Op, total: torch.Tensor, partial: torch.Tensor) -> None:
         total.copy_(torch.maximum(total, partial) if self.largest else torch.minimum(total, partial))
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         reduce = torch.amax if self.largest else torch.amin
         return reduce(windows[0], op.args[1], op.args[2])
 
@@ -88,7 +87,7 @@ class Moments(Reduction):
     links = Sum.links
     footprint = Sum.footprint
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         axes = list(op.args[1])
         x = windows[0].to(torch.float64)
         count = 1
@@ -125,7 +124,7 @@ class Product(Reduction):
     def combine(self, op: Op, total: torch.Tensor, partial: torch.Tensor) -> None:
         total.mul_(partial)
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         made = windows[0]
         for axis in sorted(op.args[1], reverse=True):
             made = torch.prod(made, axis, op.args[2], dtype=self.accumulator(op))
@@ -150,7 +149,7 @@ class ScatterSum(Reduction):
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
         return [region, region[: len(op.inputs[1].shape)]]
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         g, index = windows
         row = g.shape[index.dim() :]
         total = torch.zeros(op.output.shape[0] + 1, *row, dtype=self.accumulator(op), device=g.device)
@@ -193,7 +192,7 @@ class Contract(Reduction):
             tuple(region[x.index(c)] if c in x else (0, n) for c, n in zip(y, op.inputs[1].shape, strict=True)),
         ]
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.einsum(op.args[2], *windows)
 
     def scratch(self, op: Op, region: Region) -> int:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from fullframe import torch_compat
 from fullframe.ir import region as box
 from fullframe.ir.graph import Kind, Link, Op
 from fullframe.ir.region import Interval, Region
@@ -94,7 +94,7 @@ class Resample(BaseRule):
         spatial = (self.interval(s, *r) for s, r in zip(op.args[1], region[lead:], strict=True))
         return [(*region[:lead], *spatial)]
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         lead, specs = self.lead(op), op.args[1]
         if windows[0].numel() == 0:
             return windows[0].new_zeros(box.shape_of(region))
@@ -170,7 +170,7 @@ _KINDS = {
 }  # fmt: skip
 
 
-def _kernel(specs: Sequence[Spec], suffix: str = "") -> tuple[Any, tuple[Any, ...]] | None:
+def _kernel(specs: Sequence[Spec], suffix: str = "") -> tuple[torch_compat.OpOverload, tuple[bool, ...]] | None:
     """ATen's kernel for these axes, and its argument for aligned corners where it has one."""
     found = _KINDS.get((specs[0].mode, len(specs)))
     if found is None or len({s.mode for s in specs}) > 1:

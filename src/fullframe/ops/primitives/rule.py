@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from fullframe.errors import UnsupportedOpError
 from fullframe.ir import region as box
-from fullframe.ir.graph import Kind, Link, Op
+from fullframe.ir.graph import Kind, Link, Op, reduces
 from fullframe.ir.region import Region
 
 
@@ -20,8 +19,7 @@ def nbytes_of(op: Op, regions: Sequence[Region]) -> int:
 
 def made_of(op: Op, region: Region) -> int:
     """Bytes of what an op makes of a (grown) region."""
-    rule: Any = op.rule
-    return box.size(rule.out_region(op, region) if rule.kind == "reduce" else region) * op.output.itemsize
+    return box.size(op.rule.out_region(op, region) if reduces(op.rule) else region) * op.output.itemsize
 
 
 class BaseRule:
@@ -43,7 +41,7 @@ class BaseRule:
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
         return [box.full(v.shape) for v in op.inputs]
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         return op.call(*op.bind(windows), **op.kwargs)
 
     def cost(self, op: Op, elements: int) -> int:
@@ -91,7 +89,7 @@ class Whole(BaseRule):
     def grow(self, op: Op, region: Region) -> Region:
         return box.full(op.output.shape)
 
-    def run(self, op: Op, region: Region, windows: Sequence[Any]) -> Any:
+    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         made = super().run(op, region, windows)
         if tuple(made.shape) != tuple(op.output.shape):
             raise UnexpectedShapeError(op, tuple(made.shape))
