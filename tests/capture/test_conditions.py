@@ -453,6 +453,24 @@ def test_small_matrices_are_made_whole(name):
     both(function, [image()])
 
 
+PARTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "corner": lambda h: h[0, :, :3, :3],
+    "columns": lambda h: h[0, 0, :3, :3].T,
+    "every other": lambda h: h[0, 0, :5:2, :3],
+    "expanded": lambda h: h[0, 0, :3, :3].expand(2, 3, 3),
+    "of channels": lambda h: h[:, :, :2, :1].transpose(1, 3),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_determinants_of_matrices_that_lie_in_a_map(part):
+    def function(_: Any, h: torch.Tensor) -> torch.Tensor:
+        m = PARTS[part](h)
+        return h * (L.det(m) + L.slogdet(m)[1]).sum()
+
+    both(function, [image()])
+
+
 def test_eigenvalues_that_need_a_check_in_the_backward():
     net = Net(lambda net, h: h * L.eigvals(near(net.k, h)).real.sum())
     with pytest.raises(fullframe.CaptureError, match=r"the backward checks the numbers of a tensor"):

@@ -355,6 +355,11 @@ case("statistics", lambda x: x.std(1, keepdim=True) + x.var((2, 3), keepdim=True
 case("norm kinds", lambda x: x.norm(dim=1, keepdim=True) + torch.linalg.norm(x, dim=(2, 3), keepdim=True) + F.normalize(x, p=1, dim=(2, 3))
      + torch.linalg.vector_norm(x, 4, 1, True) + x.norm(p="fro", dim=(2, 3), keepdim=True))  # fmt: skip
 case(
+    "determinants",
+    lambda x: x * torch.linalg.det(x[:, :3, :3, :3]).mean() + torch.linalg.slogdet(x[0, :, :3, :3])[1].sum(),
+    whole=("det",),
+)
+case(
     "distances",
     lambda x: (
         F.pairwise_distance(x.flatten(2), x.flatten(2).sin())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fullframe.ir.graph import Value
@@ -46,3 +48,17 @@ for _name in ("addmm", "baddbmm", "addmv", "addbmm"):
 def addr(b: Builder, base: Value, x: Value, y: Value, *, beta: float = 1, alpha: float = 1) -> Value:
     made = scaled(b, b.contract(x, y, "m,n->mn", b.meta_dtype), alpha)
     return made if beta == 0 else b.aten(aten.add.Tensor, made, scaled(b, base, beta))
+
+
+@decomposes("_linalg_det", "_linalg_slogdet")
+def determinant(b: Builder, x: Value) -> Any:
+    """Whole, of a matrix that lies row by row where it did so when it was recorded.
+
+    There the factors that are returned are those of the transpose, and the gradient was recorded for these. A matrix
+    recorded with gaps between its rows, as a part of a map, is given column by column.
+    """
+    if b.layouts[0] is not None:
+        strides, start = b.layouts[0]
+        if not torch.empty_strided(x.shape, strides, device="meta").is_contiguous():
+            b.layouts[0] = (*[3] * (len(strides) - 2), 1, 2), start  # of which only the order counts
+    return b.recorded()
