@@ -4,13 +4,13 @@ import json
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 from cyclopts import App, CycloptsError, Parameter
 
+import fullframe
 from cosmictagger.atomic import replacing
 from cosmictagger.compare import compare
 from cosmictagger.config import NAME, overridden, read, run_of
@@ -28,7 +28,7 @@ app = App(
     name="cosmictagger",
     help="Tag cosmic-ray and neutrino pixels in three-plane wire images, at full resolution within a memory budget.",
     help_format="plaintext",
-    version=lambda: version("fullframe"),
+    version=fullframe.__version__,
 )
 
 

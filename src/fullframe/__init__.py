@@ -4,8 +4,7 @@ from fullframe.check import Check, check
 from fullframe.errors import BudgetError, CaptureError, FullframeError, RankError, UnsupportedOpError
 from fullframe.schedule.plan import Plan
 from fullframe.tiled import Tiled, tile
-
-__version__ = "0.1.0"
+from fullframe.version import __version__ as __version__
 
 __all__ = [
     "BudgetError",

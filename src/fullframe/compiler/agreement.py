@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
-from importlib.metadata import version
 from itertools import accumulate
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -36,6 +35,7 @@ from fullframe.schedule.request import Request
 from fullframe.schedule.shares import localized
 from fullframe.schedule.split import Split
 from fullframe.storage.arena import strides_as
+from fullframe.version import __version__
 
 Bounds = tuple[int, ...]
 AGREED: WeakKeyDictionary[Plan, str] = WeakKeyDictionary()
@@ -73,7 +73,7 @@ def share_parameters(domain: Domain, pair: Pair, settings: dict[str, object]) ->
     """
     named = {n.removeprefix("module."): t for n, t in (*pair.named_parameters(), *pair.named_buffers())}
     about = settings | {
-        "torch": torch.__version__, "fullframe": version("fullframe"), "kernels": cxx.isa(),
+        "torch": torch.__version__, "fullframe": __version__, "kernels": cxx.isa(),
         "bytecode": bytecode_available(),
     }  # fmt: skip
     tensors = {n: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for n, t in named.items()}
