@@ -10,12 +10,15 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from disks import folder_on_disk
 from torch import nn
 
 import fullframe
 from fullframe import errors
+from fullframe.bytecode import recorder
 from fullframe.codegen.toolchain import cxx
 from fullframe.runtime import fused
+from fullframe.storage import unnamed_file
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +105,21 @@ for _ in range(2):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     said = [line for line in done.stderr.splitlines() if "no C++ compiler" in line]
     assert len(said) == len(set(said)) >= 2 and any("bytecode" in line for line in said)
+
+
+def test_tiles_without_bytecode_are_told_once_with_the_reason(monkeypatch, caplog):
+    monkeypatch.setattr(recorder, "MOST", 0)  # tensors of a kernel
+    tiled = fullframe.tile(nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU()), tile=4, budget="1 GB")
+    for _ in range(3):
+        tiled(torch.zeros(1, 1, 8, 8))
+    told = [r.getMessage() for r in caplog.records if "bytecode" in r.getMessage()]
+    assert len(told) == 1 and ("a kernel of many tensors" in told[0] or not cxx.commands())
+
+
+def test_a_disk_without_direct_access_is_told_once(monkeypatch, caplog):
+    monkeypatch.setattr(unnamed_file, "_direct", lambda fd: None)
+    folder = folder_on_disk()
+    for _ in range(2):
+        unnamed_file.UnnamedFile(folder, 1).close()
+    (told,) = [r.getMessage() for r in caplog.records]
+    assert str(folder) in told and "direct I/O" in told

@@ -12,6 +12,7 @@ from test_plan import Residual
 from torch import nn
 
 import fullframe
+from fullframe import errors
 from fullframe.device import DEVICES, GRAPH
 from fullframe.oracle import drawn
 from fullframe.runtime import replay_cuda as replay
@@ -195,7 +196,8 @@ def test_other_flags_other_sizes_and_no_memory(recording, monkeypatch):
     assert len(recording) == 3, "what had no room is not recorded again"
 
 
-def test_what_fails_while_it_is_recorded_runs_as_it_did(recording, monkeypatch):
+def test_what_fails_while_it_is_recorded_runs_as_it_did_and_says_so_once(recording, monkeypatch, caplog):
+    monkeypatch.setattr(errors, "_told", set())
     ours = Residual(4, 2).double()
     plain = copy.deepcopy(ours)
     step = fullframe.tile(ours, loss=F.cross_entropy)
@@ -206,6 +208,8 @@ def test_what_fails_while_it_is_recorded_runs_as_it_did(recording, monkeypatch):
     monkeypatch.setattr(replay.CudaReplay, "__init__", fails)
     for seed in range(4):
         both(ours, plain, step, *case(seed))
+    (told,) = [r.getMessage() for r in caplog.records if "CUDA graph" in r.getMessage()]
+    assert "operation not permitted" in told
 
 
 def test_a_module_and_an_op_without_a_rule_are_not_recorded(recording):

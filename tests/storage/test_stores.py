@@ -141,7 +141,7 @@ def test_a_run_without_stored_maps_has_an_arena_without_bytes():
 
 
 def test_a_step_runs_with_a_store_of_ones_own(monkeypatch):
-    """Maps away from the device live in whatever store has their tier's name."""
+    """Offloaded maps live in whatever store has their tier's name."""
     torch.manual_seed(0)
     net, image, label = (
         Residual().double(),

@@ -74,7 +74,7 @@ class NativeScheduler:
     """Stages in work. Threads call `run`, one of them as the owner.
 
     ``calls`` are begin(stage), tile(stage, tile, address of its results), add(stage, tile), end(stage), free(stage),
-    wide(on) and look(). What one raises is the first of the ``errors``.
+    multi_threaded(on) and poll(). What one raises is the first of the ``errors``.
     """
 
     COUNTS = (1, 3, 2, 1, 1, 1, 0)  # numbers of arguments

@@ -69,6 +69,6 @@ def _tiles(runtime: Runtime, plan: Plan) -> Iterator[str]:
     elif recorded < count:
         yield f"{open_yet} not recorded yet"
         yield (
-            f"{count - recorded - open_yet} in Python (no instruction for what they do, maps away from the device, "
+            f"{count - recorded - open_yet} in Python (no instruction for what they do, offloaded maps, "
             "or too many to keep)"
         )

@@ -17,6 +17,7 @@ import torch
 
 from fullframe.compiler.program import Program
 from fullframe.device import GRAPH, device_of
+from fullframe.errors import fall_back
 from fullframe.ir.graph import Value
 from fullframe.ops.numerics.table_cache import held
 from fullframe.runtime.executor import Run
@@ -119,8 +120,8 @@ class CudaReplays:
             if repeated and self._replay is None and program not in self._refused and replayable(program):
                 self._replay = self._record(program, pool, device, feeds)
             return self._replay.replay(feeds) if self._replay is not None else None
-        except torch.OutOfMemoryError:  # nothing of the call's has changed yet
-            self._refused.add(program)
+        except torch.OutOfMemoryError as error:  # nothing of the call's has changed yet
+            self._refuse(program, error)
             self._release(pool)
             return None
         finally:
@@ -145,10 +146,14 @@ class CudaReplays:
         try:
             with _ONE_AT_A_TIME:
                 return CudaReplay(program, stores, device, feeds)
-        except Exception:  # the device was waited for, say; the run that follows says what is wrong, if anything is
-            self._refused.add(program)
+        except Exception as error:  # the device was waited for, say; the run that follows says what is wrong
+            self._refuse(program, error)
             pool.give(stores)
             return None
+
+    def _refuse(self, program: Program, error: Exception) -> None:
+        self._refused.add(program)
+        fall_back(f"a step is not replayed as a CUDA graph, but launched from Python, which is slower: {error}")
 
     def __deepcopy__(self, _: object) -> CudaReplays:
         return CudaReplays()

@@ -85,7 +85,7 @@ class Job:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Fetch:
-    """A region of a map that lives away from the device, to be a window of the tile."""
+    """A region of an offloaded map, to be a window of the tile."""
 
     value: Value
     region: Region

@@ -12,6 +12,7 @@ from fullframe.bytecode.program import Bytecode
 from fullframe.bytecode.recorder import Recorder
 from fullframe.codegen.group import Call
 from fullframe.codegen.kernel import Kernel
+from fullframe.errors import fall_back
 from fullframe.ir.graph import Value, reduces
 from fullframe.runtime.fused import Kernels, bind
 from fullframe.runtime.tasks import Job, Part, Partials, Read, Store, Sum, Target, Task, task_of, tile_at
@@ -129,6 +130,10 @@ class Tile:
             self.recorded = Recorded(done, others, strides, [*(place for place, _ in partials), *untiled])
         else:
             self.tries -= 1
+            if not self.tries:
+                fall_back(
+                    f"some tiles run op by op in Python, which is slower, for lack of bytecode: {recorder.refused}"
+                )
         return partials
 
 

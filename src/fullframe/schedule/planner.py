@@ -289,10 +289,10 @@ def _arranged(graph: Graph, draft: Draft, request: Request, known: Known, fixed:
     offloaded = frozenset(maps) if request.host else far
     made = []
     for section in draft.stages:
-        away = offloaded.intersection((*section.loads, *section.outputs)) if far else offloaded
-        key = section, request.most if section.recompute else 0, away if far else None
+        offloads = offloaded.intersection((*section.loads, *section.outputs)) if far else offloaded
+        key = section, request.most if section.recompute else 0, offloads if far else None
         if key not in known:
-            known[key] = _stage(section, tile_axes, request, away)
+            known[key] = _stage(section, tile_axes, request, offloads)
         made.append(known[key])
     reversals = _reversals(draft, maps)
     stages = tuple(

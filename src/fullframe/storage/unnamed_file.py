@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from fullframe.errors import fall_back
 from fullframe.storage.protocol import DISK_BUFFER
 
 BLOCK = 4096  # bytes at whose multiples direct I/O begins and ends
@@ -99,6 +100,8 @@ class UnnamedFile:
                 str(folder),
             ) from error
         self._direct = _direct(self._cached)
+        if self._direct is None:
+            fall_back(f"maps on the disk at {folder} go by the page cache, which may be slower: it has no direct I/O")
         closing.detach()
         self.close = weakref.finalize(self, _close, [self._cached, *([] if self._direct is None else [self._direct])])
 

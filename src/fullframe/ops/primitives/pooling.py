@@ -17,7 +17,7 @@ from fullframe.device import CXX, device_of
 from fullframe.ir import region as box
 from fullframe.ir.graph import Kind, Link, Op
 from fullframe.ir.region import Interval, Region
-from fullframe.ops.numerics import pool_kernels as picks
+from fullframe.ops.numerics import pool_kernels
 from fullframe.ops.numerics.convolve import Axis, pad_window, spread
 from fullframe.ops.numerics.interpolate import Spec, readers, reads
 from fullframe.ops.numerics.table_cache import table
@@ -37,7 +37,7 @@ def lowest(dtype: torch.dtype) -> float:
 
 def _small(x: torch.Tensor, axes: Sequence[Axis]) -> bool:
     """Whether windows are better pooled by our own kernels."""
-    few = prod(a.kernel for a in axes) <= picks.MOST
+    few = prod(a.kernel for a in axes) <= pool_kernels.MOST
     return few and x.dtype.is_floating_point and device_of(x.device).toolchain == CXX and bool(x.numel())
 
 
@@ -72,8 +72,8 @@ class Pool(BaseRule):
         axes, lead = self.axes(op), self.lead(op)
         pads = outside(self.reads(op, region), op.inputs[0].shape[lead:])
         if _small(windows[0], axes) and not any(n for pair in pads for n in pair):
-            parts = picks.taps(windows[0], axes, box.shape_of(region[lead:]))
-            return picks.maximum(parts, op.output.dtype if self.pinned else None)
+            parts = pool_kernels.taps(windows[0], axes, box.shape_of(region[lead:]))
+            return pool_kernels.maximum(parts, op.output.dtype if self.pinned else None)
         x = pad_window(windows[0], pads, lowest(windows[0].dtype))
         kernel, stride, dilation = ([a[k] for a in axes] for k in (0, 1, 3))
         rank = len(axes)
@@ -208,7 +208,7 @@ class PoolGrad(BaseRule):
         if tiles and spans == [*region[lead:]] and _small(g, axes):
             made = g.new_empty((*g.shape[: lead - 1], *box.shape_of(region[lead:]), g.shape[lead - 1]))
             made = made.movedim(-1, lead - 1)
-            picks.chosen(g, choice, picks.taps(made, axes, g.shape[lead:]))
+            pool_kernels.chosen(g, choice, pool_kernels.taps(made, axes, g.shape[lead:]))
             return made
         made = picked(g, choice, axes, box.shape_of(tuple(spans)))
         return pad_window(made, [(r[0] - w[0], w[1] - r[1]) for w, r in zip(region[lead:], spans, strict=True)])

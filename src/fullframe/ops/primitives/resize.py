@@ -1,6 +1,6 @@
 """Resampling: interpolation, averages, reflecting and replicating pads, and their gradients.
 
-All are linear maps of taps per axis (see `taps`). Where ATen's own kernel on a window with its halo
+All are linear maps of taps per axis (see `interpolate`). Where ATen's own kernel on a window with its halo
 gives the same numbers (whole factors), it is called and its result cropped: it is faster.
 """
 
@@ -16,7 +16,7 @@ from fullframe import torch_compat
 from fullframe.ir import region as box
 from fullframe.ir.graph import Kind, Link, Op
 from fullframe.ir.region import Interval, Region
-from fullframe.ops.numerics import interpolate as taps
+from fullframe.ops.numerics import interpolate
 from fullframe.ops.numerics.interpolate import Spec, readers, reads
 from fullframe.ops.primitives.rule import BaseRule, made_of, nbytes_of
 
@@ -82,8 +82,8 @@ class Resample(BaseRule):
 
     def table(
         self, spec: Spec, region: Interval, dtype: torch.dtype, device: torch.device
-    ) -> taps.Table | taps.Windows:
-        return taps.forward_table(spec, *region, dtype, device)
+    ) -> interpolate.Table | interpolate.Windows:
+        return interpolate.forward_table(spec, *region, dtype, device)
 
     def quick(self, x: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor | None:
         """The window by ATen's own kernel, where that gives the same numbers."""
@@ -110,14 +110,14 @@ class Resample(BaseRule):
         growth = {a: (region[a][1] - region[a][0]) / x.shape[a] for a in axes}
         for axis in sorted(axes, key=growth.__getitem__):
             table = self.table(specs[axis - lead], region[axis], wide, x.device)
-            y = taps.apply(y, axis, table, region[axis][1] - region[axis][0])
+            y = interpolate.apply(y, axis, table, region[axis][1] - region[axis][0])
         return self.after(y, specs, region[lead:]).to(x.dtype)
 
     def before(self, x: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor:
         return x
 
     def after(self, y: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor:
-        return taps.divided(y, specs, region)
+        return interpolate.divided(y, specs, region)
 
     def cost(self, op: Op, elements: int) -> int:
         return 8 * elements
@@ -127,7 +127,7 @@ class Resample(BaseRule):
         read, lead = self.footprint(op, region)[0], self.lead(op)
         tables = 0
         for spec, (low, high), (first, last) in zip(op.args[1], region[lead:], read[lead:], strict=True):
-            if not self.skips(spec) and high > low and not taps.wide(spec):
+            if not self.skips(spec) and high > low and not interpolate.wide(spec):
                 tables += (2 + (last - first) // (high - low)) * 2 * (TENSOR + 8 * (high - low))
         return 2 * (nbytes_of(op, [read]) + made_of(op, region)) + tables
 
@@ -149,7 +149,7 @@ class ResampleGrad(Resample):
         for k, (spec, (low, high)) in enumerate(zip(specs, region, strict=True), x.dim() - len(specs)):
             first, last = read[k - x.dim()]
             x = x.narrow(k, first - self.interval(spec, low, high)[0], last - first)
-        return taps.divided(x, specs, read)
+        return interpolate.divided(x, specs, read)
 
     def after(self, y: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor:
         return y
@@ -157,8 +157,8 @@ class ResampleGrad(Resample):
     def skips(self, spec: Spec) -> bool:
         return unchanged(spec)
 
-    def table(self, spec: Spec, region: Interval, dtype: torch.dtype, device: torch.device) -> taps.Table:
-        return taps.backward_table(spec, *region, dtype, device)
+    def table(self, spec: Spec, region: Interval, dtype: torch.dtype, device: torch.device) -> interpolate.Table:
+        return interpolate.backward_table(spec, *region, dtype, device)
 
     def quick(self, x: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor | None:
         return reduced(x, specs, region) if all(map(factor, specs)) else spread_out(x, specs, region)
