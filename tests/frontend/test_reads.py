@@ -452,6 +452,30 @@ def test_texts_and_numbers_that_are_handed_on(read, recordings):
         assert len(recordings) <= 2
 
 
+HANDED_OUT = {
+    "one": lambda b, y: (y, b["name"]),
+    "all": lambda b, y: {**b, "image": y},
+    "as they lie": lambda b, y: [y, b["files"], b["array"]],
+    "in an object": lambda b, y: Options(gain=y, inner=(b["spacing"], b["place"])),
+}
+
+
+@pytest.mark.parametrize("what", HANDED_OUT)
+def test_texts_and_numbers_that_are_handed_out(what, recordings):
+    net = Batched(lambda b: lambda c: HANDED_OUT[what](b, c(b["image"])))
+    tiled = fullframe.tile(net, tile=TILE)
+    for k in range(5):
+        batch = sample(k)
+        found, expected = (vars(r) if isinstance(r, Options) else r for r in (tiled(batch), net(batch)))
+        leaves, spec = torch.utils._pytree.tree_flatten(found)
+        others, same = torch.utils._pytree.tree_flatten(expected)
+        assert spec == same
+        for a, b in zip(leaves, others, strict=True):
+            torch.testing.assert_close(a, b) if isinstance(b, (torch.Tensor, numpy.ndarray)) else a == b
+        assert [x for x in leaves if isinstance(x, (str, Path))] == [x for x in others if isinstance(x, (str, Path))]
+    assert len(recordings) <= 2
+
+
 def test_tuples_and_targets_with_names(recordings):
     net = Batched(lambda b: b[0])
 
@@ -592,9 +616,12 @@ def test_the_trainer_is_named():
 def test_modes_and_sizes_that_alternate_are_no_cause_for_a_warning():
     net = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1), nn.Dropout(0.1)).double()
     tiled = fullframe.tile(net, tile=TILE)
+    step = fullframe.tile(net[0], loss=F.mse_loss, tile=TILE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for size in (9, 8, 7, 6):
+            x = torch.randn(2, 1, size, 9, dtype=torch.float64)
+            step(x, x.clone())
             for mode in (True, False):
                 tiled.train(mode)
                 with torch.set_grad_enabled(mode):

@@ -228,7 +228,7 @@ class JointFunction:
                 yield k
 
     def _take(self, returned: Any) -> Tensors:
-        self.returned, outputs = flatten(returned, self.call.snapshot)
+        self.returned, outputs = flatten(returned, self.call.snapshot, self.call.leaves)
         self.differentiable = [t.requires_grad for t in outputs]
         if self.criterion and not outputs:
             raise ValueError(

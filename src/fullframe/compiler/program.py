@@ -192,7 +192,7 @@ class Program:
 
     def assemble(self, call: Call, outputs: Sequence[torch.Tensor]) -> object:
         """The call's own output from its tensors."""
-        return unflatten(self.returned, outputs, call.snapshot)
+        return unflatten(self.returned, outputs, call.snapshot, call.leaves)
 
     def leave(self, call: Call, outputs: Sequence[torch.Tensor]) -> None:
         """Put the call's tensors where its forward leaves them."""

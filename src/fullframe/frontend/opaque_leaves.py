@@ -44,6 +44,11 @@ for _name in SPECIAL_METHODS:
     setattr(OpaqueLeaf, f"__{_name}__", _note)
 
 
+def number_of(leaf: OpaqueLeaf) -> int:
+    """Which leaf it is in the place of, without a note."""
+    return object.__getattribute__(leaf, "_number")
+
+
 def value(leaf: Any) -> bool:
     """Whether a leaf is a number or text that a step may leave alone; what is true, false or None it compares."""
     kind = type(leaf)

@@ -18,6 +18,7 @@ from torch import nn
 from fullframe.errors import CaptureError
 from fullframe.frontend.fields import slots_of
 from fullframe.frontend.guards import GuardSnapshot
+from fullframe.frontend.opaque_leaves import VALUES, OpaqueLeaf, number_of
 from fullframe.frontend.side_effects import PLAIN
 from fullframe.frontend.sources import Fixed, Holder, Result, fields_of
 from fullframe.torch_compat import pytree
@@ -48,9 +49,17 @@ class Copy:
     fields: tuple[tuple[str, Any], ...] = ()
 
 
-def flatten(thing: Any, snapshot: GuardSnapshot) -> tuple[Tree, list[torch.Tensor]]:
+@dataclass(frozen=True)
+class HandedOn:
+    """A leaf of the arguments, by its number, which the next call has another of."""
+
+    number: int
+
+
+def flatten(thing: Any, snapshot: GuardSnapshot, leaves: Sequence[Any] = ()) -> tuple[Tree, list[torch.Tensor]]:
     """How to make a thing again, and the tensors in it, each once."""
-    taking = _Taking({id(h): Holder(k) for k, h in enumerate(snapshot.holders)})
+    handed = {id(x): HandedOn(k) for k, x in enumerate(leaves) if not isinstance(x, torch.Tensor)}
+    taking = _Taking(handed | {id(h): Holder(k) for k, h in enumerate(snapshot.holders)})
     return taking.tree(thing), taking.tensors
 
 
@@ -61,11 +70,13 @@ class _Taking:
         self.things: list[Any] = []  # kept alive, so that no other gets the identity of one
 
     def tree(self, thing: Any) -> Tree:
-        leaves, spec = pytree.tree_flatten(thing, is_leaf=lambda x: isinstance(x, torch.Size))
+        leaves, spec = pytree.tree_flatten(thing, is_leaf=lambda x: type(x) is torch.Size)
         return Tree(spec, tuple(self._leaf(x) for x in leaves))
 
     def _leaf(self, thing: Any) -> Any:
-        if isinstance(thing, (*PLAIN, Enum, type)):
+        if type(thing) is OpaqueLeaf:
+            return HandedOn(number_of(thing))
+        if isinstance(thing, (*PLAIN, *VALUES, Enum, type)):
             return Fixed(thing)
         if id(thing) not in self.met:
             self.things.append(thing)
@@ -106,14 +117,14 @@ def renumbered(part: Any, number: Callable[[int], int]) -> Any:
     return part
 
 
-def unflatten(tree: Tree, tensors: Sequence[torch.Tensor], snapshot: GuardSnapshot) -> Any:
-    """What a step returns, of its own tensors and its call's objects."""
-    return _Making(tensors, snapshot).tree(tree)
+def unflatten(tree: Tree, tensors: Sequence[torch.Tensor], snapshot: GuardSnapshot, leaves: Sequence[Any]) -> Any:
+    """What a step returns, of its own tensors and its call's objects and ``leaves``."""
+    return _Making(tensors, snapshot, leaves).tree(tree)
 
 
 class _Making:
-    def __init__(self, tensors: Sequence[torch.Tensor], snapshot: GuardSnapshot):
-        self.tensors, self.snapshot = tensors, snapshot
+    def __init__(self, tensors: Sequence[torch.Tensor], snapshot: GuardSnapshot, leaves: Sequence[Any]):
+        self.tensors, self.snapshot, self.leaves = tensors, snapshot, leaves
         self.made: dict[int, Any] = {}
 
     def tree(self, tree: Tree) -> Any:
@@ -126,6 +137,8 @@ class _Making:
             return self.tensors[part.number]
         if isinstance(part, Holder):
             return self.snapshot.holders[part.number]
+        if isinstance(part, HandedOn):
+            return self.leaves[part.number]
         return self.made[part.name] if part.name in self.made else self._copy(part)
 
     def _copy(self, part: Copy) -> Any:

@@ -23,6 +23,7 @@ ROOTS = ("", "arguments", "keywords", "hooks")  # of a call, as users would say
 REMEMBERED = 16  # keys of former recordings, with which a new one is compared
 INNER = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 OFTEN = 3  # values, each recorded
+TENSOR = 6  # parts of a guard snapshot that say what a tensor is: its class, shape and such
 
 
 PARTS = ("sizes, types or attributes", "arguments", "modes of torch", "switches of torch.backends",
@@ -96,6 +97,8 @@ def outside() -> int:
 def difference(new: GuardSnapshot, old: Sequence[Any]) -> tuple[str, int, int] | None:
     """The place in which alone a guard snapshot differs from the parts of another, and what each has there."""
     parts = new.parts
+    if _only_sizes(new, old):
+        return None
     least = min(len(parts), len(old))
     first = next((k for k in range(least) if parts[k] != old[k]), least)
     same = next((k for k in range(least - first) if parts[-1 - k] != old[-1 - k]), least - first)
@@ -103,10 +106,21 @@ def difference(new: GuardSnapshot, old: Sequence[Any]) -> tuple[str, int, int] |
     around = [s for s in new.spans if s[0] <= first and s[1] >= max(end, first + 1)]
     start, stop, trail = min(around, key=lambda s: s[1] - s[0], default=(0, 0, ()))
     kind = parts[start] if start < stop else None
-    if not trail or (isinstance(kind, type) and issubclass(kind, torch.Tensor)):
+    if not trail or _is_tensor(kind):
         return None  # sizes are another matter
     before = old[start : len(old) - (len(parts) - stop)]
     return words(trail), hash(tuple(before)), hash(tuple(parts[start:stop]))
+
+
+def _is_tensor(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, torch.Tensor)
+
+
+def _only_sizes(new: GuardSnapshot, old: Sequence[Any]) -> bool:
+    """Whether several tensors, an image and its target say, differ in their sizes and the like and nothing else."""
+    parts = new.parts
+    sizes = {k for a, b, _ in new.spans if _is_tensor(parts[a]) for k in range(a, min(a + TENSOR, b))}
+    return len(parts) == len(old) and all(k in sizes or parts[k] == old[k] for k in range(len(parts)))
 
 
 def words(trail: Sequence[str]) -> str:
