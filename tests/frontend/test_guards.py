@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
 from types import SimpleNamespace
 
@@ -133,6 +134,29 @@ def restore_globals():
     TABLE["gain"] = 1.0
     WEIGHT.fill_(1.0)
     Net.level = 1.0
+
+
+def test_functions_of_torchs_that_are_replaced(monkeypatch, recordings):
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Flatten(1, 2))
+    net.append(nn.Identity())
+    net[3].forward = lambda x: F.normalize(x, dim=1).sigmoid()  # type: ignore[method-assign]
+    tiled, image = fullframe.tile(net, tile=TILE), batch(11)[0].float()
+    for owner, name in ((F, "relu"), (F, "normalize"), (torch.Tensor, "sigmoid"), (torch, "conv2d")):
+        assert close(net(image), tiled(image), 1e-5)
+        with monkeypatch.context() as changed:
+            changed.setattr(owner, name, lambda x, *_, **__: x * 3)
+            assert close(net(image), tiled(image), 1e-5), name
+    assert close(net(image), tiled(image), 1e-5)
+    assert len(recordings) == 5
+
+
+def test_the_environment_of_a_function_that_reads_it(monkeypatch):
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1))
+    net[0].register_forward_hook(lambda m, i, o: o * float(os.environ.get("GAIN", 1)))
+    tiled, image = fullframe.tile(net, tile=TILE), batch(11)[0].float()
+    for gain in ("1", "2", "1"):
+        monkeypatch.setenv("GAIN", gain)
+        assert close(net(image), tiled(image), 1e-5)
 
 
 @pytest.mark.parametrize("change", CHANGES)

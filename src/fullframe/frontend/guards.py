@@ -12,8 +12,8 @@ Iterators and memory shared with other processes cannot be looked at without cha
 time: with one of them in reach every call is recorded anew. Generators of random numbers are listed,
 so that a recording that drew from one can be refused.
 
-Not seen: files, the environment, the clock, the insides of compiled extensions, globals that
-installed packages read, and what lies more than DEPTH objects away from a module.
+Not seen: files, the clock, the insides of compiled extensions, globals that installed packages read
+(other than torch's functions, `replaced`), and what lies more than DEPTH objects away from a module.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ from fullframe.frontend.fields import MISSING, Choice, Missing, Same, digest, fi
 from fullframe.frontend.names import (
     ANY_GLOBAL,
     BY_STRING,
+    environment,
     foreign,
     foreign_class,
     global_names,
     imported,
     installed,
     looked_up,
-)
+)  # fmt: skip
 
 # Tensors that a tiled step has put where its forward left them; True: PyTorch's would have a graph, these have none.
 # The next call's key has their shape and such apart (`GuardSnapshot.details`), for few recordings read them.
@@ -383,6 +384,7 @@ def _function(snapshot: GuardSnapshot, function: types.FunctionType, depth: int)
         space = function.__globals__
         names = global_names(code)
         snapshot.mentioned.update(names)
+        snapshot.parts += environment(names)
         own = tuple(n for n in names if n in looked_up(code)) if BY_STRING.isdisjoint(names) else names
         if not ANY_GLOBAL.isdisjoint(names):
             names += tuple(n for n in space if not n.startswith("__"))

@@ -16,6 +16,7 @@ from fullframe.frontend.fields import digest
 from fullframe.frontend.guards import GuardSnapshot
 from fullframe.frontend.opaque_leaves import value
 from fullframe.frontend.reads import EVERYTHING, Reads
+from fullframe.frontend.replaced import functions_version
 from fullframe.storage.external import Source, is_source, kind_of
 from fullframe.torch_compat import is_lazy, pytree
 
@@ -176,7 +177,10 @@ class Call:
     def key(self, reads: Reads = EVERYTHING) -> Any:
         """What a recording has read, after the call was looked at by the same ``reads``."""
         autocast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in DEVICES)
-        modes = (self.grad, autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
+        modes = (
+            self.grad, autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(),
+            functions_version(),
+        )  # fmt: skip
         tensors = self.tensors if reads.numbers else []
         numbers = tuple(_numbers(tensors[k]) if k < len(tensors) else None for k in reads.numbers)
         details = tuple(self.snapshot.details) if reads.details else None

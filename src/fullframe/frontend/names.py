@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import dis
 import functools
+import os
 import sys
 import sysconfig
 import types
+from collections.abc import Iterable
 from pathlib import Path
 
 INSTALLED = tuple({sysconfig.get_paths()[k] for k in ("purelib", "platlib", "stdlib", "platstdlib")})
 INSTALLED += (str(Path(__file__).parents[1]),)
 BY_STRING = frozenset(("getattr", "hasattr", "globals", "vars", "eval", "exec", "attrgetter", "__dict__"))
+ENVIRONMENT = frozenset(("environ", "getenv", "environb", "getenvb"))
 ANY_GLOBAL = frozenset(("globals", "eval", "exec"))
+
+
+def environment(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """The environment's variables, for code with these names if it may read them."""
+    return () if ENVIRONMENT.isdisjoint(names) else tuple(os.environ.items())
 
 
 def imported(name: str, package: str) -> types.ModuleType | None:
