@@ -493,9 +493,7 @@ def _visitor_for(kind: type) -> Visitor:
     for classes, visitor in families:
         if issubclass(kind, classes):
             return visitor
-    if kind.__module__.startswith(("torch._", "torch.fx")):
-        return _identity
-    if kind.__module__ == "numpy":
+    if kind.__module__ == "numpy" or kind.__module__.startswith(("torch._", "torch.fx")):
         return _identity
     passing = issubclass(kind, Iterator) and kind.__module__ in ("builtins", "itertools")
     return _volatile if passing or kind.__module__.startswith(SHARED) else _object
