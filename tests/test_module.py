@@ -694,4 +694,6 @@ def test_torch_compile_leaves_a_tiled_module_as_it_is():
     assert close(grads(net), grads(twin)) and {"sin", "cos"} <= set(compiled) and len(compiled) < 6, compiled
     assert close(torch.compile(tiled, backend=backend)(image), net(image))
     assert close(torch.compile(step, backend=backend)(image, labels), cross_entropy(net(image), labels))
+    step.compile(backend=backend)
+    assert close(step(image, labels), cross_entropy(net(image), labels))
     assert len(compiled) < 6, compiled

@@ -1,6 +1,7 @@
 """Released weights: a safetensors file that carries the shape of its network; public checkpoints are read too."""
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -135,7 +136,9 @@ def _read_public(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(ALLOWED):
             content = torch.load(path, map_location="cpu", weights_only=True)  # tensors and numbers, no pickled code
     except Exception as error:
-        raise DataError(f"{path}: neither safetensors nor a checkpoint of tensors") from error
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        more = "" if found is None else f": it holds {found[1]}, which might be code; save its state_dict alone"
+        raise DataError(f"{path}: neither safetensors nor a checkpoint of tensors{more}") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     # a training framework may have put a prefix before every name
     marker = "initial_convolution.conv.weight"

@@ -323,7 +323,7 @@ def _refuse_transforms(call: Call) -> None:
 _Bytes = int | str | None
 KEPT = 16  # recordings kept; the least recently used goes first
 SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_load_state_dict_post_hooks")
-OWN = frozenset(("training", *nn.Module().__dict__)) - frozenset(SHARED)
+OWN = frozenset(("training", "_compiled_call_impl", *nn.Module().__dict__)) - frozenset(SHARED)
 
 
 def _empty() -> dict[str, object]:

@@ -36,8 +36,10 @@ try:
     from torch._C import DisableTorchFunction as no_torch_function
     from torch._C import _autograd
     from torch._C import _disabled_torch_function_impl as disabled_torch_function
+    from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
     from torch._C._functorch import is_legacy_batchedtensor as is_batched
     from torch._C._functorch import peek_interpreter_stack as current_transform
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as without_transforms
     from torch._ops import OpOverload, OpOverloadPacket
     from torch._subclasses.fake_tensor import (
         DataDependentOutputException,
@@ -91,8 +93,10 @@ __all__ = [
     "dispatch_modes",
     "function_modes",
     "fx_traceback",
+    "get_unwrapped",
     "has_data_mutation",
     "is_batched",
+    "is_functorch_wrapped_tensor",
     "is_lazy",
     "linalg_check_errors",
     "make_fx",
@@ -106,6 +110,7 @@ __all__ = [
     "to_copy",
     "top_saved_hooks",
     "without_modes",
+    "without_transforms",
 ]
 
 _SWITCHES = ("_get_mkldnn_enabled", "_get_mkldnn_deterministic", "_get_nnpack_enabled", "_get_cudnn_enabled",

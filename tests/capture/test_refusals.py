@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import fullframe
 
@@ -47,6 +49,15 @@ def grown(s: Any, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def selected(s: Any, x: torch.Tensor) -> torch.Tensor:
+    def counted(y: torch.Tensor) -> torch.Tensor:
+        s.count.add_(1)
+        return s.conv(y)
+
+    kept = partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
+    return torch.utils.checkpoint.checkpoint(counted, x, use_reentrant=False, context_fn=kept)
+
+
 PLACE = r"block \(Block\)"
 # What the block does, and words of op, place and way out that the error must have.
 REFUSED: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
@@ -60,6 +71,8 @@ REFUSED: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "multinomial": (lambda s, x: x + x.abs().flatten(1).multinomial(1)[0], (PLACE, "aten.multinomial", "draw them with")),
     "generator": (lambda s, x: x + torch.rand_like(x, generator=torch.Generator()), (PLACE, "rand_like", "leave generator= out")),
     "strides": (lambda s, x: x[:, :1].as_strided((1, 1, 12, 11), (264, 132, 11, 1), 132) + x, (PLACE, "as_strided", "use slices")),
+    "linearize": (lambda s, x: torch.func.linearize(torch.tanh, s.conv(x))[1](x), ("traced inside", "torch.func.jvp")),
+    "selective": (selected, ("selective checkpoint", "leave context_fn= out")),
     "reentrant": (lambda s, x: torch.utils.checkpoint.checkpoint(s.conv, x, use_reentrant=True), ("checkpoint", "use_reentrant=False")),
     "kept": (kept, (PLACE, "features", "return it as an output")),
     "grown": (grown, ("block.count", "its final shape")),

@@ -12,7 +12,8 @@ they are part of the recording's key.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 
 from fullframe import torch_compat
 from fullframe.errors import CaptureError
-from fullframe.torch_compat import FunctionalTensor, without_modes
+from fullframe.torch_compat import FunctionalTensor, without_modes, without_transforms
 
 READERS = frozenset(
     ("item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "__complex__",
@@ -106,7 +107,7 @@ class ConstantTracker:
                     "meets. Compute what it needs of them outside the step and pass it in"
                 )
             return False
-        with without_modes():
+        with _apart():
             self._pair(source.placeholder, tensor.detach().clone(), frozenset((source.number,)))
         return True
 
@@ -133,7 +134,7 @@ class ConstantTracker:
 
     def _follow(self, func: Callable[..., Any], args: Any, kwargs: Any, made: Any) -> None:
         """Do the same to the twins."""
-        with without_modes():
+        with _apart():
             twin = func(*self._twin(args), **self._twin(kwargs))
             twin = list(twin) if isinstance(made, list) else twin
         origins = self._origins((args, kwargs))
@@ -153,7 +154,7 @@ class ConstantTracker:
 
     def _reading(self, name: str, args: Any, kwargs: Any) -> Any:
         self.read |= self._origins((args, kwargs))
-        with without_modes():
+        with _apart():
             # Of the twin's class: a tensor of a recording has a ``tolist`` of its own.
             found = getattr(self._twin(args[0]), name)(*self._twin(args[1:]), **self._twin(kwargs))
             if name in ("numpy", "__array__"):  # not the twin's own memory, which must not change unseen
@@ -163,7 +164,7 @@ class ConstantTracker:
 
     def _shaped(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self.read |= self._origins((args, kwargs))
-        with without_modes():
+        with _apart():
             twin = func(*self._twin(args), **self._twin(kwargs))
         return (
             type(twin)(self._constant(t) for t in twin) if isinstance(twin, (list, tuple)) else self._constant(twin)
@@ -235,6 +236,13 @@ class ConstantTracker:
         elif isinstance(thing, (list, tuple, dict)):
             for x in thing.values() if isinstance(thing, dict) else thing:
                 self.forget(x)
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Inside, twins are computed with: neither recorded, nor taken for tensors of one of torch.func's transforms."""
+    with without_modes(), without_transforms():
+        yield
 
 
 def _name(func: Callable[..., Any]) -> str:

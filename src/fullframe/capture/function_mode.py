@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fullframe import torch_compat
 from fullframe.capture.conditions import location, recorded
 from fullframe.capture.constants import INDEXING, MAKERS, READERS, BufferSource, ConstantTracker
 from fullframe.capture.rng_state import States
@@ -171,7 +172,7 @@ class CaptureMode(TorchFunctionMode):
                 self.met = True
                 return held
             self.strangers = True
-            recorded = found is not None or isinstance(thing, (FunctionalTensor, FakeTensor))
+            recorded = found is not None or isinstance(_inner(thing), (FunctionalTensor, FakeTensor))
             if not recorded:
                 self._judge(thing, name)
             elif name in ("numpy", "__array__"):
@@ -290,6 +291,13 @@ class CaptureMode(TorchFunctionMode):
         while self.stack and self.stack.pop() != id(module):
             pass  # modules whose forward failed and was caught
         self._at(self.names.get(self.stack[-1], "") if self.stack else "")
+
+
+def _inner(tensor: torch.Tensor) -> torch.Tensor:
+    """What a tensor of torch.func's transforms stands for."""
+    while torch_compat.is_functorch_wrapped_tensor(tensor):
+        tensor = torch_compat.get_unwrapped(tensor)
+    return tensor
 
 
 def _path(name: str, module: nn.Module) -> str:

@@ -382,6 +382,12 @@ def record(recording: Recording) -> torch.fx.GraphModule:
                 "cannot be recorded; use use_reentrant=False, or no checkpoint: a tiled step stores what fits its "
                 "budget"
             ) from error
+        if "selective activation checkpoint" in str(error):
+            raise CaptureError(
+                f"in {recording.capture_mode.current or 'the step'}, a selective checkpoint (context_fn=) meets a "
+                "buffer that the step changes, which cannot be recorded; leave context_fn= out, or the checkpoint: a "
+                "tiled step stores what fits its budget"
+            ) from error
         if "already associated to a python object" in str(error):
             raise CaptureError(
                 f"in {recording.capture_mode.current or 'the step'}, a tensor of a subclass is made by calling the "

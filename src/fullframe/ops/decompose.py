@@ -37,6 +37,13 @@ def decompose_graph(
             if not isinstance(tensor, torch.Tensor):  # a generator
                 made[node] = tensor
                 continue
+            if isinstance(tensor, (torch_compat.FakeTensor, torch_compat.FunctionalTensor)):
+                path = node.meta.get("custom", {}).get("path", "")
+                raise CaptureError(
+                    f"in {path or 'the step'}, a function that was traced inside "
+                    "of the step (torch.func.linearize does so) keeps a tensor of it as a constant, which has no "
+                    "numbers while it is recorded; use torch.func.jvp, or the function itself"
+                )
             made[node] = builder.value(tensor.shape, tensor.dtype, f"constant.{node.target}")
             # What lies in memory of NumPy's may be written without torch knowing.
             constants[made[node]] = tensor if tensor.untyped_storage().resizable() else tensor.clone()
