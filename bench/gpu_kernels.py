@@ -99,7 +99,7 @@ def main() -> None:
                         for action in (
                             lambda other=other, window=window: other.copy_(window),
                             lambda made=made, o=operands, r=outputs: made.run(o, r),
-                            lambda group=group, o=operands, r=outputs: kernel.plain(group).run(o, r),
+                            lambda group=group, o=operands, r=outputs: kernel.Plain(group).run(o, r),
                         )
                     )
                     why = "" if made.compiled else f"  (not compiled: {made.reason})"

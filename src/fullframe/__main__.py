@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import sys
@@ -12,7 +11,7 @@ import torch
 
 import fullframe
 from fullframe import torch_compat
-from fullframe.budget import host_bytes
+from fullframe.budget import host_bytes, host_cores
 from fullframe.codegen.toolchain import cxx
 from fullframe.storage.unnamed_file import disk_folder
 
@@ -27,7 +26,7 @@ def facts() -> dict[str, str]:
         "compiler": cxx.described(),
         "kernels in": str(cxx.directory()),
         "missing in torch": ", ".join(torch_compat.missing()) or "nothing",
-        "threads": f"{torch.get_num_threads()} of torch, {_cores()} cores for this process",
+        "threads": f"{torch.get_num_threads()} of torch, {host_cores()} cores for this process",
         "memory": f"{host_bytes() / 1e9:.2f} GB free, with what the container's limits leave; {_limits()}",
         "maps on disk": _disk(),
         "CUDA devices": ", ".join(map(_device, range(torch.cuda.device_count()))) or "none",
@@ -41,10 +40,6 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _limits() -> str:

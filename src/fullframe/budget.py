@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -96,3 +97,8 @@ def _numbers(path: Path) -> dict[str, int]:
     """Names and numbers, one of each a line."""
     fields = (line.split() for line in _lines(path))
     return {f[0]: int(f[1]) for f in fields if len(f) > 1 and f[1].isdecimal()}
+
+
+def host_cores() -> int:
+    """Those that this process may run on, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from fullframe.autograd import Kept, LostGraph, TiledFunction, fresh_leaf, revive, run_forward
-from fullframe.budget import parse_bytes
+from fullframe.budget import host_cores, parse_bytes
 from fullframe.capture.ambient import refuse_modes, uncompiled
 from fullframe.capture.conditions import Diverged
 from fullframe.capture.subclasses import with_class
@@ -440,7 +440,7 @@ def _threads(workers: int | None) -> int:
         raise TypeError(f"workers={workers!r} must be a whole number of threads")
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers} must be positive; leave it out for one per core")
-    return workers or _cores()
+    return workers or host_cores()
 
 
 def _disk(
@@ -472,8 +472,3 @@ def _extents(tile: Any) -> int | tuple[int, ...] | None:
 def _whole(number: object) -> bool:
     """Whether this is a whole number, of NumPy's say, and no switch."""
     return hasattr(type(number), "__index__") and not isinstance(number, (bool, torch.Tensor))
-
-
-def _cores() -> int:
-    """Those that this process may run on, where the system says so."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -155,7 +155,7 @@ def test_in_place(make: Make, place: torch.device) -> None:
     for shape in ((1, 16, 5, 40), (2, 3, 4, 5), (1, 17, 3, 9), (1, 4, 1, 1)):
         operands = moved(base.affine_operands(shape, F32), place)
         expected = [torch.empty_like(operands[0]) for _ in range(2)]
-        theirs = kernels.plain(made.group).run(operands, expected)
+        theirs = kernels.Plain(made.group).run(operands, expected)
         ours = made.run(operands, [operands[0], torch.empty_like(operands[0])])
         assert torch.equal(operands[0], expected[0]) and torch.equal(ours[0], theirs[0])
 
@@ -180,7 +180,7 @@ def test_a_call_knows_its_layout_only(make: Make, place: torch.device) -> None:
     assert made.call(second, outputs) is call and isinstance(call, Call)
     (total,) = call([t.data_ptr() for t in (*second, *outputs)])
     expected = [torch.empty_like(o) for o in outputs]
-    (theirs,) = kernels.plain(made.group).run(second, expected)
+    (theirs,) = kernels.Plain(made.group).run(second, expected)
     assert torch.equal(total, theirs) and torch.equal(outputs[0], expected[0])
 
 
@@ -198,7 +198,7 @@ def test_moments_are_accurate(make: Make, place: torch.device, dtype: torch.dtyp
             x = exact.to(dtype).to(place)
             for layout in (torch.channels_last, torch.contiguous_format):
                 ours = made.run([x.contiguous(memory_format=layout)])
-                theirs = kernels.plain(made.group).run([x])
+                theirs = kernels.Plain(made.group).run([x])
                 assert torch.equal(ours[0][0], theirs[0][0])
                 torch.testing.assert_close(ours[0], theirs[0], rtol=1e-9, atol=1e-12)
                 torch.testing.assert_close(ours[1], theirs[1], rtol=1e-11, atol=1e-9)
@@ -243,7 +243,7 @@ def check_calls(made: DeviceKernel | Plain, place: torch.device, chunk: int, dty
     operands = [base.window(shape, BOOL if "mask" in n else dtype, base.INPUTS.index(n)).to(place) for n in names]
     ours, theirs = (moved(base.empty_like_outputs(made.group, shape), place) for _ in range(2))
     made.run(operands, ours)
-    kernels.plain(made.group).run(operands, theirs)
+    kernels.Plain(made.group).run(operands, theirs)
     special = torch.tensor(base.SPECIAL, dtype=dtype, device=place)
     corner = torch.stack([torch.isin(x, special) | ~x.isfinite() for x in operands if x.dtype == dtype]).any(0)
     for call, a, b in zip(calls, ours, theirs, strict=True):
@@ -292,7 +292,7 @@ def test_types_promote_as_in_aten(make: Make, place: torch.device, axes: bool, l
     made = make(Group(2, operands, tuple(nodes), tuple(Ref(len(operands) + i) for i in range(len(nodes)))))
     ours, theirs = (moved(base.empty_like_outputs(made.group, (3, 40)), place) for _ in range(2))
     made.run(tensors, ours)
-    kernels.plain(made.group).run(tensors, theirs)
+    kernels.Plain(made.group).run(tensors, theirs)
     for node, a, b in zip(nodes, ours, theirs, strict=True):
         base.assert_close(a, b, node, ulps=0 if place == EMULATED else 2)
 
@@ -312,7 +312,7 @@ def test_casts_round_where_pytorch_rounds(make: Make, place: torch.device) -> No
     x[0, :3] = torch.tensor([-1, 0x7FFFFFFF, 0x7F800000], dtype=torch.int32).view(F32)
     ours, theirs = (moved(base.empty_like_outputs(made.group, (64, 100)), place) for _ in range(2))
     made.run(moved([x], place), ours)
-    kernels.plain(made.group).run(moved([x], place), theirs)
+    kernels.Plain(made.group).run(moved([x], place), theirs)
     for a, b in zip(ours, theirs, strict=True):
         base.assert_close(a, b, "cast", ulps=0)
 
@@ -368,7 +368,7 @@ def test_tensors_elsewhere_are_refused() -> None:
     with pytest.raises(ValueError, match="for CUDA devices"):
         DeviceKernel(base.affine(F32)).run(operands, outputs)
     with pytest.raises(ValueError, match="on meta"):
-        kernels.plain(base.affine(F32)).run(operands, [o.to("meta") for o in outputs])
+        kernels.Plain(base.affine(F32)).run(operands, [o.to("meta") for o in outputs])
 
 
 # ---- what needs one -----------------------------------------------------------------------------------------
@@ -412,7 +412,7 @@ def test_streams() -> None:
         partials = made.run([late, *operands[1:]], outputs)
     stream.synchronize()
     expected = [torch.empty_like(late) for _ in range(2)]
-    theirs = kernels.plain(made.group).run(operands, expected)
+    theirs = kernels.Plain(made.group).run(operands, expected)
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
     assert torch.equal(partials[0], theirs[0])
 

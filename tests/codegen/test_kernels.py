@@ -203,7 +203,7 @@ def test_every_call_gives_what_aten_gives(every_call: Any, chunk: int, dtype: to
     operands = [window(shape, BOOL if "mask" in name else dtype, INPUTS.index(name)) for name in names]
     ours, theirs = (empty_like_outputs(made.group, shape) for _ in range(2))
     made.run(operands, ours)
-    kernels.plain(made.group).run(operands, theirs)
+    kernels.Plain(made.group).run(operands, theirs)
     for call, a, b in zip(CHUNKS[chunk], ours, theirs, strict=True):
         gradient = operands[0] if "backward" in call[0] else None
         assert_close(a, b, call, ulps=8 if gradient is None else 64, gradient=gradient)
@@ -256,7 +256,7 @@ def test_types_promote_as_in_aten(axes: bool) -> None:
         assert made.compiled, made.reason
         ours, theirs = (empty_like_outputs(made.group, (3, 40)) for _ in range(2))
         made.run(operands, ours)
-        kernels.plain(made.group).run(operands, theirs)
+        kernels.Plain(made.group).run(operands, theirs)
         for node, a, b in zip(made.group.nodes, ours, theirs, strict=True):
             assert_close(a, b, (node, made.group.operands), ulps=0)
 
@@ -275,7 +275,7 @@ def test_casts_round_where_pytorch_rounds() -> None:
     x[0, :2] = torch.tensor([-1, 0x7FFFFFFF], dtype=torch.int32).view(F32)  # NaNs whose low bits are all set
     ours, theirs = (empty_like_outputs(group, (64, 100)) for _ in range(2))
     compiled(group).run([x], ours)
-    kernels.plain(group).run([x], theirs)
+    kernels.Plain(group).run([x], theirs)
     for a, b in zip(ours, theirs, strict=True):
         assert_close(a, b, "cast", ulps=0)
 
@@ -326,7 +326,7 @@ MOMENTS = tuple(Reduction(Ref(7), "moments", axes) for axes in ((0, 2, 3), (2, 3
 
 def check_affine(made: Any, operands: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
     expected = [o.clone() for o in outputs]
-    theirs = kernels.plain(made.group).run(operands, expected)
+    theirs = kernels.Plain(made.group).run(operands, expected)
     ours = made.run(operands, outputs)
     for a, b in zip(outputs, expected, strict=True):
         assert torch.equal(a, b)
@@ -428,7 +428,7 @@ def test_in_place() -> None:
     for shape in ((1, 16, 5, 40), (2, 3, 4, 5), (1, 17, 3, 9)):
         operands = affine_operands(shape, F32)
         expected = [torch.empty_like(operands[0]) for _ in range(2)]
-        theirs = kernels.plain(made.group).run(operands, expected)
+        theirs = kernels.Plain(made.group).run(operands, expected)
         ours = made.run(operands, [operands[0], torch.empty_like(operands[0])])
         assert torch.equal(operands[0], expected[0]) and torch.equal(ours[0], theirs[0])
 
@@ -483,7 +483,7 @@ def test_moments_are_accurate(dtype: torch.dtype) -> None:
             x = exact.to(dtype)
             for layout in (torch.channels_last, torch.contiguous_format):
                 ours = made.run([x.contiguous(memory_format=layout)])
-                theirs = kernels.plain(made.group).run([x])
+                theirs = kernels.Plain(made.group).run([x])
                 assert torch.equal(ours[0][0], theirs[0][0])
                 count, spread = theirs[0][0], theirs[0][2]
                 off = (ours[0] - theirs[0]).abs()

@@ -63,10 +63,7 @@ def _body(group: Group) -> list[str]:
         parameters.append(f"const {form.stored} *{'__restrict ' * fixed}x{i}, int64_t t{i}")
         place = "g + j" if fixed else f"k * t{i} + g + j"
         loads.append(f"const {form.held} v{i} = {form.load(f'x{i}[{place}]')};")
-    dimensioned = group.dimensioned()
-    for name, node in zip(names[len(group.operands) :], group.nodes, strict=True):
-        held = table.FORMATS[node.dtype].held
-        loads.append(f"const {held} {name} = {table.write(group, node, names, dimensioned)};")
+    loads += table.definitions(group, names)
     for i, ref in enumerate(group.outputs):
         form = table.FORMATS[group.dtype(ref)]
         parameters.append(f"{form.stored} *y{i}, int64_t u{i}")

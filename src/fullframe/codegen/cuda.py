@@ -108,10 +108,7 @@ def _column(group: Group) -> list[str]:
         form = table.FORMATS[operand.dtype]
         element = f"x{i}" if _single(operand) else f"x{i}{'' if _settled(group, operand) else '[u]'}.lane[j]"
         lines.append(f"const {form.held} v{i} = {form.load(element)};")
-    dimensioned = group.dimensioned()
-    for name, node in zip(names[len(group.operands) :], group.nodes, strict=True):
-        held = table.FORMATS[node.dtype].held
-        lines.append(f"const {held} {name} = {table.write(group, node, names, dimensioned)};")
+    lines += table.definitions(group, names)
     for i, ref in enumerate(group.outputs):
         form, t = table.FORMATS[group.dtype(ref)], len(group.operands) + i
         begins.append(f"Lanes<{form.stored}, V> y{i};")

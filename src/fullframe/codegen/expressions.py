@@ -7,7 +7,7 @@ comparison that to which PyTorch promotes the arguments. bfloat16 is computed in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -108,20 +108,15 @@ def _rounded(call: Call, value: str) -> str:
     return FORMATS[call.type].round(value)
 
 
-def _clamp(call: Call) -> str:
-    value = call.expressions["self"]
-    for name, function in (("min", "clamp_low"), ("max", "clamp_high")):
-        if call.arguments.get(name) is not None:
-            value = f"{function}({value}, {call.expressions[name]})"
-    return value
+def _clamp(low: str, high: str) -> Callable[[Call], str]:
+    def limited(call: Call) -> str:
+        value = call.expressions["self"]
+        for name, function in (("min", low), ("max", high)):
+            if call.arguments.get(name) is not None:
+                value = f"{function}({value}, {call.expressions[name]})"
+        return value
 
-
-def _clamp_tensor(call: Call) -> str:
-    value = call.expressions["self"]
-    for name, function in (("min", "m_max"), ("max", "m_min")):
-        if call.arguments.get(name) is not None:
-            value = f"{function}({value}, {call.expressions[name]})"
-    return value
+    return limited
 
 
 def _by_approximation(exact: str, tanh: str) -> Callable[[Call], str]:
@@ -174,12 +169,12 @@ _RULES: dict[str, Rule] = {
     "where.Scalar": _CHOICE,
     "masked_fill.Scalar": Rule("{mask} ? {value} : {self}", exact=True, narrow=True),
     "masked_fill.Tensor": Rule("{mask} ? {value} : {self}", exact=True, narrow=True),
-    "clamp.default": Rule(_clamp, exact=True, narrow=True),
-    "clamp.Tensor": Rule(_clamp_tensor, exact=True, narrow=True),
-    "clamp_min.default": Rule(_clamp, exact=True, narrow=True),
-    "clamp_max.default": Rule(_clamp, exact=True, narrow=True),
-    "clamp_min.Tensor": Rule(_clamp_tensor, exact=True, narrow=True),
-    "clamp_max.Tensor": Rule(_clamp_tensor, exact=True, narrow=True),
+    "clamp.default": Rule(_clamp("clamp_low", "clamp_high"), exact=True, narrow=True),
+    "clamp.Tensor": Rule(_clamp("m_max", "m_min"), exact=True, narrow=True),
+    "clamp_min.default": Rule(_clamp("clamp_low", "clamp_high"), exact=True, narrow=True),
+    "clamp_max.default": Rule(_clamp("clamp_low", "clamp_high"), exact=True, narrow=True),
+    "clamp_min.Tensor": Rule(_clamp("m_max", "m_min"), exact=True, narrow=True),
+    "clamp_max.Tensor": Rule(_clamp("m_max", "m_min"), exact=True, narrow=True),
     "maximum.default": Rule("m_max({self}, {other})", exact=True, narrow=True),
     "minimum.default": Rule("m_min({self}, {other})", exact=True, narrow=True),
     "isnan.default": Rule("{self} != {self}", types="promoted", exact=True),
@@ -349,3 +344,10 @@ def write(group: Group, node: Node, names: list[str], dimensioned: list[bool]) -
     if rule.exact:
         return f"({result.held})({text})"
     return result.round(f"({result.held})({text})", any_nan=wide)
+
+
+def definitions(group: Group, names: list[str]) -> Iterator[str]:
+    """The C++ statements that make the nodes of a group, whose values have these names."""
+    dimensioned = group.dimensioned()
+    for name, node in zip(names[len(group.operands) :], group.nodes, strict=True):
+        yield f"const {FORMATS[node.dtype].held} {name} = {write(group, node, names, dimensioned)};"

@@ -26,14 +26,12 @@ _REMEMBERED = 256  # geometries per kernel: a plan has few classes of tiles
 class Plain:
     """A group run by ATen, one call after the other: the reference, and what runs without a compiler."""
 
+    compiled = False
+    """`reason` says why."""
+
     def __init__(self, group: Group, reason: str = "asked for") -> None:
         self.group = group
         self.reason = reason
-
-    @property
-    def compiled(self) -> bool:
-        """False: ATen runs it; `reason` says why."""
-        return False
 
     def run(self, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
         """As `Kernel.run`. Raises ValueError, too, when a node's dtype is not what PyTorch gives."""
@@ -133,17 +131,12 @@ class HostCall(Call):
 class Kernel:
     """A group compiled for this processor. Threads may run it at the same time; it survives fork."""
 
-    reason = ""
+    compiled, reason = True, ""
 
     def __init__(self, group: Group, function: Callable[..., int]) -> None:
         self.group = group
         self._function = function
         self._calls: dict[tuple[object, ...], HostCall] = {}
-
-    @property
-    def compiled(self) -> bool:
-        """True: machine code runs it."""
-        return True
 
     def call(self, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor] = (),
              lies: Sequence[tuple[int, ...]] | None = None) -> HostCall:  # fmt: skip
@@ -182,11 +175,6 @@ class Kernel:
             MemoryError: no memory for a few kilobytes of scratch.
         """
         return self.call(operands, outputs)([t.data_ptr() for t in (*operands, *outputs)])
-
-
-def plain(group: Group) -> Plain:
-    """The group through ATen."""
-    return Plain(group)
 
 
 def build(group: Group, *, compile: bool = True, device: torch.device = CPU) -> Kernel | DeviceKernel | Plain:

@@ -115,9 +115,7 @@ def whole_call(
         failed = error
     found = agree(domain, described, failed)
     assert call is not None
-    bounds = (
-        [_bounds(domain, call, k, [d[k] for d in found]) for k in range(len(described))] if _counts(found) else []
-    )
+    bounds = [_bounds(domain, k, [d[k] for d in found]) for k in range(len(described))] if _counts(found) else []
     made = []
     for d, b in zip(described, bounds, strict=True):
         shape = (
@@ -189,7 +187,7 @@ def _counts(found: Sequence[list[Described]]) -> bool:
     return True
 
 
-def _bounds(domain: Domain, call: Call, k: int, shards: Sequence[Described]) -> Bounds | None:
+def _bounds(domain: Domain, k: int, shards: Sequence[Described]) -> Bounds | None:
     """Where the shard of each rank begins, and the end; None for a tensor that each has in full."""
     for rank, other in enumerate(shards):
         if not shards[0].alike(other):

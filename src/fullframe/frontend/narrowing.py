@@ -73,11 +73,11 @@ def reorder(graph: Graph, order: list[int]) -> None:
 
 def _effect(effect: SideEffect, old: GuardSnapshot, new: GuardSnapshot, numbers: dict[int, int]) -> SideEffect:
     kind, number, name = effect.source
-    source = kind, _position(kind, number, name, old, new), name
+    source = kind, _position(kind, number, old, new), name
     return SideEffect(source, _recipe(effect.key, old, new, numbers), _recipe(effect.recipe, old, new, numbers))
 
 
-def _position(kind: str, number: int, name: str, old: GuardSnapshot, new: GuardSnapshot) -> int:
+def _position(kind: str, number: int, old: GuardSnapshot, new: GuardSnapshot) -> int:
     """Where the new snapshot has what the old one has at this position."""
     if kind == "container":
         thing: Any = old.containers[number]

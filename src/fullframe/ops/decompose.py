@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from fullframe import torch_compat
 from fullframe.capture.trace import own_generator
 from fullframe.errors import CaptureError
 from fullframe.ir.graph import Graph, GraphSignature, Value, live_ops, verify
+from fullframe.ops.builder.arguments import members
 from fullframe.ops.builder.builder import Builder
 from fullframe.ops.builder.registry import DECOMPOSITIONS
 
@@ -86,7 +87,7 @@ def _decompose_call(builder: Builder, node: Node, made: dict[Node, Any]) -> Any:
     builder.meta = [(tuple(m.shape), m.dtype) if isinstance(m, torch.Tensor) else None for m in metas]
     builder.path = node.meta.get("custom", {}).get("path", "")
     builder.follow(node.meta.get("custom", {}).get("state", builder.state))
-    builder.layouts = [_layout(n) for n in _nodes((*node.args, *node.kwargs.values()))]
+    builder.layouts = [_layout(n) for n in members((*node.args, *node.kwargs.values()), Node)]
     if isinstance(kwargs.get("generator"), torch.Generator):
         raise own_generator(builder.path, builder.target)
     if all(m is not None and 0 in m[0] for m in builder.meta):  # nothing to compute
@@ -119,15 +120,6 @@ def _refuse_misshapen(builder: Builder, result: Any) -> None:
 def _computes(node: Node) -> bool:
     """Whether a call is more than another name of a tensor."""
     return str(node.target) not in ("aten.detach.default", "aten.alias.default")
-
-
-def _nodes(arg: Any) -> Iterator[Node]:
-    """The nodes among a call's arguments, in their order."""
-    if isinstance(arg, Node):
-        yield arg
-    elif isinstance(arg, (list, tuple)):
-        for a in arg:
-            yield from _nodes(a)
 
 
 def _layout(node: Node) -> tuple[tuple[int, ...], int] | None:

@@ -162,7 +162,7 @@ def _can_join(state: Grouping, k: int, value: Value, ops: set[Op], loads: set[Va
             # (complete only at its end) nor for what is expensive to recompute on a halo.
             if saved.maker[read] in saved.reducing or not tiled(read, saved.tile_axes) or read in saved.pinned:
                 return False
-            if saved.maker[read].rule.heavy and not _aligned(saved, value, read, ops):
+            if saved.maker[read].rule.heavy and not _aligned(ops):
                 return False
         elif state.drafts[owner].before >> k & 1:
             return False
@@ -186,8 +186,8 @@ def _shares_maps(saved: SavedValues, draft: _Draft, loads: set[Value]) -> bool:
     return not maps or 2 * at_hand >= sum(v.nbytes for v in maps)
 
 
-def _aligned(saved: SavedValues, value: Value, read: Value, ops: set[Op]) -> bool:
-    """Whether the slice reads only a tile's own region of ``read``."""
+def _aligned(ops: set[Op]) -> bool:
+    """Whether a slice of these ops reads only a tile's own region of what it loads."""
     return all(op.rule.kind in ("pointwise", "reduce") and not op.rule.heavy for op in ops)
 
 

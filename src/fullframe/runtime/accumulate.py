@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Protocol
 
 import torch
 
 from fullframe.ir import region as box
-from fullframe.ir.graph import Op, reduction_of
+from fullframe.ir.graph import Op, Value, reduction_of
 from fullframe.ir.region import Region
 from fullframe.runtime.tasks import Partials
 
@@ -26,6 +27,18 @@ Place = tuple[bool, int, int]
 Node = dict[tuple[Op, Region | None], torch.Tensor]
 """Sums by op and the part of its output that they are of, which is None for all of it."""
 RUN, SMALL = 32, 1023  # tiles, and numbers of each: together too few for ATen to split among threads
+
+
+class Running(Protocol):
+    """A run of a plan, as it is needed by what drives it."""
+
+    values: dict[Value, torch.Tensor]
+
+    def threads(self, count: int) -> None: ...
+    def begin(self, number: int) -> Sums: ...
+    def make(self, number: int, k: int) -> Partials: ...
+    def end(self, number: int, sums: Sums) -> None: ...
+    def free(self, number: int) -> None: ...
 
 
 class Sums:

@@ -20,10 +20,10 @@ import torch
 from fullframe.distributed.exchange import Swap, agree, rounded, told
 from fullframe.distributed.mesh import Domain
 from fullframe.ir import region as box
-from fullframe.ir.graph import Op, Value
+from fullframe.ir.graph import Op
 from fullframe.ir.region import Region
-from fullframe.runtime.accumulate import Node, Place, Sums, widened
-from fullframe.runtime.tasks import Partials, part_in, place_of, tiles_of
+from fullframe.runtime.accumulate import Node, Place, Running, Sums, widened
+from fullframe.runtime.tasks import part_in, place_of, tiles_of
 from fullframe.runtime.workers import pool
 from fullframe.schedule.plan import Plan, Stage
 from fullframe.schedule.split import Exchange, Piece
@@ -33,18 +33,11 @@ Meeting = tuple[str, int]
 """Where all ranks meet: for ``rows`` before a stage, for its ``sums`` after it, or to ``close`` after so many."""
 
 
-class Together(Protocol):
+class Together(Running, Protocol):
     """A run of a plan, as it is needed here."""
 
     plan: Plan
-    values: dict[Value, torch.Tensor]
     device: torch.device
-
-    def threads(self, count: int) -> None: ...
-    def begin(self, number: int) -> Sums: ...
-    def make(self, number: int, k: int) -> Partials: ...
-    def end(self, number: int, sums: Sums) -> None: ...
-    def free(self, number: int) -> None: ...
 
 
 class Part(NamedTuple):

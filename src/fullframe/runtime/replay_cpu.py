@@ -18,7 +18,7 @@ from fullframe.bytecode.recorder import Recorder
 from fullframe.bytecode.scheduler import BoundBytecode, NativeScheduler, NativeStage, NativeStages
 from fullframe.device import CPU
 from fullframe.ir.graph import Value
-from fullframe.runtime.accumulate import Sums
+from fullframe.runtime.accumulate import Running, Sums
 from fullframe.runtime.tasks import Partials, place_of
 from fullframe.runtime.tile import Memory, Recorded, Tile, Tiles
 from fullframe.schedule.dependencies import Dependencies
@@ -28,21 +28,15 @@ from fullframe.storage.arena import Arena, empty_output, shaped
 SMALL = 1 << 16  # bytes of an untiled value that has its place from the beginning, beside all others
 
 
-class Replayable(Protocol):
+class Replayable(Running, Protocol):
     """A run of a plan, as a schedule needs it."""
 
-    values: dict[Value, torch.Tensor]
     arena: Arena
 
     @property
     def memory(self) -> Memory: ...
 
-    def threads(self, count: int) -> None: ...
-    def begin(self, number: int) -> Sums: ...
-    def make(self, number: int, k: int) -> Partials: ...
     def tile(self, number: int, k: int) -> Tile: ...
-    def end(self, number: int, sums: Sums) -> None: ...
-    def free(self, number: int) -> None: ...
     def poll(self) -> None: ...
     def allocate(self, value: Value) -> torch.Tensor: ...
 

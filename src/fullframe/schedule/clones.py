@@ -169,7 +169,7 @@ def _rematerialize(draft: Draft, value: Value, at: int, recompute: Recompute) ->
     draft.sizes[clone] = draft.sizes[value]
     base = next((v for v, clones in draft.versions.items() if value in clones), value)
     draft.versions.setdefault(base, []).append(clone)
-    ops = _renamed(draft, recompute, base)
+    ops = _renamed(draft, recompute)
     made = {replace(op, output=clone) if op.output in (base, value) else op for op in ops}
     for op in made:
         draft.order.setdefault(op, draft.order[original] if op.output is clone else draft.order.get(op, 0))
@@ -184,7 +184,7 @@ def _rematerialize(draft: Draft, value: Value, at: int, recompute: Recompute) ->
         draft.early += 1
 
 
-def _renamed(draft: Draft, recompute: Recompute, base: Value) -> list[Op]:
+def _renamed(draft: Draft, recompute: Recompute) -> list[Op]:
     """The ops of a slice, reading the versions that the slice loads."""
     names: dict[Value, Value] = {}
     for load in recompute.loads:

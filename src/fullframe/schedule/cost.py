@@ -7,7 +7,7 @@ another reads, along each tile axis: a straight line, measured on two parts of d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -256,7 +256,7 @@ def merged(stages: Sequence[Stage], nodes: Nodes, early: int) -> list[Stage]:
     for j, stage in enumerate(stages):
         if not _movable(stage, nodes):
             continue
-        since = max((home[k] for k in _bits(reads[j])), default=-1)
+        since = max((home[k] for k in bits_of(reads[j])), default=-1)
         best, at = 0.5 * _work(nodes, made[j]), -1
         for k in range(max(since + 1, early if j >= early else 0), j):
             if not found[k].cut or found[k].axes != stage.axes or not (found[k].wanted or found[k].offers):
@@ -295,7 +295,8 @@ def _closure(wanted: Iterable[int], above: Sequence[int], always: int) -> tuple[
     return mask, read
 
 
-def _bits(mask: int) -> Iterable[int]:
+def bits_of(mask: int) -> Iterator[int]:
+    """The numbers of the bits that are set, the highest first."""
     while mask:
         k = mask.bit_length() - 1
         yield k
@@ -303,7 +304,7 @@ def _bits(mask: int) -> Iterable[int]:
 
 
 def _work(nodes: Nodes, mask: int) -> float:
-    return sum(nodes.heavy[k] for k in _bits(mask))
+    return sum(nodes.heavy[k] for k in bits_of(mask))
 
 
 def _movable(stage: Stage, nodes: Nodes) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from fullframe.ir.graph import Value
 from fullframe.partition.sections import Section
@@ -31,11 +32,7 @@ class Lifetimes:
             size = sizes.get(value, 0)
             change[start] += size
             change[self.last[value] + 1] -= size
-        total, used = 0, []
-        for k in range(stages):
-            total += change[k]
-            used.append(total)
-        return used
+        return list(accumulate(change[:stages]))
 
     def lingering(self, stages: int, sizes: dict[Value, int], by: int) -> Lifetimes:
         """With values of these sizes alive for up to so many stages more, where the peak allows it."""

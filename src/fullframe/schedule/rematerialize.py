@@ -12,9 +12,9 @@ from fullframe.ir.graph import Graph, Op, Value
 from fullframe.partition.sections import Section
 from fullframe.partition.tile_axes import tiled
 from fullframe.schedule.clones import Draft
-from fullframe.schedule.cost import Nodes, Stage, merged, more_to_store, nodes_of, stages_of
+from fullframe.schedule.cost import Nodes, Stage, bits_of, merged, more_to_store, nodes_of, stages_of
 from fullframe.schedule.memory import rounded
-from fullframe.schedule.search import Search, bits_of
+from fullframe.schedule.search import Search
 
 SMALL = 1 << 16  # bytes of an untiled value that are not worth counting
 

@@ -15,18 +15,10 @@ from heapq import heapify, heappop, heappush
 from itertools import accumulate, pairwise
 from math import inf
 
-from fullframe.schedule.cost import BYTE, Nodes, Stage
+from fullframe.schedule.cost import BYTE, Nodes, Stage, bits_of
 
 FLAT = 2  # expensive ops of a stage that is still best walked in strips
 LARGEST = 8  # times the window of a tile: none of what is made again on its way may be larger
-
-
-def bits_of(mask: int) -> Iterator[int]:
-    """The numbers of the bits that are set, the highest first."""
-    while mask:
-        k = mask.bit_length() - 1
-        yield k
-        mask ^= 1 << k
 
 
 @dataclass(frozen=True)
@@ -278,11 +270,7 @@ class Search:
         for k in bits_of(self.large):
             change[self.home[k]] += nodes.size[k]
             change[max(last.get(k, 0), self.home[k]) + 1] -= nodes.size[k]
-        used, total = [], 0
-        for t in range(count):
-            total += change[t]
-            used.append(total)
-        return used
+        return list(accumulate(change[:count]))
 
     def clear(self, k: int, x: int, y: int) -> None:
         """No longer store a node from stage x to stage y."""

@@ -14,24 +14,37 @@ from fullframe.ir.region import Region
 from fullframe.storage.protocol import Slot
 
 
-class Arena:
-    """A `Store` whose maps are tensors, which ops read and kernels write in place; ``block`` is all of its bytes."""
+class Block:
+    """What stores have in common whose ``block`` of memory is all of their bytes: a map is there as long as that."""
 
     spare = 0
 
-    def __init__(self, nbytes: int, device: torch.device):
+    def __init__(self, nbytes: int, device: torch.device, place: torch.device):
         self.nbytes, self.device = nbytes, device
-        self.block = device_of(device).block(nbytes, device)
-
-    def view(self, slot: Slot) -> torch.Tensor:
-        """A map as a tensor, channels innermost for images and volumes."""
-        return view(self.block, slot)
+        self.block = device_of(place).block(nbytes, place)
 
     def open(self, slot: Slot) -> None:
         """As `Store.open`."""
 
     def expect(self, slot: Slot, region: Region) -> None:
         """As `Store.expect`."""
+
+    def close(self, slot: Slot) -> None:
+        """As `Store.close`."""
+
+    def release(self) -> None:
+        """As `Store.release`: with its last reference."""
+
+
+class Arena(Block):
+    """A `Store` whose maps are tensors, which ops read and kernels write in place."""
+
+    def __init__(self, nbytes: int, device: torch.device):
+        super().__init__(nbytes, device, device)
+
+    def view(self, slot: Slot) -> torch.Tensor:
+        """A map as a tensor, channels innermost for images and volumes."""
+        return view(self.block, slot)
 
     def fetch(self, slot: Slot, region: Region) -> torch.Tensor:
         """As `Store.fetch`: a view."""
@@ -40,12 +53,6 @@ class Arena:
     def put(self, slot: Slot, region: Region, window: torch.Tensor) -> None:
         """As `Store.put`."""
         self.view(slot)[box.slices(region)].copy_(window)
-
-    def close(self, slot: Slot) -> None:
-        """As `Store.close`."""
-
-    def release(self) -> None:
-        """As `Store.release`: with its last reference."""
 
 
 def view(block: torch.Tensor, slot: Slot) -> torch.Tensor:

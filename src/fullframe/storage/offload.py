@@ -11,29 +11,20 @@ import torch
 from fullframe.device import CPU, device_of
 from fullframe.ir import region as box
 from fullframe.ir.region import Region
-from fullframe.storage.arena import dense, empty_map, view
+from fullframe.storage.arena import Block, dense, empty_map, view
 from fullframe.storage.protocol import Slot
 
 
-class Host:
+class Host(Block):
     """A `Store` of bytes of the host's memory for runs on a ``device``.
 
     Where the device has streams its pages are locked, so that copies need not be waited for; the streams on which
     they are made keep their order. A window never looks into it, also where the device is the processor itself.
     """
 
-    spare = 0
-
     def __init__(self, nbytes: int, device: torch.device):
-        self.nbytes, self.device = nbytes, device
-        self.block = device_of(CPU).block(nbytes, CPU)
+        super().__init__(nbytes, device, CPU)
         device_of(device).lock(self, self.block, device)
-
-    def open(self, slot: Slot) -> None:
-        """As `Store.open`."""
-
-    def expect(self, slot: Slot, region: Region) -> None:
-        """As `Store.expect`."""
 
     def fetch(self, slot: Slot, region: Region) -> torch.Tensor:
         """As `Store.fetch`: a copy, channels innermost for images and volumes."""
@@ -48,12 +39,6 @@ class Host:
         if window.device != stored.device and not dense(window):
             window = empty_map(window.shape, window.dtype, window.device).copy_(window)
         _copy(stored, window)
-
-    def close(self, slot: Slot) -> None:
-        """As `Store.close`."""
-
-    def release(self) -> None:
-        """As `Store.release`: with its last reference."""
 
 
 def _copy(to: torch.Tensor, source: torch.Tensor) -> None:

@@ -220,18 +220,13 @@ class DeviceCall(Call):
 class DeviceKernel:
     """A group compiled for CUDA devices. Threads may run it at the same time."""
 
-    reason = ""
+    compiled, reason = True, ""
 
     def __init__(self, group: Group, loader: Loader = CUDA) -> None:
         self.group = group
         self._inner = common(group)
         self._loader = loader
         self._calls: dict[tuple[object, ...], DeviceCall] = {}
-
-    @property
-    def compiled(self) -> bool:
-        """True: machine code runs it."""
-        return True
 
     def call(self, operands: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor] = ()) -> DeviceCall:
         """The call for tensors of these layouts. Raises ValueError when they are not those of the group."""

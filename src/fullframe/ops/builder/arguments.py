@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from fullframe.ir.graph import Ref, Value
+
+Kind = TypeVar("Kind")
 
 
 class Recorded:
@@ -49,12 +51,13 @@ def meta_of(arg: Any) -> Any:
     return arg
 
 
-def values_in(arg: Any) -> Any:
-    if isinstance(arg, Value):
+def members(arg: Any, kind: type[Kind]) -> Iterator[Kind]:
+    """What is of a kind among arguments, in their order."""
+    if isinstance(arg, kind):
         yield arg
     elif isinstance(arg, (list, tuple)):
         for a in arg:
-            yield from values_in(a)
+            yield from members(a, kind)
 
 
 def replaced(arg: Any, new: dict[Value, Value]) -> Any:

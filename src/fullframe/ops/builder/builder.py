@@ -12,7 +12,7 @@ import torch
 from fullframe.capture.rng_state import State
 from fullframe.errors import CaptureError
 from fullframe.ir.graph import Op, Value
-from fullframe.ops.builder.arguments import Recorded, frozen, memory_order, meta_of, replaced, templated, values_in
+from fullframe.ops.builder.arguments import Recorded, frozen, members, memory_order, meta_of, replaced, templated
 from fullframe.ops.builder.views import View, common, factors_of, laid_out, refine, solid, spans
 from fullframe.ops.primitives import convolution as window
 from fullframe.ops.primitives import elementwise as pointwise
@@ -152,7 +152,7 @@ class Builder:
     def rule(self) -> BaseRule:
         """The rule of the recorded call: by its name, or pointwise where ATen says so of a call with one output."""
         tags = getattr(self.call, "tags", ())
-        pointwise_ = torch.Tag.pointwise in tags and len(self.meta) == 1 and bool(list(values_in(self.arguments)))
+        pointwise_ = torch.Tag.pointwise in tags and len(self.meta) == 1 and any(members(self.arguments, Value))
         return RULES.get(self.target, POINTWISE if pointwise_ else WHOLE)
 
     def draws(self) -> bool:
@@ -174,7 +174,7 @@ class Builder:
         kwargs = {
             k: v for k, v in self.keywords.items() if k not in ("memory_format", "pin_memory", "layout", "device")
         }
-        named = {k: v for k, v in kwargs.items() if list(values_in(v))}
+        named = {k: v for k, v in kwargs.items() if any(members(v, Value))}
         kwargs = {k: v for k, v in kwargs.items() if k not in named}
         call = self.call
         if rule is WHOLE or named or index is not None:
@@ -310,7 +310,7 @@ class Builder:
 
     def _lifted(self, target: str, args: Any, kwargs: Any, meta: Any, call: Any) -> Value | None:
         """A pointwise op on merged axes, made on their factors; None where none is merged."""
-        values = list(values_in(args))
+        values = list(members(args, Value))
         if not any(self.merged(v) for v in values):
             return None
         factors = self.aligned(values, meta[0])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from fullframe import torch_compat
 from fullframe.ir.graph import Value
 from fullframe.ops.builder.builder import Builder
@@ -31,6 +33,11 @@ def dims_of(x: Value, dims: Any) -> tuple[int, ...]:
         return tuple(range(rank))
     dims = [dims] if isinstance(dims, int) else dims
     return tuple(sorted(d % max(rank, 1) for d in dims)) if rank else ()
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What ATen computes in where a result has this type: float32 for half precision."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def cast(b: Builder, x: Value, dtype: Any = None, **_: Any) -> Value:

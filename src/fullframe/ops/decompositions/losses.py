@@ -9,13 +9,9 @@ import torch
 
 from fullframe.ir.graph import Value
 from fullframe.ops.builder.builder import Builder
-from fullframe.ops.builder.registry import cast, decomposes
+from fullframe.ops.builder.registry import cast, decomposes, wide
 
 aten = torch.ops.aten
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 # Negative log likelihood. Scores are (N, C, ...), targets (N, ...) become (N, 1, ...). --------------

@@ -14,15 +14,10 @@ import torch
 
 from fullframe.ir.graph import Value
 from fullframe.ops.builder.builder import Builder
-from fullframe.ops.builder.registry import cast, decomposes
+from fullframe.ops.builder.registry import cast, decomposes, wide
 from fullframe.ops.decompositions.reductions import average, variance
 
 aten = torch.ops.aten
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype ATen's norms compute in."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def inverse_std(m: torch.Tensor, eps: float) -> torch.Tensor:

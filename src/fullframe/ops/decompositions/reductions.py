@@ -9,7 +9,7 @@ import torch
 
 from fullframe.ir.graph import Value
 from fullframe.ops.builder.builder import Builder
-from fullframe.ops.builder.registry import cast, decomposes, dims_of
+from fullframe.ops.builder.registry import cast, decomposes, dims_of, wide
 
 aten = torch.ops.aten
 
@@ -23,7 +23,7 @@ def sum_(b: Builder, x: Value, dims: Any = None, keepdim: bool = False, dtype: A
 def mean(b: Builder, x: Value, dims: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
     axes = dims_of(x, dims)
     count = prod(x.shape[a] for a in axes)
-    total = b.sum(x, axes, keepdim, torch.promote_types(b.meta_dtype, torch.float32))
+    total = b.sum(x, axes, keepdim, wide(b.meta_dtype))
     return cast(b, b.aten(aten.div.Scalar, total, count), b.meta_dtype)
 
 
@@ -104,7 +104,7 @@ def vector_norm(
     size = b.aten(aten.mul.Tensor, x, x) if order == 2 else b.aten(aten.abs.default, x)
     if order not in (1, 2):
         size = b.aten(aten.pow.Tensor_Scalar, size, order)
-    total = b.sum(size, axes, keepdim, torch.promote_types(kind, torch.float32))
+    total = b.sum(size, axes, keepdim, wide(kind))
     if order == 2:
         total = b.aten(aten.sqrt.default, total)
     elif order != 1:
@@ -165,7 +165,7 @@ def _line(b: Builder, x: Value) -> Value:
 def _softmax(b: Builder, x: Value, axis: int) -> Value:
     if axis == 1 and len(x.shape) > 2 and not b.merged(x):
         return b.recorded()[0]  # type: ignore[return-value]
-    y = cast(b, x, torch.promote_types(b.meta_dtype, torch.float32))
+    y = cast(b, x, wide(b.meta_dtype))
     y = b.aten(aten.sub.Tensor, y, b.reduce("tile.amax", y, (axis,), True, y.dtype))
     powers = b.aten(aten.exp.default, y)
     total = b.sum(powers, (axis,), True, y.dtype)
@@ -181,7 +181,7 @@ def safe_softmax(b: Builder, x: Value, dim: int, dtype: Any = None) -> Value:
     """Softmax along an axis; zero where all of it is minus infinity."""
     x, back = _line(b, x), x.shape
     axis = dim % len(x.shape)
-    y = cast(b, x, torch.promote_types(b.meta_dtype, torch.float32))
+    y = cast(b, x, wide(b.meta_dtype))
     top = b.reduce("tile.amax", y, (axis,), True, y.dtype)
     top = b.point(finite_or_zero, (top,), top.shape, y.dtype)
     powers = b.aten(aten.exp.default, b.aten(aten.sub.Tensor, y, top))
@@ -200,7 +200,7 @@ def softmax_backward(b: Builder, g: Value, out: Value, dim: int, dtype: torch.dt
 def _softmax_backward(b: Builder, g: Value, out: Value, axis: int) -> Value:
     if axis == 1 and len(g.shape) > 2 and not b.merged(g) and not b.merged(out):
         return b.recorded()[0]  # type: ignore[return-value]
-    kind = torch.promote_types(g.dtype, torch.float32)
+    kind = wide(g.dtype)
     g, y = cast(b, g, kind), cast(b, out, kind)
     if "log" in b.target:
         total = b.sum(g, (axis,), True, kind)

@@ -240,3 +240,8 @@ class Axis(NamedTuple):
     stride: int
     padding: int
     dilation: int
+
+
+def geometry(numbers: Sequence[Sequence[int]]) -> list[Axis]:
+    """Spatial axes from (kernel, stride, padding, dilation), each but the first of one or of as many numbers."""
+    return [Axis(*a) for a in zip(*(spread(n, len(numbers[0])) for n in numbers), strict=True)]

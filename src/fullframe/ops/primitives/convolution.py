@@ -19,7 +19,7 @@ from fullframe.native.convolution import Axis as Placed
 from fullframe.native.convolution import convolution, suits
 from fullframe.native.weight_gradient import suits_gradient, weight_grad
 from fullframe.native.winograd import winograd
-from fullframe.ops.numerics.convolve import DOT, EVEN, Axis, convolve, in_pieces, pad_window, spread
+from fullframe.ops.numerics.convolve import DOT, EVEN, Axis, convolve, geometry, in_pieces, pad_window, spread
 from fullframe.ops.primitives.rule import BaseRule, Reduction, made_of, nbytes_of
 
 
@@ -60,10 +60,7 @@ class Conv(BaseRule):
     heavy = True
 
     def axes(self, op: Op) -> list[Axis]:
-        kernel = op.inputs[1].shape[2:]
-        n = len(kernel)
-        stride, padding, dilation = (spread(op.args[k], n) for k in (3, 4, 5))
-        return [Axis(*a) for a in zip(kernel, stride, padding, dilation, strict=True)]
+        return geometry([op.inputs[1].shape[2:], *op.args[3:6]])
 
     def links(self, op: Op) -> Sequence[Link]:
         return [Link(0, 0, 0)] + [Link(0, a, a) for a in range(2, len(op.output.shape))]
@@ -138,20 +135,12 @@ class Winograd(Conv):
         return False
 
 
-class ConvTranspose(BaseRule):
+class ConvTranspose(Conv):
     """``tile.conv_transpose(x, weight, bias?, stride, padding, dilation, groups)``.
 
     Also the input gradient of a strided convolution; the output's shape is the op's own, so that
     output padding and gradients of odd sizes need no argument.
     """
-
-    kind: Kind = "window"
-    heavy = True
-
-    axes = Conv.axes
-    links = Conv.links
-    channels = Conv.channels
-    grow = Conv.grow
 
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
         shape = op.inputs[0].shape
@@ -219,12 +208,10 @@ class ConvWeightGrad(Reduction):
     """
 
     heavy = True
+    reads = Conv.reads
 
     def axes(self, op: Op) -> list[Axis]:
-        kernel = op.output.shape[2:]
-        n = len(kernel)
-        stride, padding, dilation = (spread(op.args[k], n) for k in (2, 3, 4))
-        return [Axis(*a) for a in zip(kernel, stride, padding, dilation, strict=True)]
+        return geometry([op.output.shape[2:], *op.args[2:5]])
 
     def links(self, op: Op) -> Sequence[Link]:
         spatial = range(2, len(op.output.shape))
@@ -235,9 +222,6 @@ class ConvWeightGrad(Reduction):
 
     def grow(self, op: Op, region: Region) -> Region:
         return (region[0], (0, op.inputs[0].shape[1]), *region[2:])
-
-    def reads(self, op: Op, region: Region) -> list[Interval]:
-        return [box.window_reads(r, *a) for r, a in zip(region[2:], self.axes(op), strict=True)]
 
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
         shape = op.inputs[1].shape

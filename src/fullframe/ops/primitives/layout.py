@@ -12,10 +12,10 @@ from fullframe.ir import region as box
 from fullframe.ir.graph import Kind, Link, Op, arg
 from fullframe.ir.region import Interval, Region
 from fullframe.ops.primitives.elementwise import Pointwise
-from fullframe.ops.primitives.rule import BaseRule
+from fullframe.ops.primitives.rule import Aligned, BaseRule
 
 
-class Layout(BaseRule):
+class Layout(Aligned):
     kind: Kind = "layout"
 
 
@@ -38,9 +38,6 @@ class Permute(Layout):
 class Slice(Layout):
     """``tile.slice(x, axis, start, step)``: the output's extent says where it ends."""
 
-    def links(self, op: Op) -> Sequence[Link]:
-        return [Link(0, a, a) for a in range(len(op.output.shape))]
-
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
         _, axis, start, step = op.args
         low, high = region[axis]
@@ -59,9 +56,6 @@ class Embed(Layout):
 
     Output position ``start + step*i`` of the axis holds element i; all others are zero.
     """
-
-    def links(self, op: Op) -> Sequence[Link]:
-        return [Link(0, a, a) for a in range(len(op.output.shape))]
 
     def _inside(self, op: Op, region: Region) -> Interval:
         _, axis, start, step, _ = op.args
@@ -104,10 +98,6 @@ class Expand(Pointwise):
 
 class Cat(Layout):
     """``tile.cat(*xs, axis)``: inputs side by side along one axis."""
-
-    def links(self, op: Op) -> Sequence[Link]:
-        rank = len(op.output.shape)
-        return [Link(i, a, a) for i in range(len(op.inputs)) for a in range(rank)]
 
     def _parts(self, op: Op, region: Region) -> list[Interval]:
         axis = op.args[-1]
@@ -156,9 +146,6 @@ class ConstantPad(Layout):
         for k in range(len(flat) // 2):
             pads[-1 - k] = (flat[2 * k], flat[2 * k + 1])
         return pads
-
-    def links(self, op: Op) -> Sequence[Link]:
-        return [Link(0, a, a) for a in range(len(op.output.shape))]
 
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
         shape = op.inputs[0].shape

@@ -15,20 +15,14 @@ import torch
 
 from fullframe.device import CXX, device_of
 from fullframe.ir import region as box
-from fullframe.ir.graph import Kind, Link, Op
+from fullframe.ir.graph import Kind, Op
 from fullframe.ir.region import Interval, Region
 from fullframe.ops.numerics import pool_kernels
-from fullframe.ops.numerics.convolve import Axis, pad_window, spread
+from fullframe.ops.numerics.convolve import Axis, geometry, pad_window
 from fullframe.ops.numerics.interpolate import Spec, readers, reads
 from fullframe.ops.numerics.table_cache import table
 from fullframe.ops.primitives.convolution import outside
-from fullframe.ops.primitives.rule import BaseRule
-
-
-def geometry(args: Sequence[Sequence[int]]) -> list[Axis]:
-    """Axes of a pooling from its (kernel, stride, padding, dilation)."""
-    n = len(args[0])
-    return [Axis(*a) for a in zip(*(spread(v, n) for v in args), strict=True)]
+from fullframe.ops.primitives.rule import Aligned, BaseRule
 
 
 def lowest(dtype: torch.dtype) -> float:
@@ -41,7 +35,7 @@ def _small(x: torch.Tensor, axes: Sequence[Axis]) -> bool:
     return few and x.dtype.is_floating_point and device_of(x.device).toolchain == CXX and bool(x.numel())
 
 
-class Pool(BaseRule):
+class Pool(Aligned):
     """``tile.max_pool(x, kernel, stride, padding, dilation)``; ceil mode is in the output's extent."""
 
     kind: Kind = "window"
@@ -55,9 +49,6 @@ class Pool(BaseRule):
     def lead(self, op: Op) -> int:
         """Number of axes before the spatial ones."""
         return len(op.output.shape) - len(op.args[1])
-
-    def links(self, op: Op) -> Sequence[Link]:
-        return [Link(0, a, a) for a in range(len(op.output.shape))]
 
     def reads(self, op: Op, region: Region) -> list[Interval]:
         spatial = region[self.lead(op) :]
@@ -140,13 +131,10 @@ def choice_dtype(kernel: Sequence[int]) -> torch.dtype:
     return torch.uint8 if prod(kernel) <= 256 else torch.int32
 
 
-class PoolIndices(BaseRule):
+class PoolIndices(Aligned):
     """``tile.max_pool_indices(choice, kernel, stride, padding, dilation, extents)``: positions in the whole plane."""
 
     kind: Kind = "pointwise"
-
-    def links(self, op: Op) -> Sequence[Link]:
-        return [Link(0, a, a) for a in range(len(op.output.shape))]
 
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
         return [region]
@@ -175,19 +163,17 @@ def moved(flat: torch.Tensor, extents: Sequence[int], shift: Sequence[int], want
 _POOLS = {2: torch.ops.aten.max_pool2d_with_indices, 3: torch.ops.aten.max_pool3d_with_indices}
 
 
-class PoolGrad(BaseRule):
+class PoolGrad(Aligned):
     """``tile.max_pool_grad(g, choice, kernel, stride, padding, dilation)``."""
 
     kind: Kind = "window"
+    cost = Pool.cost
 
     def axes(self, op: Op) -> list[Axis]:
         return geometry(op.args[2:6])
 
     def lead(self, op: Op) -> int:
         return len(op.output.shape) - len(op.args[2])
-
-    def links(self, op: Op) -> Sequence[Link]:
-        return [Link(i, a, a) for i in (0, 1) for a in range(len(op.output.shape))]
 
     def touched(self, op: Op, region: Region) -> list[Interval]:
         """The pooled pixels whose window touches the region."""
@@ -212,9 +198,6 @@ class PoolGrad(BaseRule):
             return made
         made = picked(g, choice, axes, box.shape_of(tuple(spans)))
         return pad_window(made, [(r[0] - w[0], w[1] - r[1]) for w, r in zip(region[lead:], spans, strict=True)])
-
-    def cost(self, op: Op, elements: int) -> int:
-        return elements * prod(a.kernel for a in self.axes(op))
 
 
 def picked(g: torch.Tensor, choice: torch.Tensor, axes: Sequence[Axis], extents: Sequence[int]) -> torch.Tensor:
@@ -248,36 +231,23 @@ def scattered(
     return out[..., :-1].reshape(*lead, *shape)
 
 
-class Unpool(BaseRule):
+class Unpool(PoolGrad):
     """``tile.max_unpool(x, indices, kernel, stride, padding, dilation)``: indices of that pooling.
 
     The windows of the pooling must not overlap.
     """
 
-    kind: Kind = "window"
-
-    axes = PoolGrad.axes
-    lead = PoolGrad.lead
-    links = PoolGrad.links
-    touched = PoolGrad.touched
-
-    def footprint(self, op: Op, region: Region) -> Sequence[Region]:
-        lead = self.lead(op)
-        return [(*region[:lead], *self.touched(op, region))] * 2
+    cost = BaseRule.cost
 
     def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         lead = self.lead(op)
         return scattered(windows[0], windows[1], op.output.shape[lead:], region[lead:])
 
 
-class UnpoolGrad(BaseRule):
+class UnpoolGrad(PoolGrad):
     """``tile.max_unpool_grad(g, indices, kernel, stride, padding, dilation)``: picks from g."""
 
-    kind: Kind = "window"
-
-    axes = PoolGrad.axes
-    lead = PoolGrad.lead
-    links = PoolGrad.links
+    cost = BaseRule.cost
 
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
         lead = self.lead(op)
@@ -291,7 +261,7 @@ class UnpoolGrad(BaseRule):
         return g.flatten(lead).gather(-1, where.flatten(lead)).view(indices.shape)
 
 
-class AdaptiveMax(BaseRule):
+class AdaptiveMax(Aligned):
     """``tile.adaptive_max(x)``: output i of an axis is the maximum of inputs floor(i*n/t) to ceil((i+1)*n/t)."""
 
     kind: Kind = "window"
@@ -304,9 +274,6 @@ class AdaptiveMax(BaseRule):
         return [
             Spec("adaptive", s, t) for s, t in zip(op.inputs[0].shape[-rank:], op.output.shape[-rank:], strict=True)
         ]
-
-    def links(self, op: Op) -> Sequence[Link]:
-        return [Link(i, a, a) for i in range(len(op.inputs)) for a in range(len(op.output.shape))]
 
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
         lead = len(region) - op.args[-1]
@@ -356,13 +323,10 @@ class AdaptiveMaxChoice(AdaptiveMax):
         return adaptive_max(windows[0], self.specs(op), region[len(region) - op.args[-1] :])[1]
 
 
-class AdaptiveMaxGrad(BaseRule):
+class AdaptiveMaxGrad(Aligned):
     """``tile.adaptive_max_grad(g, choice)``."""
 
     kind: Kind = "window"
-
-    def links(self, op: Op) -> Sequence[Link]:
-        return [Link(i, a, a) for i in (0, 1) for a in range(len(op.output.shape))]
 
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
         rank = op.args[-1]

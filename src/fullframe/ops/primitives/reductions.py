@@ -14,11 +14,8 @@ from fullframe.native.moments import combine_moments
 from fullframe.ops.primitives.rule import Reduction
 
 
-class Sum(Reduction):
-    """``tile.sum(x, axes, keepdim)``."""
-
-    def axes(self, op: Op) -> tuple[int, ...]:
-        return op.args[1]
+class OverAxes(Reduction):
+    """Over some axes of one input: ``tile.name(x, axes, keepdim)``."""
 
     def keeps(self, op: Op) -> Sequence[tuple[int, int]]:
         kept, out = [], 0
@@ -34,20 +31,20 @@ class Sum(Reduction):
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
         return [region]
 
+
+class Sum(OverAxes):
+    """``tile.sum(x, axes, keepdim)``."""
+
     def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         dtype = self.accumulator(op)
         return torch.sum(windows[0], op.args[1], op.args[2], dtype=dtype) if op.args[1] else windows[0].to(dtype)
 
 
-class Extreme(Reduction):
+class Extreme(OverAxes):
     """``tile.amax(x, axes, keepdim)`` and ``tile.amin``."""
 
     def __init__(self, largest: bool):
         self.largest = largest
-
-    keeps = Sum.keeps
-    links = Sum.links
-    footprint = Sum.footprint
 
     def selects(self, op: Op) -> bool:
         return True
@@ -74,7 +71,7 @@ class Extreme(Reduction):
         return reduce(windows[0], op.args[1], op.args[2])
 
 
-class Moments(Reduction):
+class Moments(OverAxes):
     """``tile.moments(x, axes)``: count, mean and sum of squared deviations, stacked on a new axis 0.
 
     The reduced axes keep extent 1. Partials combine in pairs as by Chan, Golub and LeVeque (1979), which has no
@@ -83,9 +80,6 @@ class Moments(Reduction):
 
     def keeps(self, op: Op) -> Sequence[tuple[int, int]]:
         return [(a, a + 1) for a in range(len(op.inputs[0].shape)) if a not in op.args[1]]
-
-    links = Sum.links
-    footprint = Sum.footprint
 
     def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         axes = list(op.args[1])
@@ -111,12 +105,8 @@ def about(x: torch.Tensor, centre: torch.Tensor, average: Callable[[torch.Tensor
     return centre + average(x - centre)
 
 
-class Product(Reduction):
+class Product(OverAxes):
     """``tile.prod(x, axes, keepdim)``."""
-
-    keeps = Sum.keeps
-    links = Sum.links
-    footprint = Sum.footprint
 
     def start(self, op: Op, shape: Sequence[int], device: torch.device) -> torch.Tensor:
         return torch.ones(shape, dtype=self.accumulator(op), device=device)

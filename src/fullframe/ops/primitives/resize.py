@@ -14,11 +14,11 @@ import torch.nn.functional as F
 
 from fullframe import torch_compat
 from fullframe.ir import region as box
-from fullframe.ir.graph import Kind, Link, Op
+from fullframe.ir.graph import Kind, Op
 from fullframe.ir.region import Interval, Region
 from fullframe.ops.numerics import interpolate
 from fullframe.ops.numerics.interpolate import Spec, readers, reads
-from fullframe.ops.primitives.rule import BaseRule, made_of, nbytes_of
+from fullframe.ops.primitives.rule import Aligned, BaseRule, made_of, nbytes_of
 
 TENSOR = 300  # bytes of a tensor's own, about
 NO_CHANGE = ("nearest", "nearest-exact", "adaptive")  # others multiply by 0, which shows where numbers are infinite
@@ -60,7 +60,7 @@ def blocks(spec: Spec) -> int:
     return spec.kernel if spec.mode == "average" and whole and spec.divisor in (0, 1) else 0
 
 
-class Resample(BaseRule):
+class Resample(Aligned):
     """``tile.resample(x, specs)``: one `Spec` per spatial axis."""
 
     kind: Kind = "resample"
@@ -70,9 +70,6 @@ class Resample(BaseRule):
 
     def lead(self, op: Op) -> int:
         return len(op.output.shape) - len(op.args[1])
-
-    def links(self, op: Op) -> Sequence[Link]:
-        return [Link(0, a, a) for a in range(len(op.output.shape))]
 
     def interval(self, spec: Spec, low: int, high: int) -> Interval:
         return sources(spec, low, high)

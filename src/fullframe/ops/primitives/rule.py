@@ -70,6 +70,13 @@ class BaseRule:
         return self.kind == "layout" or self.selects(op)
 
 
+class Aligned(BaseRule):
+    """A rule by which the axes of every input run along those of the output."""
+
+    def links(self, op: Op) -> Sequence[Link]:
+        return [Link(i, a, a) for i in range(len(op.inputs)) for a in range(len(op.output.shape))]
+
+
 class UnexpectedShapeError(UnsupportedOpError):
     """An op makes its ``value`` in another ``shape`` than PyTorch's own rule of its shapes says."""
 
