@@ -401,6 +401,13 @@ def test_losses_of_monai_that_check_their_weights():
     assert fullframe.check(net, image(), target, Loss(), tile=4, tolerance=1e-6).passed  # parts of it are float32
 
 
+def test_a_covariance_asks_for_a_truth_that_does_not_hold(recordings):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        both(lambda net, h: h * torch.cov(h.flatten(2)[0]).sum() + torch.corrcoef(h.flatten(2)[0]).sum(), [image()])
+    assert len(recordings) == 1 and not caught
+
+
 # Linear algebra -----------------------------------------------------------------------------------
 
 

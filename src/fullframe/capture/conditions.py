@@ -190,7 +190,10 @@ def recorded(tensor: torch.Tensor) -> bool:
 def _equal(conditions: Conditions, a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape:
         return False
-    return conditions.ask(_holding(conditions, torch.eq(a, b).all()))
+    same = torch.eq(a, b).all()
+    if a.dtype == torch.bool and not a.dim() and id(a) not in conditions.held:  # a condition, compared with true
+        return conditions.ask(same)
+    return conditions.ask(_holding(conditions, same))
 
 
 def _allclose(conditions: Conditions, a: torch.Tensor, b: torch.Tensor, *tolerances: Any, **named: Any) -> bool:
