@@ -521,6 +521,19 @@ def test_texts_and_numbers_that_are_read(read):
         torch.testing.assert_close(tiled(batch), net(batch))
 
 
+class Label(str):
+    """A text of a class of its own."""
+
+
+def test_the_class_of_a_text_is_read():
+    net = Batched(lambda b: lambda c: (c(b[0]) * (2 if type(b[1]) is Label else 1), type(b[1])))
+    tiled = fullframe.tile(net, tile=TILE)
+    for text in ("a", "b", Label("a"), Label("b"), "c"):
+        (found, kind), (expected, other) = tiled((x := image(), text)), net((x, text))
+        torch.testing.assert_close(found, expected)
+        assert kind is other
+
+
 def test_a_text_that_is_kept_is_kept(recordings):
     net = Batched(lambda b: lambda c: (setattr(net, "last", b["name"]), c(b["image"]))[1])
     net.last = ""

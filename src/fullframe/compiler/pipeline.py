@@ -25,6 +25,7 @@ from fullframe.capture.trace import _STATE, Recording, own_generator
 from fullframe.compiler.agreement import plan_for, split_of
 from fullframe.compiler.backward_variants import restricted_to
 from fullframe.compiler.externals import refuse_misuse, set_apart, sources_of
+from fullframe.compiler.handed_on import same_step
 from fullframe.compiler.program import BackwardVariants, Options, Program, changes, freed
 from fullframe.device import CPU, DEVICES, device_of
 from fullframe.errors import CaptureError, FullframeError
@@ -34,7 +35,7 @@ from fullframe.frontend.fields import state_of
 from fullframe.frontend.guards import GuardSnapshot
 from fullframe.frontend.inputs import Call
 from fullframe.frontend.narrowing import Terms, narrowed, reorder
-from fullframe.frontend.opaque_leaves import OpaqueLeaf
+from fullframe.frontend.opaque_leaves import LeafRead, OpaqueLeaf
 from fullframe.frontend.reads import EVERYTHING, ReadLog, Reads
 from fullframe.frontend.recapture_reasons import ROOTS, difference, words
 from fullframe.frontend.side_effects import SideEffectTracker, recorded
@@ -203,7 +204,10 @@ def _recorded(
 ) -> tuple[JointFunction, Graph]:
     """The recorded call; refused where it draws from a generator of its own, whose numbers would be frozen."""
     numbers = [state_of(g) for g in call.snapshot.generators]
+    known = recorded_as(answers, lambda conditions: _record(call, undrawn, None, conditions)) if opaque else None
     found = recorded_as(answers, lambda conditions: _record(call, undrawn, opaque, conditions))
+    if known is not None and not same_step(known, found):
+        raise LeafRead("the class of a leaf of the arguments was read")
     if [state_of(g) for g in call.snapshot.generators] != numbers:
         raise CaptureError(f"the module or the loss drew from a generator of its own; {FROZEN}")
     return found
