@@ -61,7 +61,7 @@ def test_a_third_device(monkeypatch):
     assert losses[0] == losses[1] == losses[2]
     runtime = runtime_of(step.plan(image, target), CPU)
     assert all(isinstance(kernel, Plain) for kernel in runtime.kernels.values())
-    assert not any(tile and tile.recorded for kept in runtime.tiles.kept for tile in kept or ())
+    assert not any(alike.recorded for alike in runtime.tiles.classes())
 
 
 def test_a_device_that_nobody_knows_asks_for_a_budget():

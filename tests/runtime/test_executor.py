@@ -45,7 +45,7 @@ def test_the_callers_threads_are_given_back():
 def test_same_bits_whether_tasks_are_kept(monkeypatch, kept):
     net, image = _net(), torch.randn(1, 3, 40, 40)
     truth = _gradients(fullframe.tile(net, tile=16), net, image)
-    monkeypatch.setattr(executor, "room_of", lambda plan: kept)
+    monkeypatch.setattr(executor, "room_of", lambda plan: (kept, kept))
     step = fullframe.tile(net, tile=16)
     for _ in range(2):
         assert all(map(torch.equal, _gradients(step, net, image), truth))
@@ -59,10 +59,11 @@ def test_what_a_plan_leaves_of_its_budget_is_for_tasks():
         plan = fullframe.tile(net, tile=4, budget=least + spare).plan(image)
         tiles = sum(len(stage.grid) for stage in plan.stages)
         assert plan.projected_bytes == least and tiles > task.KEPT
-        assert task.room_of(plan) == task.KEPT + spare // task.NBYTES
-        kept = [k is not None for k in Tiles(plan.stages, task.room_of(plan)).kept]
-        assert any(kept) and not all(kept)
-        assert all(k is not None for k in Tiles(plan.stages, tiles).kept)
+        count, tasks = task.room_of(plan)
+        assert count == task.KEPT + spare // task.NBYTES // 2 and tasks >= sum(stage.kinds for stage in plan.stages)
+        scheduled = [stage.scheduled for stage in Tiles(plan.stages, (count, tasks)).stages]
+        assert any(scheduled) and not all(scheduled)
+        assert all(stage.scheduled for stage in Tiles(plan.stages, (tiles, tasks)).stages)
 
 
 def test_a_stored_part_that_is_a_window_too_is_looked_up_every_time():

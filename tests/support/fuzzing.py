@@ -62,7 +62,7 @@ class Record:
     parts: dict[str, int] = field(default_factory=dict)
     ops: list[str] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
-    recorded: int = 0  # tiles that ran from what was noted of them
+    recorded: int = 0  # classes of tiles that ran from what was noted of them
     replayed: int = 0  # steps that ran outside of Python
 
 
@@ -367,9 +367,8 @@ def _again_and_again(case: Case, state: State, record: Record) -> None:
 
 
 def _tiles(plan: fullframe.Plan) -> Iterator[Any]:
-    """The tiles that a plan's runs have kept."""
-    kept = executor.runtime_of(plan, torch.device("cpu")).tiles.kept
-    return (t for tasks in kept for t in tasks or () if t)
+    """The classes of tiles that a plan's runs have met."""
+    return executor.runtime_of(plan, torch.device("cpu")).tiles.classes()
 
 
 def _schedules(plan: fullframe.Plan) -> list[Schedule]:
@@ -418,7 +417,7 @@ class Tally:
         recorded = [r.recorded for r in self.records if r.recorded]
         replayed = sum(r.replayed for r in self.records)
         lines += [
-            f"  of {len(recorded)} networks {sum(recorded)} tiles ran from bytecode, and {replayed} steps outside of Python"
+            f"  of {len(recorded)} networks {sum(recorded)} classes of tiles ran from bytecode, and {replayed} steps outside of Python"
         ]
         lines += [f"  refused {n}: {why}" for why, n in Counter(r.detail for r in self.of("refused")).most_common()]
         lines += [f"  run whole {n}: {op}" for op, n in self.whole().most_common()]

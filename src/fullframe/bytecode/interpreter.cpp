@@ -237,6 +237,7 @@ static bool execute(Frame &frame, int64_t code) {
         case 2: add<int64_t>(frame); return true;
         case 3: add<double, float>(frame); return true;
         case 4: add<double, Half>(frame); return true;
+        case 5: add<float, Half>(frame); return true;
         }
         return false;
     case OWN: return own(frame);

@@ -38,8 +38,9 @@ MADE = {ATEN.empty.memory_format: None, ATEN.empty_strided.default: None, ATEN.n
 AS_TENSOR = {
     getattr(ATEN, n).Scalar: getattr(ATEN, n).Tensor for n in ("mul", "div", "eq", "ne", "lt", "le", "gt", "ge")
 }
-F32, F64, I64 = torch.float32, torch.float64, torch.int64
-ADDED = ((F32, F32), (F64, F64), (I64, I64), (F64, F32), (F64, torch.bfloat16))  # to and from, as in the source
+F32, F64, I64, BF16 = torch.float32, torch.float64, torch.int64, torch.bfloat16
+# Types of a sum, to and from, as in the source.
+ADDED = ((F32, F32), (F64, F64), (I64, I64), (F64, F32), (F64, BF16), (F32, BF16))
 _CURRENT = local()
 
 

@@ -11,7 +11,8 @@
 #include <mutex>
 #include <vector>
 
-struct BoundBytecode {  // bytecode: its instructions, which arrays of the table it is given, its places, and its results
+struct BoundBytecode {  // bytecode: its instructions, what it is given, its places, and its results; it is given
+                        // addresses of the table, each followed by how many bytes behind it an array begins
     const int64_t *words, *bases;
     int64_t count, slots, bytes;
 };
@@ -71,6 +72,10 @@ struct Scheduler {
 
     const Stage &stage(int64_t number) const { return stages[number - start]; }
 
+    char *at(const BoundBytecode &bound, int64_t k) const {
+        return (char *)table[bound.bases[2 * k]] + bound.bases[2 * k + 1];
+    }
+
     ~Scheduler() {
         for (auto &opened : open) close(*opened);
     }
@@ -97,7 +102,7 @@ struct Scheduler {
             made->blocks.resize(s.tiles);
             if (s.after) {
                 made->slots.resize(s.after->slots);
-                for (int64_t j = 0; j < s.after->count; j++) made->slots[j].at = (char *)table[s.after->bases[j]];
+                for (int64_t j = 0; j < s.after->count; j++) made->slots[j].at = at(*s.after, j);
             }
             open.push_back(std::move(made));
         }
@@ -168,7 +173,7 @@ struct Scheduler {
 
     bool run_tile(const BoundBytecode &bound, void *block) {
         std::vector<Slot> slots(bound.slots + 1);
-        for (int64_t k = 0; k < bound.count; k++) slots[k].at = (char *)table[bound.bases[k]];
+        for (int64_t k = 0; k < bound.count; k++) slots[k].at = at(bound, k);
         slots[bound.count].at = (char *)block;
         Frame frame = {bound.words, slots.data(), library};
         const bool good = interpret(frame);

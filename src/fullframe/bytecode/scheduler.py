@@ -14,10 +14,10 @@ ROOM, FREES, MULTI_THREADED = 1, 2, 4
 
 
 class BoundBytecode(NamedTuple):
-    """Bytecode, and which addresses of a table it is given."""
+    """Bytecode, and what it is given: addresses of a table, and bytes behind each."""
 
     bytecode: Bytecode
-    bases: Sequence[int]
+    bases: Sequence[tuple[int, int]]
 
 
 class NativeStage(NamedTuple):
@@ -62,7 +62,7 @@ class NativeStages:
         for bytecode, bases in bound:
             words += (
                 ctypes.addressof(bytecode.words),
-                self._array(bases),
+                self._array([n for base in bases for n in base]),
                 len(bases),
                 bytecode.slots,
                 bytecode.nbytes,

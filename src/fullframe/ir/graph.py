@@ -7,7 +7,7 @@ the type checker alone; arguments of ATen's ops are kept as they were recorded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
@@ -67,6 +67,8 @@ class Rule(Protocol):
     ``grow``        the smallest region the op can make that holds the wanted one.
     ``footprint``   for a (grown) region, the region read of each input, clipped to it.
     ``run``         the window of the region from windows cut exactly to the footprint.
+    ``position``    what `run` sees of where a region lies: on regions of one shape with equal positions, and windows
+                    of equal shapes, it makes the same calls with the same numbers.
     ``cost``        floating point operations to make this many output elements.
     ``scratch``     bytes that `run` takes for a (grown) region beside what it reads and the output that it makes.
     ``pinned``        True where all tiles must see the same decision (which of two equal numbers is the maximum):
@@ -92,6 +94,8 @@ class Rule(Protocol):
     def footprint(self, op: Op, region: Region) -> Sequence[Region]: ...
 
     def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor: ...
+
+    def position(self, op: Op, region: Region) -> Hashable: ...
 
     def cost(self, op: Op, elements: int) -> int: ...
 

@@ -25,9 +25,11 @@ from fullframe.partition.tile_axes import tiled
 from fullframe.runtime import ranks
 from fullframe.runtime.accumulate import Sums
 from fullframe.runtime.fused import Kernels, build
+from fullframe.runtime.progress import Progress
 from fullframe.runtime.replay_cpu import Schedule
+from fullframe.runtime.task_run import Memory, own
 from fullframe.runtime.tasks import Partials, part_in, place_of, room_of
-from fullframe.runtime.tile import Memory, Tile, Tiles, own
+from fullframe.runtime.tile import Tile, Tiles
 from fullframe.runtime.workers import pool
 from fullframe.schedule.dependencies import dependencies_of, is_expensive
 from fullframe.schedule.plan import Plan
@@ -47,13 +49,13 @@ class Runtime:
     def __init__(self, plan: Plan, device: torch.device):
         self.kernels: Kernels = build(plan, device)
         self.constants = {v: t.to(device) for v, t in plan.graph.constants.items()}
-        self.tiles = Tiles(plan.stages, room_of(plan), frozenset(plan.offloaded))
         # A caller's own memory: what is handed out, and what is not cut into tiles.
         outputs = {v for v in plan.graph.outputs if v is not None}
         self.maps = {v for s in plan.stages for v in s.section.outputs if tiled(v, plan.tile_axes)}
         self.slots = {v: slot for v, slot in plan.slots.items() if v not in outputs}
         self.kept = (self.maps - outputs).difference(plan.offloaded)
         self.records = device_of(device).replay == BYTECODE and bytecode_available()
+        self.tiles = Tiles(plan.stages, room_of(plan), frozenset(plan.offloaded), records=self.records)
         self.dependencies = dependencies_of(plan, [is_expensive(stage) for stage in plan.stages])
         self.schedules: dict[tuple[int, int, bool], Schedule] = {}
         self.written: set[int] = set()  # from which stages on the plan has run
@@ -102,6 +104,7 @@ class Run:
         self.values: dict[Value, torch.Tensor] = dict(self.runtime.constants)
         self.position = 0
         self.trimmer: HeapTrimmer | None = None
+        self.progress = Progress(plan)
 
     def feed(self, values: Sequence[Value], tensors: Sequence[torch.Tensor]) -> None:
         """Give a run its inputs; a number on the processor, which torch lets meet tensors of a device, goes there."""
@@ -196,9 +199,11 @@ class Run:
     def make(self, number: int, k: int) -> Partials:
         """Make a tile of a stage; returns its partial result of each sum."""
         if self.offloaded and k + self.plan.workers < self.runtime.dependencies.counts[number]:
-            for fetch in self.tile(number, k + self.plan.workers).task.fetches:
-                self.offloaded[fetch.value].expect(fetch.region)
-        return self.tile(number, k).run(self.memory)
+            for value, region in self.tile(number, k + self.plan.workers).fetches():
+                self.offloaded[value].expect(region)
+        made = self.tile(number, k).run(self.memory)
+        self.progress.tiles[number] += 1
+        return made
 
     def end(self, number: int, sums: Sums) -> None:
         """Keep what a stage has added up."""
@@ -219,6 +224,7 @@ class Run:
 
     def free(self, number: int) -> None:
         """Let go of what nothing reads after a stage, once all before it are done, too."""
+        self.progress.done = number + 1
         self.poll()
         for value in self.plan.stages[number].frees:
             if value in self.opened:
@@ -247,6 +253,7 @@ class Run:
 
     def poll(self) -> None:
         """Between stages, and now and then within a long one."""
+        self.progress.poll()
         if self.trimmer is not None:
             self.trimmer.poll()
 

@@ -58,11 +58,12 @@ def _kernels(runtime: Runtime, place: torch.device) -> str:
 
 
 def _tiles(runtime: Runtime, plan: Plan) -> Iterator[str]:
-    mine = [tiles_of(plan, number) for number in range(len(plan.stages))]
-    count = sum(map(len, mine))
-    tiles = [kept[k] for kept, turns in zip(runtime.tiles.kept, mine, strict=True) if kept for k in turns]
-    recorded = sum(tile is not None and tile.recorded is not None for tile in tiles)
-    open_yet = sum(tile is None or not tile.settled for tile in tiles)
+    ways = Counter(
+        runtime.tiles.stages[number].way(stage, k)
+        for number, stage in enumerate(plan.stages)
+        for k in tiles_of(plan, number)
+    )
+    count, recorded, open_yet = ways.total(), ways[True], ways[None]
     yield f"{recorded} of {count} in bytecode"
     if not runtime.records:
         yield "the others in Python (no bytecode: another device, or no compiler)"

@@ -74,11 +74,6 @@ class BoundKernel(NamedTuple):
                 windows[target.value] = tensor
         return found
 
-    def tensors(self, values: Tensors, windows: Tensors, made: Tensors) -> list[torch.Tensor]:
-        """The tensors of the call, once `places` has made the new windows."""
-        reads = [windows[p.value] if p.window else values[p.value] for p in self.reads]
-        return reads + [values[t.value] if isinstance(t, OperandView) else made[t.value] for t in self.targets]
-
 
 def bind(job: Job, call: Call, values: Tensors, windows: Tensors, parts: Sequence[torch.Tensor],
           made: Tensors) -> BoundKernel | None:  # fmt: skip

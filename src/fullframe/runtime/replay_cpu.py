@@ -19,8 +19,9 @@ from fullframe.bytecode.scheduler import BoundBytecode, NativeScheduler, NativeS
 from fullframe.device import CPU
 from fullframe.ir.graph import Value
 from fullframe.runtime.accumulate import Running, Sums
+from fullframe.runtime.task_run import Memory
 from fullframe.runtime.tasks import Partials, place_of
-from fullframe.runtime.tile import Memory, Recorded, Tile, Tiles
+from fullframe.runtime.tile import Base, Recorded, StageTiles, Tile, Tiles
 from fullframe.schedule.dependencies import Dependencies
 from fullframe.schedule.plan import Plan, Stage
 from fullframe.storage.arena import Arena, empty_output, shaped
@@ -66,7 +67,7 @@ class Schedule:
         self.nbytes = 0
         self.native: dict[int, list[Recorded]] = {}
         self.stages = NativeStages(
-            [self._stage(number, tiles.kept[number] if tiles else None) for number in stage_range]
+            [self._stage(number, tiles.stages[number] if tiles else None) for number in stage_range]
         )
         made = {v for number in stage_range for v in plan.stages[number].section.outputs}
         self.read = [v for v in self.index if v not in made]
@@ -76,22 +77,29 @@ class Schedule:
 
     # Made once ------------------------------------------------------------------------------------
 
-    def _stage(self, number: int, tiles: Sequence[Tile | None] | None) -> NativeStage:
+    def _stage(self, number: int, tiles: StageTiles | None) -> NativeStage:
         before, count = self.dependencies.before[number], self.dependencies.counts[number]
         multi_threaded, frees = self.dependencies.multi_threaded[number], self.plan[number].frees
-        recorded = [tile.recorded for tile in tiles or () if tile is not None and tile.recorded]
-        after = self._after(number, recorded) if len(recorded) == count and self._agree(recorded) else None
-        if after is None:
+        found = tiles.all_recorded(self.plan[number]) if tiles else None
+        recorded = [r for r, _ in found or ()]
+        after = self._after(number, recorded) if found is not None and self._agree(recorded) else None
+        if found is None or after is None:
             return NativeStage(before, count, room=False, frees=bool(frees), multi_threaded=multi_threaded)
         self.native[number] = recorded
-        bound = [BoundBytecode(t.bytecode, [0, *map(self._at, t.values)]) for t in recorded]
+        bound = [BoundBytecode(r.bytecode, [self._base(b, shift) for b in r.bases]) for r, shift in found]
         room = any(self.roomy(v) for v in self.plan[number].section.outputs)
         held = any(v not in self.kept and not self._small(v) for v in frees)
         return NativeStage(before, count, room, held, multi_threaded, bound, after)
 
+    def _base(self, base: Base, shift: Sequence[int]) -> tuple[int, int]:
+        """Which address of the table a base is counted from, and how far behind it begins."""
+        if base.value in self.kept:
+            return 0, self.slots[base.value].offset + base.at(shift)
+        return self._at(base.value), base.at(shift)
+
     def _agree(self, recorded: Sequence[Recorded]) -> bool:
         """Whether bytecode knows values by the same layout as others, and as they are made."""
-        found = [(v, stride) for t in recorded for v, stride in zip(t.values, t.strides, strict=True)]
+        found = dict.fromkeys((b.value, b.stride) for r in {id(r): r for r in recorded}.values() for b in r.bases)
         if any(self.strides.setdefault(v, stride) != stride for v, stride in found):
             return False
         return all(self.locations[v].stride == stride for v, stride in found if v in self.locations)
@@ -124,7 +132,7 @@ class Schedule:
         for value, target in targets.items():
             if value not in self.maps:
                 self._settle(value, target)
-        return BoundBytecode(done, [0 if v in self.kept else self._at(v) for v in targets])
+        return BoundBytecode(done, [(0 if v in self.kept else self._at(v), 0) for v in targets])
 
     def _target(self, value: Value, made: torch.Tensor) -> torch.Tensor:
         """An array as the one in which a value lives."""

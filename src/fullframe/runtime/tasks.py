@@ -19,7 +19,7 @@ from fullframe.ir.graph import Op, Value, reduces, reduction_of, walked
 from fullframe.ir.region import Region
 from fullframe.partition.fusion import FusionGroup, Work, work_of
 from fullframe.partition.tile_axes import Tile, own_region, tiled
-from fullframe.schedule.plan import KEPT, NBYTES, Plan, Stage
+from fullframe.schedule.plan import KEPT, NBYTES, TASK, Plan, Stage
 
 if TYPE_CHECKING:
     from fullframe.runtime.fused import BoundKernel
@@ -99,9 +99,12 @@ class Task:
     jobs: tuple[Job, ...]
 
 
-def room_of(plan: Plan) -> int:
-    """Of how many tiles the tasks are kept: more than `KEPT` where the plan leaves memory of its budget."""
-    return KEPT + max(0, plan.budget - plan.projected_bytes) // NBYTES
+def room_of(plan: Plan) -> tuple[int, int]:
+    """How many tiles are scheduled outside of Python, and how many tasks are kept: more than were counted where the
+    plan leaves memory of its budget."""
+    spare = max(0, plan.budget - plan.projected_bytes)
+    kinds = min(KEPT, sum(stage.kinds for stage in plan.stages))
+    return KEPT + spare // (2 * NBYTES), kinds + spare // (2 * TASK)
 
 
 def place_of(stage: Stage, k: int) -> int:
@@ -125,14 +128,14 @@ def tiles_of(plan: Plan, number: int) -> list[int]:
     return [k for k in range(len(stage.grid)) if mine[0] <= place_of(stage, k) // inner % count < mine[1]]
 
 
-def tile_at(stage: Stage, k: int) -> Tile:
-    """The tile that a stage makes at a turn."""
+def position_of(stage: Stage, k: int) -> tuple[int, ...]:
+    """Where in the grid the tile is that a stage makes at a turn."""
     k = place_of(stage, k)
     position: list[int] = []
     for n in reversed(stage.grid.counts()):
         k, at = divmod(k, n)
         position.insert(0, at)
-    return stage.grid.tile(tuple(position))
+    return tuple(position)
 
 
 def task_of(plan: Plan, stage: Stage, tile: Tile) -> Task:

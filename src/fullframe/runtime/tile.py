@@ -1,77 +1,97 @@
-"""One tile of a stage: made in Python the first time, while it is recorded, and from its bytecode from then on."""
+"""Tiles of a stage: made in Python the first time, while one of each class is recorded, and from its bytecode from
+then on."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
-from contextlib import nullcontext
+import ctypes
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
+from itertools import product
+from math import prod
 from typing import NamedTuple
 
 import torch
 
 from fullframe.bytecode.program import Bytecode
 from fullframe.bytecode.recorder import Recorder
-from fullframe.codegen.group import Call
-from fullframe.codegen.kernel import Kernel
+from fullframe.capture.threads import ForkSafeLock
 from fullframe.errors import fall_back
-from fullframe.ir.graph import Value, reduces
-from fullframe.runtime.fused import Kernels, bind
-from fullframe.runtime.tasks import Job, Part, Partials, Read, Store, Sum, Target, Task, task_of, tile_at
+from fullframe.ir import region as box
+from fullframe.ir.graph import Value
+from fullframe.ir.region import Region
+from fullframe.runtime.task_run import Memory, part_of, run_task
+from fullframe.runtime.tasks import Partials, Sum, Task, position_of, task_of
+from fullframe.runtime.tile_classes import (
+    Draw,
+    Likeness,
+    Position,
+    Steps,
+    accesses,
+    arrays_of,
+    begins,
+    outline,
+    puts_of,
+    span,
+)
 from fullframe.schedule.plan import LARGE, Plan, Stage
-from fullframe.storage.arena import Arena, empty_map, gapless, strides_as
-from fullframe.storage.protocol import StoredMap
+from fullframe.storage.arena import empty_map
 
 TRIES = 2  # What a library does once only, when it is first called, may keep the first recording from being used.
 
 
-class Memory(NamedTuple):
-    """What the tiles of a run work with: its values, its arena, the maps that live elsewhere, the device and the
-    kernels of fused jobs.
+class Base(NamedTuple):
+    """An array that bytecode is given: so many bytes behind the first of a value that lies with these strides, and so
+    many further from tile to tile along each axis of the grid."""
 
-    Tiles are recorded where ``records`` is true. Of maps in ``held`` only a part may be here.
-    """
+    value: Value
+    stride: tuple[int, ...]
+    offset: int
+    steps: tuple[int, ...]
 
-    values: dict[Value, torch.Tensor]
-    arena: Arena
-    offloaded: Mapping[Value, StoredMap]
-    device: torch.device
-    kernels: Kernels
-    records: bool
-    held: Collection[Value] = ()
-
-    def lies(self, value: Value, window: bool, part: torch.Tensor) -> tuple[int, ...]:
-        """Strides of a part of a map or window, as they would be if all of the map were here."""
-        if window or value not in self.held:
-            return part.stride()
-        return strides_as(value.shape, self.values[value].stride()) or ()
+    def at(self, shift: Sequence[int]) -> int:
+        """Bytes behind the value's first, so many tiles on."""
+        return self.offset + sum(n * step for n, step in zip(shift, self.steps, strict=True))
 
 
-class Recorded:
-    """The bytecode of a task, the values that it reads and writes outside of the arena, with their strides, and what
-    its results are: partial results of sums, and untiled values."""
+class Away(NamedTuple):
+    """A region that is fetched, or put away from the device, and how it lies in memory."""
 
-    __slots__ = ("bytecode", "places", "strides", "values")
+    value: Value
+    region: Region
+    stride: tuple[int, ...]
+    steps: tuple[tuple[int, ...], ...]
 
-    def __init__(
-        self,
-        bytecode: Bytecode,
-        values: Sequence[Value],
-        strides: Sequence[tuple[int, ...]],
-        places: Sequence[Sum | Value],
-    ):
-        self.bytecode, self.values, self.strides, self.places = bytecode, values, strides, places
+    def at(self, shift: Sequence[int]) -> Region:
+        """The region so many tiles on."""
+        far = [sum(n * step[a] for n, step in zip(shift, self.steps, strict=True)) for a in range(len(self.region))]
+        return tuple((low + n, high + n) for (low, high), n in zip(self.region, far, strict=True))
 
-    def run(self, values: MutableMapping[Value, torch.Tensor], arena: Arena) -> Partials | None:
-        """The partial results, with the untiled values put among ``values``; None where a tensor lies otherwise in
-        memory than when it was recorded."""
-        bases = [arena.block.data_ptr()]
-        for value, stride in zip(self.values, self.strides, strict=True):
-            tensor = values[value]
-            if tensor.stride() != stride:
-                return None
-            bases.append(tensor.data_ptr())
-        made = self.bytecode.run(bases)
+
+class Recorded(NamedTuple):
+    """The bytecode of a class of tiles: its arrays, what is fetched before and put afterwards, and what its results
+    are, partial results of sums and untiled values."""
+
+    bytecode: Bytecode
+    bases: tuple[Base, ...]
+    fetches: tuple[Away, ...]
+    puts: tuple[Away, ...]
+    places: tuple[Sum | Value, ...]
+
+    def run(self, memory: Memory, shift: Sequence[int]) -> Partials | None:
+        """The partial results of the tile that is so many tiles on from the recorded one, with the untiled values put
+        among the values; None where a tensor lies otherwise in memory than when it was recorded."""
+        values = memory.values
+        if any(values[base.value].stride() != base.stride for base in self.bases):
+            return None
+        addresses = [values[base.value].data_ptr() + base.at(shift) for base in self.bases]
+        fetched = [memory.offloaded[f.value].fetch(f.at(shift)) for f in self.fetches]
+        if any(t.stride() != f.stride for t, f in zip(fetched, self.fetches, strict=True)):
+            return None
+        puts = [empty_map(box.shape_of(p.region), p.value.dtype, memory.device) for p in self.puts]
+        made = self.bytecode.run([*addresses, *(t.data_ptr() for t in (*fetched, *puts))])
         if made is None:
             return None
+        for put, tensor in zip(self.puts, puts, strict=True):
+            memory.offloaded[put.value].put(put.at(shift), tensor)
         partials = self.hand_out(made, values)
         if len(made) > 1:
             values.update((v, values[v].clone()) for v in self.places if isinstance(v, Value))
@@ -88,233 +108,258 @@ class Recorded:
         return partials
 
 
-class Tile:
-    """A tile's task, and its bytecode once it has been recorded."""
+class TileClass:
+    """Tiles that are alike: the task of one, at its ``origin``, and its bytecode once it has been recorded."""
 
-    __slots__ = ("recorded", "task", "tries")
+    __slots__ = ("origin", "recorded", "steps", "task", "tries")
 
-    def __init__(self, task: Task, kept: bool):
-        self.task = task
+    def __init__(self, task: Task, origin: Position, steps: Steps | None, tries: int):
+        self.task, self.origin, self.steps, self.tries = task, origin, steps, tries
         self.recorded: Recorded | None = None
-        # What is made anew in each step is not worth a recording.
-        self.tries = TRIES if kept and _recordable(task) else 0
 
     @property
     def settled(self) -> bool:
-        """Whether it is known in which way the tile will be made from now on."""
+        """Whether it is known in which way its tiles will be made from now on."""
         return self.recorded is not None or not self.tries
 
-    def run(self, memory: Memory) -> Partials:
-        """Make the tile; returns its partial result of each sum."""
-        if self.recorded is not None:
-            partials = self.recorded.run(memory.values, memory.arena)
-            if partials is not None:
-                return partials
-        elif self.tries and memory.records:
-            return self._record(memory)
-        return _run(self.task, memory)
+    def shift(self, position: Position) -> tuple[int, ...]:
+        """How many tiles a tile of the class is away from the one at the origin; nothing of one like no other."""
+        return () if self.steps is None else tuple(at - of for at, of in zip(position, self.origin, strict=True))
 
-    def run_in_python(self, memory: Memory) -> Partials:
-        """Make the tile without its bytecode, which has failed."""
-        return _run(self.task, memory)
-
-    def _record(self, memory: Memory) -> Partials:
-        task, values = self.task, memory.values
-        others = _outside_arena(task, values, memory.arena)
-        recorder = Recorder([memory.arena.block, *(values[v] for v in others)])
-        partials = _run(task, memory, recorder)
-        untiled = _untiled(task)
-        done = recorder.finish([*(made for _, made in partials), *(values[v] for v in untiled)])
-        if done is not None:
-            strides = [values[v].stride() for v in others]
-            self.recorded = Recorded(done, others, strides, [*(place for place, _ in partials), *untiled])
-        else:
+    def record(self, memory: Memory) -> Partials:
+        """Make the tile at the origin, and note how."""
+        task, offloaded = self.task, memory.offloaded
+        arrays = {a: _from(memory.values[a[0]], a[1]) for a in arrays_of(task, offloaded)}
+        parts = {}
+        for value, part in accesses(task, offloaded):
+            there = part_of(memory.values[value], part)
+            parts[value, span(part)] = arrays[begins(value, part)].as_strided(there.shape, there.stride())
+        fetched = [offloaded[f.value].fetch(f.region) for f in task.fetches]
+        puts = {
+            s: empty_map(box.shape_of(s.region or ()), s.value.dtype, memory.device) for s in puts_of(task, offloaded)
+        }
+        recorder = Recorder([*arrays.values(), *fetched, *puts.values()])
+        partials = run_task(task, memory._replace(arrays=parts, puts=puts), recorder, fetched)
+        for store, tensor in puts.items():
+            offloaded[store.value].put(store.region or (), tensor)
+        untiled = untiled_of(task)
+        done = recorder.finish([*(made for _, made in partials), *(memory.values[v] for v in untiled)])
+        if done is None:
             self.tries -= 1
             if not self.tries:
                 fall_back(
                     f"some tiles run op by op in Python, which is slower, for lack of bytecode: {recorder.refused}"
                 )
+            return partials
+        bases = tuple(self._base(k, *array, memory.values) for k, array in enumerate(arrays))
+        away = [(f.value, f.region, t) for f, t in zip(task.fetches, fetched, strict=True)]
+        away += [(s.value, s.region or (), t) for s, t in puts.items()]
+        there = [Away(v, r, t.stride(), self._steps(len(bases) + k)) for k, (v, r, t) in enumerate(away)]
+        places = (*(place for place, _ in partials), *untiled)
+        self.recorded = Recorded(done, bases, tuple(there[: len(fetched)]), tuple(there[len(fetched) :]), places)
         return partials
+
+    def _steps(self, base: int) -> tuple[tuple[int, ...], ...]:
+        return tuple(step[base] for step in self.steps or ())
+
+    def _base(self, k: int, value: Value, start: Sequence[int], values: Mapping[Value, torch.Tensor]) -> Base:
+        size, stride = value.itemsize, values[value].stride()
+
+        def far(element: Sequence[int]) -> int:
+            return size * sum(n * step for n, step in zip(element, stride, strict=True))
+
+        return Base(value, stride, far(start), tuple(map(far, self._steps(k))))
+
+
+def _from(tensor: torch.Tensor, start: Sequence[int]) -> torch.Tensor:
+    """The memory of a tensor from an element on, as a tensor whose own memory it is: a recording tells what it knows
+    apart by where memory begins."""
+    if not tensor.numel():
+        return tensor
+    before = sum(n * step for n, step in zip(start, tensor.stride(), strict=True))
+    count = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) - before
+    size = tensor.itemsize
+    raw = (ctypes.c_char * (count * size)).from_address(tensor.data_ptr() + before * size)
+    return torch.frombuffer(raw, dtype=torch.uint8).view(tensor.dtype)
+
+
+class Tile:
+    """A tile of a stage, as what is alike to others and where it is."""
+
+    __slots__ = ("alike", "plan", "position", "tiles")
+
+    def __init__(self, tiles: StageTiles, plan: Plan, position: Position, alike: TileClass):
+        self.tiles, self.plan, self.position, self.alike = tiles, plan, position, alike
+
+    @property
+    def recorded(self) -> Recorded | None:
+        """The bytecode that it is made by."""
+        return self.alike.recorded
+
+    def fetches(self) -> list[tuple[Value, Region]]:
+        """What it will fetch."""
+        if self.recorded is not None:
+            return [(f.value, f.at(self.alike.shift(self.position))) for f in self.recorded.fetches]
+        return [(f.value, f.region) for f in self.tiles.task(self.plan, self.position).fetches]
+
+    def run(self, memory: Memory) -> Partials:
+        """Make the tile; returns its partial result of each sum."""
+        alike = self.alike
+        if alike.recorded is not None:
+            partials = alike.recorded.run(memory, self.alike.shift(self.position))
+            if partials is not None:
+                return partials
+        elif alike.tries and memory.records and self.position == alike.origin:
+            return alike.record(memory)
+        return self.run_in_python(memory)
+
+    def run_in_python(self, memory: Memory) -> Partials:
+        """Make the tile without bytecode, as when that has failed."""
+        return run_task(self.tiles.task(self.plan, self.position), memory)
+
+
+class Room:
+    """How many tasks are still to be kept."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def take(self) -> bool:
+        self.count -= self.count > 0
+        return self.count > 0
+
+
+class StageTiles:
+    """The tiles of a stage: their classes and, of those that run in Python, their tasks, made when they are first
+    asked for. Threads may ask at the same time."""
+
+    def __init__(self, number: int, stage: Stage, room: Room, *, records: bool, scheduled: bool,
+                 offloaded: Collection[Value]):  # fmt: skip
+        """``scheduled``: whether they may be scheduled outside of Python, where each takes memory."""
+        self.number, self.room, self.records, self.offloaded = number, room, records, offloaded
+        self.scheduled = scheduled
+        self.counts = tuple(stage.grid.counts())
+        self.away = not set(offloaded).isdisjoint((*stage.section.loads, *stage.section.outputs))
+        self.full = False  # some of its tiles are made anew every time
+        self.likeness: Likeness | None = None
+        self.classes: dict[Position, TileClass] = {}
+        self.tasks: dict[Position, Task] = {}
+        self.lock = ForkSafeLock()
+
+    def task(self, plan: Plan, position: Position) -> Task:
+        """The task of a tile; kept as long as there is room."""
+        found = self.tasks.get(position)
+        if found is None:
+            stage = plan.stages[self.number]
+            found = task_of(plan, stage, stage.grid.tile(position))
+            if self.room.take():
+                self.tasks[position] = found
+        return found
+
+    def tile(self, plan: Plan, k: int) -> Tile:
+        """The tile that is made at a turn."""
+        stage = plan.stages[self.number]
+        position = position_of(stage, k)
+        with self.lock:
+            steps, key = self._box(plan, position)
+            found = self.classes.get(key)
+            if found is None:
+                found = self._make(plan, position, steps)
+                if self.room.take() or steps is not None:
+                    self.classes[key] = found
+                else:
+                    self.full, found.tries = True, 0  # what is made anew in each step is not worth a recording
+        return Tile(self, plan, position, found)
+
+    def _make(self, plan: Plan, position: Position, steps: Steps | None) -> TileClass:
+        stage = plan.stages[self.number]
+        task = task_of(plan, stage, stage.grid.tile(position))
+        small = all(v.nbytes <= LARGE for v in untiled_of(task))
+        return TileClass(task, position, steps, TRIES if small and self.records else 0)
+
+    def _box(self, plan: Plan, position: Position) -> tuple[Steps | None, Position]:
+        """How tiles of the class of this one move on, and its first; of one like no other, nothing and itself."""
+        if not self.records or prod(self.counts) == 1:
+            return None, position
+        draw = self._draw(plan)
+        if self.likeness is None:
+            self.likeness = Likeness(self.counts, draw)
+        first = self.likeness.box(position)
+        steps = self.likeness.found(first, draw)
+        return steps, position if steps is None else first
+
+    def _draw(self, plan: Plan) -> Draw:
+        stage = plan.stages[self.number]
+        return lambda at: outline(task_of(plan, stage, stage.grid.tile(at)), self.offloaded)
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is known of all its tiles in which way they will be made."""
+        if self.away or self.full or not self.scheduled:
+            return True
+        if not self.records or prod(self.counts) == 1:
+            return len(self.classes) == prod(self.counts) and all(c.settled for c in self.classes.values())
+        if self.likeness is None:
+            return False
+        for first, last in self.likeness.boxes():
+            spans = [range(low, high + 1) for low, high in zip(first, last, strict=True)]
+            keys = product(*spans) if self.likeness.steps.get(first) is None else [first]
+            if not all(key in self.classes and self.classes[key].settled for key in keys):
+                return False
+        return True
+
+    def all_recorded(self, stage: Stage) -> list[tuple[Recorded, tuple[int, ...]]] | None:
+        """The bytecode of all tiles in their turns, each with how many tiles away from the recorded one it is; None
+        where one has none, or they are too many to be scheduled outside of Python."""
+        found = []
+        for k in range(prod(self.counts) if self.scheduled and not self.away else 0):
+            position = position_of(stage, k)
+            alike = self.classes.get(self._key(position))
+            if alike is None or alike.recorded is None:
+                return None
+            found.append((alike.recorded, alike.shift(position)))
+        return found or None
+
+    def way(self, stage: Stage, k: int) -> bool | None:
+        """Whether the tile of a turn is made by bytecode; None where that is not known yet."""
+        alike = self.classes.get(self._key(position_of(stage, k)))
+        return None if alike is None or not alike.settled else alike.recorded is not None
+
+    def _key(self, position: Position) -> Position:
+        """The first tile of the class of this one, as far as it is known."""
+        first = self.likeness.box(position) if self.likeness else position
+        return position if self.likeness is None or self.likeness.steps.get(first) is None else first
 
 
 class Tiles:
-    """The tiles of a plan, made when they are first asked for. Threads may ask at the same time.
+    """The tiles of a plan, which they do not hold: it is the key under which they are found."""
 
-    They do not hold the plan, which is the key under which they are found.
-    """
-
-    def __init__(self, stages: Sequence[Stage], room: int, offloaded: frozenset[Value] = frozenset()):
-        """So many tiles are kept; those of the other stages are made anew each time. What reads or writes maps that
-        are ``offloaded`` is made in Python."""
-        self.offloaded = [not offloaded.isdisjoint((*s.section.loads, *s.section.outputs)) for s in stages]
-        self.kept: list[list[Tile | None] | None] = []
-        for stage in stages:
-            fits = len(stage.grid) <= room
-            room -= len(stage.grid) if fits else 0
-            empty: list[Tile | None] = [None] * len(stage.grid)
-            self.kept.append(empty if fits else None)
+    def __init__(self, stages: Sequence[Stage], room: tuple[int, int], offloaded: frozenset[Value] = frozenset(), *,
+                 records: bool = True):  # fmt: skip
+        """``room``: how many tiles may be scheduled outside of Python, and how many tasks are kept; others are made
+        anew each time. ``records``: whether tiles are recorded."""
+        left, tasks = room
+        shared, self.stages = Room(tasks), []
+        for k, stage in enumerate(stages):
+            fits = len(stage.grid) <= left
+            left -= len(stage.grid) if fits else 0
+            self.stages.append(StageTiles(k, stage, shared, records=records, scheduled=fits, offloaded=offloaded))
+        self._settled: set[int] = set()
 
     def tile(self, plan: Plan, number: int, k: int) -> Tile:
         """Tile ``k`` of stage ``number``."""
-        kept = self.kept[number]
-        found = kept[k] if kept is not None else None
-        if found is None:
-            stage = plan.stages[number]
-            found = Tile(task_of(plan, stage, tile_at(stage, k)), kept is not None and not self.offloaded[number])
-            if kept is not None:
-                kept[k] = found
-        return found
+        return self.stages[number].tile(plan, k)
+
+    def classes(self) -> Iterator[TileClass]:
+        """Those that have been made."""
+        return (alike for stage in self.stages for alike in stage.classes.values())
 
     def settled(self, stages: range) -> bool:
         """Whether it is known of all tiles of these stages in which way they will be made."""
-        kept = (self.kept[number] for number in stages)
-        return all(tile is not None and tile.settled for found in kept for tile in found or ())
+        self._settled |= {k for k in stages if k not in self._settled and self.stages[k].settled}
+        return self._settled.issuperset(stages)
 
 
-def part_of(tensor: torch.Tensor, part: Part) -> torch.Tensor:
-    return tensor if part is None else tensor[part]
-
-
-def _recordable(task: Task) -> bool:
-    """Whether what it makes besides maps is small."""
-    return all(v.nbytes <= LARGE for v in _untiled(task))
-
-
-def _outside_arena(task: Task, values: Mapping[Value, torch.Tensor], arena: Arena) -> list[Value]:
-    """What a task reads, and the maps it writes, that are neither windows nor in the arena."""
-    found = dict.fromkeys(
-        value
-        for job in task.jobs
-        for value in (
-            *(r.value for r in job.reads if not r.window and r.empty is None),
-            *(t.value for t in job.targets if t.shape is None),
-            *(s.value for s in job.stores if s.region is not None),
-        )
-    )
-    block = arena.block.untyped_storage().data_ptr()
-    return [v for v in found if values[v].untyped_storage().data_ptr() != block]
-
-
-def _untiled(task: Task) -> list[Value]:
+def untiled_of(task: Task) -> list[Value]:
     """The untiled values that a task makes."""
     return [s.value for job in task.jobs for s in job.stores if s.region is None]
-
-
-# In Python -----------------------------------------------------------------------------------------
-
-Windows = dict[Value, torch.Tensor]
-
-
-def _run(task: Task, memory: Memory, recorder: Recorder | None = None) -> Partials:
-    """Do a task's jobs one after the other, and note them with a recorder that is given."""
-    windows = {f.value: memory.offloaded[f.value].fetch(f.region) for f in task.fetches}
-    partials: Partials = []
-    for job in task.jobs:
-        if job.group.fused:
-            _fused(job, memory, windows, partials, recorder)
-        else:
-            with recorder or nullcontext():
-                _single(job, memory, windows, partials)
-        for value in job.frees:
-            del windows[value]
-    return partials
-
-
-def _single(job: Job, memory: Memory, windows: Windows, partials: Partials) -> None:
-    """Run one op by its rule."""
-    group = job.group
-    (op,) = group.ops or group.sums
-    parts = [_read(read, memory, windows) for read in job.reads]
-    made = op.rule.run(op, job.region, parts)
-    if job.sums:
-        (place,) = job.sums
-        if place.counted:  # it will be added to, and must not be memory that was read
-            shared = any(made.untyped_storage().data_ptr() == part.untyped_storage().data_ptr() for part in parts)
-            partials.append((place, made.clone() if shared else made))
-        return
-    if reduces(op.rule):  # no tile cuts it: finished at once
-        made = op.rule.finish(op, made)
-    for store in job.stores:
-        _store(store, made, memory, parts)
-    windows[op.output] = made
-
-
-def _fused(job: Job, memory: Memory, windows: Windows, partials: Partials, recorder: Recorder | None) -> None:
-    """Run the kernel of several ops."""
-    made: Windows = {}
-    known = job.bound
-    places = known.places(memory.values, windows, made, memory.device) if known else None
-    if known is None or places is None:
-        call, tensors, fresh = _prepare(job, memory, windows, made)
-        places = [t.data_ptr() for t in tensors]
-    else:
-        call, fresh = known.call, [*made.values()]
-        tensors = known.tensors(memory.values, windows, made) if recorder else ()
-    sums = call(places)
-    if recorder:
-        recorder.kernel(call, tensors, places, fresh, sums)
-    with recorder or nullcontext():
-        for store in job.stores:
-            _store(store, made[store.value], memory)
-    for place, partial in zip(job.sums, sums, strict=True):
-        if place.counted:
-            partials.append((place, partial.view(place.shape)))
-
-
-def _prepare(job: Job, memory: Memory, windows: Windows,
-             made: Windows) -> tuple[Call, list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
-    """The call of a job's kernel on tensors whose layout is not known yet, the tensors, and which of them are new."""
-    parts = [_read(read, memory, windows) for read in job.reads]
-    for target in job.targets:
-        made[target.value] = _target(target, memory)
-    operands, outputs = [aligned(t, len(job.region)) for t in parts], list(made.values())
-    kernel = memory.kernels[job.group]
-    if memory.held and isinstance(kernel, Kernel):  # the order of sums must not depend on how much of a map is here
-        lies = [
-            memory.lies(r.value, r.window or r.empty is not None, t) for r, t in zip(job.reads, parts, strict=True)
-        ]
-        lies += [memory.lies(t.value, t.shape is not None, made[t.value]) for t in job.targets]
-        call = kernel.call(operands, outputs, lies)
-    else:
-        call = kernel.call(operands, outputs)
-    job.bound = bind(job, call, memory.values, windows, parts, made)
-    windows.update((t.value, made[t.value]) for t in job.targets if t.keep)
-    return call, [*operands, *outputs], [made[t.value] for t in job.targets if t.shape is not None]
-
-
-def aligned(tensor: torch.Tensor, rank: int) -> torch.Tensor:
-    """A broadcast operand with leading axes of extent 1, but for a zero-dimensional one."""
-    missing = rank - tensor.dim()
-    return tensor[(None,) * missing] if missing and tensor.dim() else tensor
-
-
-def _read(read: Read, memory: Memory, windows: Windows) -> torch.Tensor:
-    if read.empty is not None:
-        return torch.empty(read.empty, dtype=read.value.dtype, device=memory.device)
-    return part_of(windows[read.value] if read.window else memory.values[read.value], read.part)
-
-
-def _target(target: Target, memory: Memory) -> torch.Tensor:
-    if target.shape is not None:
-        return empty_map(target.shape, target.value.dtype, memory.device)
-    return part_of(memory.values[target.value], target.part)
-
-
-def _store(store: Store, made: torch.Tensor, memory: Memory, parts: Sequence[torch.Tensor] = ()) -> None:
-    """Keep what was made of these parts."""
-    if store.region is None:
-        memory.values[store.value] = own(store.value, made, memory.arena, parts)
-    elif store.value in memory.offloaded:
-        memory.offloaded[store.value].put(store.region, part_of(made, store.made))
-    else:
-        part_of(memory.values[store.value], store.to).copy_(part_of(made, store.made))
-
-
-def own(value: Value, made: torch.Tensor, arena: Arena, parts: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-    """An untiled value as a tensor that shares no memory with others, if it is small: bytecode knows arrays by it."""
-    if value.nbytes > LARGE:
-        # It must not look into the arena, whose places are used again.
-        inside = made.untyped_storage().data_ptr() == arena.block.untyped_storage().data_ptr()
-        return made.clone() if inside else made
-    shared = made.untyped_storage().nbytes() != made.nbytes or any(made is part for part in parts)
-    return made.clone() if shared or made._base is not None or not gapless(made) else made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -70,7 +70,8 @@ class Grid:
 @dataclass(frozen=True, eq=False)
 class Stage:
     """One section with its tiles, and the stored values that are not needed after it. ``window``: bytes of windows of
-    a tile; ``sums``: bytes of sums in progress; ``reversed``: whether the last tile is made first."""
+    a tile; ``sums``: bytes of sums in progress; ``reversed``: whether the last tile is made first; ``kinds``: how
+    many of its tiles are unlike each other, about, so that each has a task of its own."""
 
     section: Section
     groups: tuple[FusionGroup, ...]
@@ -80,6 +81,7 @@ class Stage:
     sums: int
     parallel: bool
     reversed: bool = False
+    kinds: int = 1
 
 
 @dataclass(frozen=True)
@@ -297,6 +299,18 @@ def arithmetic(plan: Plan) -> float:
     return total
 
 
+POINTWISE = 50  # operations of a convolution that are made in the time of one elsewhere, where memory is the limit
+
+
+def stage_cost(plan: Plan, stage: Stage) -> float:
+    """Operations of a stage, halo included; those of cheap ops count as much as the time that they take, about."""
+    section = stage.section
+    tile = stage.grid.tile(tuple((n - 1) // 2 for n in stage.grid.counts()))
+    works = work_of(stage.groups, section.saves, frozenset(section.sums), plan.tile_axes, tile)[0]
+    cheap = sum(box.size(w.region) * (not op.rule.heavy) for w in works for op in (*w.group.ops, *w.group.sums))
+    return (operations(works) + POINTWISE * cheap) * len(stage.grid)
+
+
 def operations(works: Sequence[Work]) -> float:
     """Operations of the expensive ops of a tile."""
     total = 0.0
@@ -320,5 +334,36 @@ def traffic(plan: Plan, there: Collection[Value]) -> Traffic:
     return Traffic(read, written)
 
 
-KEPT = 1 << 14  # tiles of a plan whose tasks are kept in any case,
-NBYTES = 16 << 10  # and bytes of each, with its bytecode
+EDGE = 5  # tiles along an axis that are unlike each other, at most, where those in the middle are alike
+
+
+def kinds_of(section: Section, groups: Sequence[FusionGroup], tile_axes: TileAxes, grid: Grid) -> int:
+    """How many of a stage's tiles are unlike each other, at most: all, where what an op does depends on the place of
+    its tile, as that of one that draws random numbers does."""
+    counts = grid.counts()
+    middle = tuple(n // 2 for n in counts)
+    nexts = [(*middle[:a], k + 1, *middle[a + 1 :]) for a, k in enumerate(middle) if k + 2 < counts[a]]
+
+    def positions(at: tuple[int, ...]) -> list[Hashable]:
+        works = work_of(groups, section.saves, frozenset(section.sums), tile_axes, grid.tile(at))[0]
+        return [op.rule.position(op, w.region) for w in works for op in (*w.group.ops, *w.group.sums)]
+
+    here = positions(middle) if nexts else []
+    alike = all(positions(at) == here for at in nexts)
+    return prod(min(n, EDGE) for n in counts) if alike else len(grid)
+
+
+KEPT = 1 << 14  # tiles of a plan that are scheduled outside of Python in any case, and tasks that are kept;
+NBYTES = 2 << 10  # bytes of each such tile,
+JOB = 2 << 10  # of each job of a task, with its bytecode,
+TASK = 16 << 10  # and of a task, about
+
+
+def bookkeeping(stages: Sequence[Stage]) -> int:
+    """Bytes of the tasks and the bytecode of a plan, and of what is scheduled."""
+    tasks, kinds = 0, 0
+    for stage in stages:
+        kept = min(stage.kinds, KEPT - kinds)
+        kinds += kept
+        tasks += kept * (1 + len(stage.groups)) * JOB
+    return tasks + NBYTES * min(KEPT, sum(len(s.grid) for s in stages))

@@ -18,8 +18,7 @@ from fullframe.schedule.cost import spent
 from fullframe.schedule.memory import Lifetimes, lifetimes, place, rounded
 from fullframe.schedule.order import interleave, orders
 from fullframe.schedule.placement import spill
-from fullframe.schedule.plan import KEPT as TASKS
-from fullframe.schedule.plan import LARGE, NBYTES, Bytes, Plan, Stage, arithmetic, runs_whole
+from fullframe.schedule.plan import LARGE, Bytes, Plan, Stage, arithmetic, bookkeeping, kinds_of, runs_whole
 from fullframe.schedule.request import Request
 from fullframe.schedule.saved_plan import Limits
 from fullframe.schedule.shares import Shares, shares_of
@@ -317,7 +316,7 @@ def _arranged(graph: Graph, draft: Draft, request: Request, known: Known, fixed:
     outputs = sum(shares.nbytes(v) if shares else v.nbytes for v in draft.kept if v not in given)
     whole = runs_whole(stages, tile_axes, request.external)
     if request.fixed is None:  # tasks lie in the same memory
-        fixed += NBYTES * min(TASKS, sum(len(s.grid) for s in stages))
+        fixed += bookkeeping(stages)
         fixed += 2 * DISK_BUFFER * request.workers * bool(far)  # one more for what is cut out of a band
     held = scratch * (KEPT if request.fixed is None else 1)
     total = Bytes(stored.get(DEVICE, 0), max(0, untiled - scratch), held, outputs, fixed, stored.get(HOST, 0),
@@ -390,7 +389,8 @@ def _stage(section: Section, tile_axes: TileAxes, request: Request, offloaded: f
     waiting = (len(grid) - 1).bit_length()  # nodes of a sum's tree, one a level
     held = 8 * (waiting + running)
     sums = sum(prod(op.output.shape) * (held if len(grid) > 1 else _result_bytes(op)) for op in section.sums)
-    return Stage(section, groups, grid, (), window, sums, len(grid) > 1)
+    kinds = kinds_of(section, groups, tile_axes, grid)
+    return Stage(section, groups, grid, (), window, sums, len(grid) > 1, kinds=kinds)
 
 
 def _result_bytes(op: Op) -> int:

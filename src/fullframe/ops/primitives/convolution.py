@@ -6,7 +6,7 @@ of one spatial axis is (kernel, stride, padding, dilation).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from math import prod
 
 import torch
@@ -99,6 +99,9 @@ class Conv(BaseRule):
         sizes = zip(box.shape_of(region[2:]), self.axes(op), pads, strict=True)
         return pads, [Placed(n, a.stride, before, a.dilation) for n, a, (before, _) in sizes]
 
+    def position(self, op: Op, region: Region) -> Hashable:
+        return tuple(outside(self.reads(op, region), op.inputs[0].shape[2:]))
+
     def cost(self, op: Op, elements: int) -> int:
         return 2 * elements * prod(op.inputs[1].shape[1:])
 
@@ -127,6 +130,10 @@ class Winograd(Conv):
     def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         bias = windows[2] if len(windows) > 2 else None
         return winograd(windows[0], windows[1], bias, self.placed(op, region)[1], region[-1][0])
+
+    def position(self, op: Op, region: Region) -> Hashable:
+        """With whether it begins at an even column: outputs are made in couples."""
+        return super().position(op, region), region[-1][0] % 2
 
     def cost(self, op: Op, elements: int) -> int:
         return elements * prod(op.inputs[1].shape[1:])
@@ -159,13 +166,7 @@ class ConvTranspose(Conv):
             channels = op.output.shape[1]
             out = x.new_zeros([region[0][1] - region[0][0], channels, *box.shape_of(region[2:])])
             return out if bias is None else out + bias.view(-1, *[1] * (len(region) - 2))
-        # The window makes the outputs [first, last) of each axis; the wanted ones lie among them,
-        # but for outputs past the last touched one, which are zero (plus bias).
-        crops = []
-        for r, a, want in zip(read[2:], self.axes(op), region[2:], strict=True):
-            first = r[0] * a.stride - a.padding
-            last = (r[1] - 1) * a.stride - a.padding + a.dilation * (a.kernel - 1) + 1
-            crops.append((want[0] - first, last - want[1]))
+        crops = self.crops(op, region)
         padding = [max(0, min(c)) for c in crops]
         crops = [(c[0] - p, c[1] - p) for c, p in zip(crops, padding, strict=True)]
         ragged = any(n < 0 for c in crops for n in c)
@@ -175,6 +176,20 @@ class ConvTranspose(Conv):
         if ragged and bias is not None:
             out = out + bias.view(-1, *[1] * (len(region) - 2))
         return out
+
+    def crops(self, op: Op, region: Region) -> list[Interval]:
+        """How many of the outputs that a window makes lie before and behind those that are wanted; behind the last
+        that it touches are outputs that are zero (plus bias)."""
+        found = []
+        read = self.footprint(op, region)[0]
+        for r, a, want in zip(read[2:], self.axes(op), region[2:], strict=True):
+            first = r[0] * a.stride - a.padding
+            last = (r[1] - 1) * a.stride - a.padding + a.dilation * (a.kernel - 1) + 1
+            found.append((want[0] - first, last - want[1]))
+        return found
+
+    def position(self, op: Op, region: Region) -> Hashable:
+        return None if box.is_empty(self.footprint(op, region)[0]) else tuple(self.crops(op, region))
 
     def scratch(self, op: Op, region: Region) -> int:
         read = self.footprint(op, region)[0]
@@ -251,6 +266,9 @@ class ConvWeightGrad(Reduction):
         weight = g.new_empty(1).expand(shape)
         grads = torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, groups, [False, True, False])
         return grads[1].view(op.output.shape)
+
+    def position(self, op: Op, region: Region) -> Hashable:
+        return tuple(outside(self.reads(op, region), op.inputs[1].shape[2:]))
 
     def cost(self, op: Op, elements: int) -> int:
         return 2 * elements * prod(op.output.shape[1:])

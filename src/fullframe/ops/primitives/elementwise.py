@@ -6,7 +6,7 @@ that make a tensor from nothing but its shape.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
@@ -71,6 +71,9 @@ class Pointwise(BaseRule):
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
         return [box.broadcast(region, v.shape) for v in op.inputs]
 
+    def position(self, op: Op, region: Region) -> Hashable:
+        return ()
+
 
 class Table(Pointwise):
     """Pointwise, but the last input is a small table, taken in full."""
@@ -118,6 +121,8 @@ class Along(BaseRule):
             for v in op.inputs
         ]
 
+    position = Pointwise.position
+
 
 class Constant(BaseRule):
     """A tensor filled with one number; reads nothing."""
@@ -126,6 +131,8 @@ class Constant(BaseRule):
 
     def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.full(box.shape_of(region), op.args[0], **op.kwargs)
+
+    position = Pointwise.position
 
 
 class Line(BaseRule):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from math import prod
 
 import torch
@@ -34,6 +34,8 @@ class Permute(Layout):
     def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         return windows[0].permute(op.args[1])
 
+    position = Pointwise.position
+
 
 class Slice(Layout):
     """``tile.slice(x, axis, start, step)``: the output's extent says where it ends."""
@@ -49,6 +51,8 @@ class Slice(Layout):
         cut = [slice(None)] * len(region)
         cut[axis] = slice(None, None, step)
         return windows[0][tuple(cut)]
+
+    position = Pointwise.position
 
 
 class Embed(Layout):
@@ -79,6 +83,11 @@ class Embed(Layout):
             cut[axis] = slice(first, first + (inside[1] - inside[0] - 1) * step + 1, step)
             out[tuple(cut)] = windows[0]
         return out
+
+    def position(self, op: Op, region: Region) -> Hashable:
+        _, axis, start, step, _ = op.args
+        low, high = self._inside(op, region)
+        return high - low, start + low * step - region[axis][0]
 
 
 def zeros_like_layout(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -118,6 +127,8 @@ class Cat(Layout):
         used = [w for w in windows if w.shape[axis] > 0]
         return used[0] if len(used) == 1 else torch.cat(used or list(windows), axis)
 
+    position = Pointwise.position  # which parts are empty shows in the windows' shapes
+
 
 class Flip(Layout):
     def links(self, op: Op) -> Sequence[Link]:
@@ -135,6 +146,8 @@ class Flip(Layout):
                 for a, (low, high) in enumerate(region)
             )
         ]
+
+    position = Pointwise.position
 
 
 class ConstantPad(Layout):
@@ -157,16 +170,19 @@ class ConstantPad(Layout):
         ]
 
     def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
+        flat = self.position(op, region)
+        return F.pad(windows[0], flat, value=arg(op, 2, 0)) if any(flat) else windows[0]
+
+    def position(self, op: Op, region: Region) -> tuple[int, ...]:
+        """What is to be padded around the window of a region, from the last axis back."""
         flat: list[int] = []
-        shape = op.inputs[0].shape
-        for axis in reversed(range(len(region))):
-            low = region[axis][0] - self._pads(op)[axis][0]
-            high = region[axis][1] - self._pads(op)[axis][0]
-            if windows[0].shape[axis] == 0:
+        reads = zip(region, self._pads(op), op.inputs[0].shape, self.footprint(op, region)[0], strict=True)
+        for (low, high), (before, _), extent, (first, last) in reversed([*reads]):
+            if first == last:
                 flat += [high - low, 0]
             else:
-                flat += [max(0, -low), max(0, high - shape[axis])]
-        return F.pad(windows[0], flat, value=arg(op, 2, 0)) if any(flat) else windows[0]
+                flat += [max(0, before - low), max(0, high - before - extent)]
+        return tuple(flat)
 
 
 class Reshape(Layout):
@@ -210,6 +226,8 @@ class Reshape(Layout):
 
     def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         return windows[0].reshape(box.shape_of(region))
+
+    position = Pointwise.position
 
 
 def groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], list[int]]]:

@@ -7,7 +7,7 @@ gradient would go to neither, or to both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import product
 from math import prod
 
@@ -73,6 +73,9 @@ class Pool(Aligned):
 
     def pooled(self, op: Op, region: Region, made: Sequence[torch.Tensor]) -> torch.Tensor:
         return made[0]
+
+    def position(self, op: Op, region: Region) -> Hashable:
+        return tuple(outside(self.reads(op, region), op.inputs[0].shape[self.lead(op) :]))
 
     def cost(self, op: Op, elements: int) -> int:
         return elements * prod(a.kernel for a in self.axes(op))
@@ -198,6 +201,13 @@ class PoolGrad(Aligned):
             return made
         made = picked(g, choice, axes, box.shape_of(tuple(spans)))
         return pad_window(made, [(r[0] - w[0], w[1] - r[1]) for w, r in zip(region[lead:], spans, strict=True)])
+
+    def position(self, op: Op, region: Region) -> Hashable:
+        outs = self.touched(op, region)
+        if any(high <= low for low, high in outs):
+            return None
+        spans = [box.window_reads(o, *a) for o, a in zip(outs, self.axes(op), strict=True)]
+        return tuple((r[0] - w[0], w[1] - r[1]) for w, r in zip(region[self.lead(op) :], spans, strict=True))
 
 
 def picked(g: torch.Tensor, choice: torch.Tensor, axes: Sequence[Axis], extents: Sequence[int]) -> torch.Tensor:

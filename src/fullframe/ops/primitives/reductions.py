@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from math import prod
 
 import torch
@@ -30,6 +30,9 @@ class OverAxes(Reduction):
 
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
         return [region]
+
+    def position(self, op: Op, region: Region) -> Hashable:
+        return ()
 
 
 class Sum(OverAxes):
@@ -139,6 +142,8 @@ class ScatterSum(Reduction):
     def footprint(self, op: Op, region: Region) -> Sequence[Region]:
         return [region, region[: len(op.inputs[1].shape)]]
 
+    position = OverAxes.position
+
     def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         g, index = windows
         row = g.shape[index.dim() :]
@@ -184,6 +189,8 @@ class Contract(Reduction):
 
     def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.einsum(op.args[2], *windows)
+
+    position = OverAxes.position
 
     def scratch(self, op: Op, region: Region) -> int:
         """The smaller operand may be laid out anew."""

@@ -6,7 +6,7 @@ gives the same numbers (whole factors), it is called and its result cropped: it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from math import prod
 
 import torch
@@ -98,6 +98,13 @@ class Resample(Aligned):
         made = self.quick(windows[0], specs, region[lead:])
         return self.by_taps(op, region, windows[0]) if made is None else made
 
+    def position(self, op: Op, region: Region) -> Hashable:
+        """Where ATen's own kernel is called: how far from a whole input the region begins."""
+        specs, spatial = op.args[1], region[self.lead(op) :]
+        if all(map(factor, specs)) and _kernel(specs) is not None:
+            return tuple(r[0] - self.interval(s, *r)[0] * factor(s) for s, r in zip(specs, spatial, strict=True))
+        return () if all(map(blocks, specs)) and len(specs) > 1 else region
+
     def by_taps(self, op: Op, region: Region, x: torch.Tensor) -> torch.Tensor:
         """The window axis by axis, the one that shrinks most first."""
         lead, specs = self.lead(op), op.args[1]
@@ -156,6 +163,17 @@ class ResampleGrad(Resample):
 
     def table(self, spec: Spec, region: Interval, dtype: torch.dtype, device: torch.device) -> interpolate.Table:
         return interpolate.backward_table(spec, *region, dtype, device)
+
+    def position(self, op: Op, region: Region) -> Hashable:
+        specs, spatial = op.args[1], region[self.lead(op) :]
+        pairs = [*zip(specs, spatial, strict=True)]
+        if all(map(factor, specs)) and _kernel(specs) is not None:
+            reads = (self.interval(s, *r)[0] for s, r in pairs)
+            return tuple((r[0] - n // factor(s), r[0] - users(s, *r)[0] // factor(s))
+                         for (s, r), n in zip(pairs, reads, strict=True))  # fmt: skip
+        if all(map(blocks, specs)) and len(specs) > 1 and all(s.target * blocks(s) >= s.source for s in specs):
+            return tuple(r[0] % blocks(s) for s, r in pairs)
+        return region
 
     def quick(self, x: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor | None:
         return reduced(x, specs, region) if all(map(factor, specs)) else spread_out(x, specs, region)

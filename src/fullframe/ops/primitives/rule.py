@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
@@ -43,6 +43,10 @@ class BaseRule:
 
     def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         return op.call(*op.bind(windows), **op.kwargs)
+
+    def position(self, op: Op, region: Region) -> Hashable:
+        """All of it: true of every rule, though tiles in other places are then of other classes."""
+        return region
 
     def cost(self, op: Op, elements: int) -> int:
         return elements
