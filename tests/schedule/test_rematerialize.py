@@ -118,3 +118,17 @@ def test_the_plan_says_what_is_made_again():
         plan = fullframe.tile(net, loss=F.cross_entropy, workers=1).plan(image, label)
     assert "times that of the fastest plan" in str(plan) and "again" in str(plan)
     assert isinstance(plan, Plan) and isinstance(plan.graph, Graph) and arithmetic(plan) > 0
+
+
+def test_what_a_rung_leaves_of_the_budget_is_used():
+    """A plan that was found for one budget, or one that is as fast, is found for the bytes that it takes."""
+    net = Net(8)
+    image, label = torch.zeros(()).expand(1, 1, 4096, 4096), torch.zeros((), dtype=torch.long).expand(1, 4096, 4096)
+
+    def planned(budget: int) -> Plan:
+        return fullframe.tile(net, loss=F.cross_entropy, workers=1, budget=budget).plan(image, label)
+
+    everything = planned(1 << 40).projected_bytes
+    for share in (0.7, 0.5, 0.35):
+        first = planned(int(share * everything))
+        assert arithmetic(planned(first.projected_bytes + 1)) < 1.1 * arithmetic(first)

@@ -131,7 +131,10 @@ def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
         return _finish(graph, draft, replace(request, max_in_flight=1, most=most), stages, fixed)
 
     def over(made: Plan) -> int:
-        return max(made.projected_bytes - request.budget, made.bytes.host - request.host)
+        """By how many bytes a plan does not fit; less than nothing by as many as it leaves in all memories."""
+        near = made.projected_bytes - request.budget
+        far = made.bytes.host + made.bytes.disk - request.host - request.disk
+        return max(near, made.bytes.host - request.host) if max(near, far) > 0 else near + far
 
     made = finish(draft, 0)
     if over(made) <= 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 from fullframe.ir.graph import Graph
 from fullframe.schedule.clones import Draft
@@ -16,9 +17,10 @@ from fullframe.schedule.rematerialize import Stages
 from fullframe.schedule.search import Search
 
 SHARES = (0.8, 0.6, 0.4, 0.25, 0.15, 0.08, 0.04, 0.0)  # of the most that is stored at once
-MOST = (64 << 20, 0)  # bytes of the windows in work where values are recomputed; 0: as few as may be
+MOST = (64 << 20, 12 << 20, 0)  # bytes of the windows in work where values are recomputed; 0: as few as may be
 WINDOW = 4 << 20  # bytes of the largest window of a tile that the search counts halo for
 TRIES = 4
+CLOSE = 0.02  # of a limit, by which another is not worth a try
 DEPTHS = (0.8, 0.6, 0.4, 0.2, 0.0)  # of the limit, down to which gaps are dropped before some are filled again
 VISITS = 3_000_000  # nodes looked at, after which nothing else is tried
 FILLING = 500_000  # nodes looked at to fill a rung again
@@ -49,16 +51,21 @@ def within(graph: Graph, draft: Draft, base: Plan, finish: Finish, over: Callabl
     for stages in both:
         if stages.search.total > best.cost:
             continue  # even with everything stored
-        limit = peak - over(fits.plan)
+        low, limit, high = float(peak), float(peak - over(fits.plan)), inf
         for _ in range(TRIES):
             state = best_of(stages.search, limit)
             if state is None:
                 break
             made = _made(stages, state, fits.most, finish)
-            if over(made.plan) <= 0:
+            excess = over(made.plan)
+            if excess <= 0:
                 best = made if made.cost < best.cost else best
+                low, following = limit, min(limit - excess, (limit + high) / 2)
+            else:
+                high, following = limit, max(limit - excess, (low + limit) / 2)
+            if abs(following - limit) < CLOSE * limit:
                 break
-            limit -= over(made.plan)
+            limit = following
     return best
 
 
