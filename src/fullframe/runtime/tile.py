@@ -196,11 +196,17 @@ class Tile:
         """The bytecode that it is made by."""
         return self.alike.recorded
 
+    @property
+    def task(self) -> Task:
+        """What is to be done."""
+        alike = self.alike
+        return alike.task if self.position == alike.origin else self.tiles.task(self.plan, self.position)
+
     def fetches(self) -> list[tuple[Value, Region]]:
         """What it will fetch."""
         if self.recorded is not None:
             return [(f.value, f.at(self.alike.shift(self.position))) for f in self.recorded.fetches]
-        return [(f.value, f.region) for f in self.tiles.task(self.plan, self.position).fetches]
+        return [(f.value, f.region) for f in self.task.fetches]
 
     def run(self, memory: Memory) -> Partials:
         """Make the tile; returns its partial result of each sum."""
@@ -215,7 +221,7 @@ class Tile:
 
     def run_in_python(self, memory: Memory) -> Partials:
         """Make the tile without bytecode, as when that has failed."""
-        return run_task(self.tiles.task(self.plan, self.position), memory)
+        return run_task(self.task, memory)
 
 
 class Room:
@@ -225,8 +231,9 @@ class Room:
         self.count = count
 
     def take(self) -> bool:
-        self.count -= self.count > 0
-        return self.count > 0
+        """Whether there is room for one more, which it then takes."""
+        self.count -= 1
+        return self.count >= 0
 
 
 class StageTiles:
