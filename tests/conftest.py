@@ -12,6 +12,7 @@ from fullframe.codegen.toolchain import cxx as compiler
 from fullframe.schedule import verify
 
 verify.ON = True  # every plan that a test makes is checked
+os.environ.setdefault("FULLFRAME_DISK_RATE", "500")  # MB/s, so that plans do not depend on the disk at hand
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

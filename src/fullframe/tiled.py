@@ -34,6 +34,7 @@ from fullframe.schedule.budgets import PLENTY, Budgets, budgets
 from fullframe.schedule.plan import Plan
 from fullframe.schedule.planner import plan as planned_for
 from fullframe.schedule.saved_plan import SavedPlan, load
+from fullframe.storage.disk_rate import USUAL, disk_rate
 from fullframe.storage.pool import Pool
 from fullframe.storage.protocol import DISK
 from fullframe.storage.unnamed_file import disk_folder
@@ -377,8 +378,8 @@ def tile(  # noqa: PLR0913
             and gradients. None: what is free under the container's limit.
         tile: forces the tile, in pixels of the input: one extent per spatial axis or one for all.
         workers: threads over tiles on the CPU; None: one per core.
-        disk: bytes, or text as for the budget: what the maps that do not fit the budget may take on a disk, in a
-            file without a name. The plan says how many bytes a step writes there. None: no disk is used.
+        disk: bytes, or text as for the budget, that maps may take on a disk, in a file without a name (None: none);
+            its speed is measured, or told by FULLFRAME_DISK_RATE in MB/s. The plan says how much is written.
         folder: where that file lies; None: the system's temporary folder. It may not be in memory itself (tmpfs).
         mesh: a `DeviceMesh` of one dimension, ``domain`` (first spatial axis) or ``data`` (batch), whose processes
             make the step together, each with this budget: a call takes a part of inputs and targets and gives that of
@@ -387,8 +388,7 @@ def tile(  # noqa: PLR0913
 
     Raises:
         BudgetError: (at the first call) no plan fits the budget, with the disk there is; it names the smallest.
-        OSError: the folder cannot be used; (at a call) the disk has not so many bytes free as the plan takes, or it
-            fails to read or write, and no parameter, buffer or gradient is changed.
+        OSError: the folder cannot be used; (at a call) the disk is full or fails, and nothing has changed.
         CaptureError: the step depends on data or randomness that a recording would freeze.
         UnsupportedOpError: an op must run whole and does not fit.
         RankError: (at a call) ranks differ, which is told by name, or another has failed; nothing is changed on any.
@@ -406,8 +406,9 @@ def tile(  # noqa: PLR0913
     extents, threads = _extents(tile), _threads(workers)
     if loss is not None and not callable(loss):
         raise TypeError(f"loss={loss!r} must be a function or Module of (output, target)")
-    on_disk, told = _disk(budget, disk, folder)
-    return Tiled(module, loss, Options(nbytes, extents, threads, on_disk, _domain(mesh, disk), saved), Pool(told))
+    on_disk, told, rate = _disk(budget, disk, folder)
+    options = Options(nbytes, extents, threads, on_disk, _domain(mesh, disk), saved, saved.rate if saved else rate)
+    return Tiled(module, loss, options, Pool(told))
 
 
 def _saved(
@@ -445,15 +446,16 @@ def _threads(workers: int | None) -> int:
 
 def _disk(
     budget: int | str | None, disk: int | str | None, folder: str | os.PathLike[str] | None
-) -> tuple[int, dict[str, dict[str, object]]]:
-    """Bytes on disk that maps may take, and what the store is told of their folder."""
+) -> tuple[int, dict[str, dict[str, object]], int]:
+    """Bytes on disk that maps may take, what the store is told of their folder, and how fast it is."""
     if disk is None:
         if folder is not None:
             raise ValueError(f"folder={str(folder)!r} is where maps lie on disk, of which there are none; give disk=")
-        return 0, {}
+        return 0, {}, USUAL
     if budget is None:
         raise ValueError(f"disk={disk!r} is for maps that do not fit a budget, and there is none; give budget=")
-    return parse_bytes(disk, "disk"), {DISK: {"folder": disk_folder(folder)}}
+    found = disk_folder(folder)
+    return parse_bytes(disk, "disk"), {DISK: {"folder": found}}, disk_rate(found)
 
 
 def _extents(tile: Any) -> int | tuple[int, ...] | None:

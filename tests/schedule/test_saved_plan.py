@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fullframe
+from fullframe.storage.disk_rate import USUAL
 
 SIDE = 64
 
@@ -34,7 +35,7 @@ def saved(tmp_path):
 
 def test_it_brings_its_numbers_and_other_sizes_are_planned_with_them(saved):
     step = fullframe.tile(network(), loss=F.cross_entropy, plan=saved)
-    assert step.plan(*inputs()).limits == step.plan(*inputs(32)).limits == (300_000_000, 0, 0, 3)
+    assert step.plan(*inputs()).limits == step.plan(*inputs(32)).limits == (300_000_000, 0, 0, 3, USUAL)
     assert list(saved.parent.iterdir()) == [saved]
 
 
@@ -57,7 +58,7 @@ def test_another_plan_is_an_error(saved):
 
 
 @pytest.mark.parametrize(
-    "change", [{"budget": "300 MB"}, {"budget": -1}, {"workers": 0}, {"more": 1}, {"call": None}]
+    "change", [{"budget": "300 MB"}, {"budget": -1}, {"workers": 0}, {"rate": 0}, {"more": 1}, {"call": None}]
 )
 def test_another_file_is_an_error(saved, change):
     saved.write_text(json.dumps(json.loads(saved.read_text()) | change))

@@ -235,7 +235,7 @@ def test_what_a_disk_does_not_pay_for_is_made_again(monkeypatch):
     budget = least(net, image, label, workers=1)
     found = []
     for price in (0, 500):
-        monkeypatch.setattr(planner, "PER_BYTE", price)
+        monkeypatch.setattr(planner, "PER_BYTE", 500 * price)
         plan = fullframe.tile(net, loss=loss, budget=budget, disk="1 GB", workers=1).plan(image, label)
         found.append((sum(plan.disk_traffic), arithmetic(plan)))
     assert found[0][0] > found[1][0] and found[0][1] < found[1][1], found

@@ -158,13 +158,13 @@ def test_a_step_runs_with_a_store_of_ones_own(monkeypatch):
     monkeypatch.setattr(pipeline, "request_for", lambda *args: replace(requested(*args), host=10**9))
     monkeypatch.setattr(tiling, "WINDOW", 50_000)
     with pytest.raises(fullframe.BudgetError) as refused:
-        fullframe.tile(net, loss=F.cross_entropy, tile=16, budget=1).plan(image, label)
+        fullframe.tile(net, loss=F.cross_entropy, tile=16, budget=1, workers=2).plan(image, label)
     budget = refused.value.smallest
     results = []
     for kind in (Host, maker):
         monkeypatch.setitem(pool.MAKERS, HOST, kind)
         one = copy.deepcopy(net)
-        step = fullframe.tile(one, loss=F.cross_entropy, tile=16, budget=budget)
+        step = fullframe.tile(one, loss=F.cross_entropy, tile=16, budget=budget, workers=2)
         assert step.plan(image, label).offloaded
         results.append(gradients(one, step, image, label))
     assert made and not made[0].maps  # each life had its end

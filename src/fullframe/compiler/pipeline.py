@@ -337,7 +337,7 @@ def request_for(graph: Graph, call: Call, options: Options, written: Iterable[in
     tile = None if forced is None else tuple(forced)
     if not device.windows:
         max_in_flight = MAX_IN_FLIGHT if options.workers > 1 and options.domain is None else 1
-        return Request(budget, options.workers, roots, fusable, tile, free, disk=options.disk,
+        return Request(budget, options.workers, roots, fusable, tile, free, disk=options.disk, rate=options.rate,
                        max_in_flight=max_in_flight, external=external)  # fmt: skip
     host = device_of(CPU).free_bytes(CPU) if options.saved is None else options.saved.host
     # What a recorded run keeps besides: its inputs, and what it makes, to be copied out.
@@ -346,7 +346,7 @@ def request_for(graph: Graph, call: Call, options: Options, written: Iterable[in
     copies = sum(v.nbytes for v in copied if v not in external)
     return Request(
         budget, 1, roots, fusable, tile, free, window=budget // device.windows, host=host, disk=options.disk,
-        fixed=FIXED + copies, external=external
+        rate=options.rate, fixed=FIXED + copies, external=external
     )  # fmt: skip
 
 

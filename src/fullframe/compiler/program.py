@@ -29,7 +29,8 @@ from fullframe.storage.external import Sink
 @dataclass(frozen=True)
 class Options:
     """Budget in bytes (None: what is free when first planned), forced tile, worker threads, bytes of a disk, the
-    ranks that make the step together, and a plan that was saved, which brings numbers of its own."""
+    ranks that make the step together, a plan that was saved, which brings numbers of its own, and how many million
+    bytes a second the disk moves."""
 
     budget: int | None
     tile: int | tuple[int, ...] | None
@@ -37,6 +38,7 @@ class Options:
     disk: int = 0
     domain: Domain | None = None
     saved: SavedPlan | None = None
+    rate: int = 500
 
 
 @dataclass(eq=False)

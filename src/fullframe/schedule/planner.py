@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 from fullframe.errors import BudgetError, UnsupportedOpError
@@ -34,7 +35,7 @@ KEPT_AT_MOST = 3  # and so many times where the budget has room for it: it is th
 LITTLE = 0.02  # of all that a step takes: stored maps that are no more are not worth a search
 REPEATS = 3  # times that the room for maps is estimated, which depends on the windows of what is on disk
 Known = dict[tuple[Section, int, frozenset[Value] | None], Stage]
-PER_BYTE = 500  # operations that are made in the time in which a disk takes or gives a byte: 250 GFLOP/s, 0.5 GB/s
+PER_BYTE = 250_000  # operations, at 250 GFLOP/s, in the time in which a disk of a million bytes a second moves a byte
 DEAR = 1.05  # times the price of the arithmetic alone, from which on it may pay to store less on a disk
 STREAMS = 3  # tiles in work where maps live in a second tier: one is fetched, one computed, one put back
 
@@ -59,13 +60,14 @@ def plan(graph: Graph, request: Request) -> Plan:
             if allowed.host == request.host and allowed.disk == request.disk and found is None:
                 raise
         else:
-            found = made if found is None or price(made) < price(found) else found
+            cost = partial(price, rate=request.rate)
+            found = made if found is None or cost(made) < cost(found) else found
     if found is None:
         assert refused is not None
         raise refused
     if verify.ON:
         verify.verify_plan(found)
-    return replace(found, limits=Limits(request.budget, request.disk, request.host, request.workers))
+    return replace(found, limits=Limits(request.budget, request.disk, request.host, request.workers, request.rate))
 
 
 def _again(plan: Plan) -> bool:
@@ -82,9 +84,9 @@ def _tiers(request: Request) -> list[Request]:
     return [*found, request] if request.disk else found
 
 
-def price(plan: Plan) -> float:
-    """What a step costs, in operations: its expensive ops, and what the disk could have been spared."""
-    return arithmetic(plan) + PER_BYTE * sum(plan.disk_traffic) if plan.bytes.disk else arithmetic(plan)
+def price(plan: Plan, rate: int) -> float:
+    """What a step costs, in operations: its expensive ops, and the bytes that a disk of this rate moves."""
+    return arithmetic(plan) + PER_BYTE / rate * sum(plan.disk_traffic) if plan.bytes.disk else arithmetic(plan)
 
 
 def _plan(graph: Graph, request: Request) -> Plan:
@@ -136,11 +138,11 @@ def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
         far = made.bytes.host + made.bytes.disk - request.host - request.disk
         return max(near, made.bytes.host - request.host) if max(near, far) > 0 else near + far
 
-    made = finish(draft, 0)
+    made, cost = finish(draft, 0), partial(price, rate=request.rate)
     if over(made) <= 0:
-        if made.bytes.disk and price(made) > DEAR * arithmetic(made):
-            found = cheapest(graph, draft, finish, over, price)
-            if found is not None and price(found.plan) < price(made):
+        if made.bytes.disk and cost(made) > DEAR * arithmetic(made):
+            found = cheapest(graph, draft, finish, over, cost)
+            if found is not None and cost(found.plan) < cost(made):
                 draft, made, request = found.draft, found.plan, replace(request, most=found.most)
     else:
         cloned, smallest = _cloned(draft, made, finish, over)

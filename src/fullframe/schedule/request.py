@@ -15,7 +15,8 @@ class Request:
     triples. ``free``: values not counted (gradients). ``fusable``: whether a pointwise op or a sum has a place in a
     fusion group. ``window``: bytes that the largest window of a tile may have at least. ``host``: bytes of a second
     tier, in which the stored maps may live where they do not fit in the budget; 0 where there is none. ``disk``:
-    bytes of a further one, for the maps that have no place in the nearest of the others. ``fixed``: bytes that are
+    bytes of a further one, for the maps that have no place in the nearest of the others, and ``rate`` the million
+    bytes a second that it moves. ``fixed``: bytes that are
     taken whatever the plan; None: an estimate of what recording, plan and libraries take, which lie in the same
     memory. ``max_in_flight``: how many stages in a row may be in work at the same time where the budget has room for
     it. ``most``: bytes that the windows of the tiles in work may take in stages that make values again, if there are
@@ -31,6 +32,7 @@ class Request:
     window: int = 0
     host: int = 0
     disk: int = 0
+    rate: int = 500
     fixed: int | None = None
     max_in_flight: int = 1
     most: int = 0

@@ -1,0 +1,56 @@
+"""How fast a disk is, measured once, since it decides what is kept there and what is made again."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from fullframe.storage.unnamed_file import Run, UnnamedFile
+
+VARIABLE = "FULLFRAME_DISK_RATE"
+USUAL = 500  # million bytes a second, of a disk on which there is no room to measure
+SLOWEST, FASTEST = 64, 8192
+PIECE, PIECES = 4 << 20, 16  # bytes that are written and read at once, and how often
+SECONDS = 0.5  # after which enough has been written, or read
+
+
+def disk_rate(folder: Path) -> int:
+    """Million bytes a second that the disk of a folder takes and gives, a power of two, so that plans seldom depend
+    on when it was measured; or the number in the variable `VARIABLE` of the environment.
+
+    Raises `ValueError` where that is no number above zero.
+    """
+    given = os.environ.get(VARIABLE)
+    if given is None:
+        return _measured(folder, os.stat(folder).st_dev)
+    if not given.isdecimal() or not int(given):
+        raise ValueError(f"{VARIABLE}={given!r} must be a whole number of million bytes a second above zero")
+    return int(given)
+
+
+@lru_cache
+def _measured(folder: Path, disk: int) -> int:
+    """The rate of a disk by the system's number of it, seen from a folder there."""
+    try:
+        file = UnnamedFile(folder, PIECE * PIECES)
+        try:
+            piece = torch.zeros(PIECE, dtype=torch.uint8)
+            moved, began = 0, time.monotonic()
+            for move in (file.write, file.read):
+                start = time.monotonic()
+                for k in range(PIECES):
+                    move([Run(k * PIECE, piece.data_ptr(), PIECE)])
+                    moved += PIECE
+                    if time.monotonic() - start > SECONDS:
+                        break
+            rate = moved / 1e6 / max(1e-9, time.monotonic() - began)
+        finally:
+            file.close()
+    except OSError:  # a step that needs the disk will say so
+        return USUAL
+    return 2 ** round(math.log2(min(max(rate, SLOWEST), FASTEST)))
