@@ -132,3 +132,14 @@ def test_what_a_rung_leaves_of_the_budget_is_used():
     for share in (0.7, 0.5, 0.35):
         first = planned(int(share * everything))
         assert arithmetic(planned(first.projected_bytes + 1)) < 1.1 * arithmetic(first)
+
+
+def test_one_worker_needs_no_more_than_two():
+    """A map that one worker would have in one piece is cut where the budget is small."""
+    net, image, label = Net(8), torch.zeros(1, 1, 256, 256), torch.zeros(1, 256, 256, dtype=torch.long)
+    smallest = []
+    for workers in (1, 2):
+        with pytest.raises(fullframe.BudgetError) as refused:
+            fullframe.tile(net, loss=F.cross_entropy, workers=workers, budget=1).plan(image, label)
+        smallest.append(refused.value.smallest)
+    assert smallest[0] <= smallest[1]

@@ -73,7 +73,7 @@ def _most(section: Section, works: Sequence[Work], regions: dict[Value, Region],
 def choose_grid(section: Section, tile_axes: TileAxes, request: Request) -> Grid:
     """Tiles of a section: full-width strips of about a window's bytes, or the forced tile."""
     root = _root(section, tile_axes)
-    if root is None or any(op.rule.kind == "whole" and tiled(op.output, tile_axes) for op in section.ops):
+    if root is None or _whole(section, tile_axes):
         return Grid()
     axes = [(tile_axis, n) for tile_axis, n in zip(tile_axes[root], root.shape, strict=True) if tile_axis is not None]
     if request.tile is not None:
@@ -102,6 +102,11 @@ def choose_grid(section: Section, tile_axes: TileAxes, request: Request) -> Grid
         if count <= 1:
             break
     return Grid(tuple(chosen))
+
+
+def _whole(section: Section, tile_axes: TileAxes) -> bool:
+    """Whether an op of a section takes and makes whole maps."""
+    return any(op.rule.kind == "whole" and tiled(op.output, tile_axes) for op in section.ops)
 
 
 def _dense(section: Section, root: Value) -> bool:
@@ -154,7 +159,11 @@ def deep_grid(
     """Tiles of a section with much halo: strips or squares, of the size that is fastest among those whose windows
     keep to the request's limit, or the least."""
     root = _root(section, tile_axes)
-    if root is None or len(grid) == 1 or request.tile is not None:
+    if root is None or request.tile is not None:
+        return grid
+    # One worker has a small map in one piece, which a small budget cuts all the same.
+    cut = len(grid) > 1 or (request.hands == 1 and root.nbytes >= LEAST and not _whole(section, tile_axes))
+    if not cut:
         return grid
     axes = [(tile_axis, n) for tile_axis, n in zip(tile_axes[root], root.shape, strict=True) if tile_axis is not None]
     ratio = _alignment(section, tile_axes, dict(axes))
