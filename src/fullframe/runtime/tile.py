@@ -28,6 +28,7 @@ from fullframe.runtime.tile_classes import (
     accesses,
     arrays_of,
     begins,
+    follows,
     outline,
     puts_of,
     span,
@@ -270,6 +271,9 @@ class StageTiles:
         with self.lock:
             steps, key = self._box(plan, position)
             found = self.classes.get(key)
+            if found is None and steps is not None and not self._typical(plan, position, key):
+                steps, key = None, position
+                found = self.classes.get(key)
             if found is None:
                 found = self._make(plan, position, steps)
                 if self.room.take() or steps is not None:
@@ -277,6 +281,12 @@ class StageTiles:
                 else:
                     self.full, found.tries = True, 0  # what is made anew in each step is not worth a recording
         return Tile(self, plan, position, found)
+
+    def _typical(self, plan: Plan, position: Position, first: Position) -> bool:
+        """Whether a tile may be recorded for its class: not one in which two arrays happen to begin in one place."""
+        draw = self._draw(plan)
+        steps = self.likeness.steps[first] if self.likeness else None
+        return steps is not None and follows(draw(position), draw(first), steps, first, position)
 
     def _make(self, plan: Plan, position: Position, steps: Steps | None) -> TileClass:
         stage = plan.stages[self.number]
@@ -290,10 +300,20 @@ class StageTiles:
             return None, position
         draw = self._draw(plan)
         if self.likeness is None:
-            self.likeness = Likeness(self.counts, draw)
+            self.likeness = Likeness(self.counts, self._whole(plan), draw)
         first = self.likeness.box(position)
         steps = self.likeness.found(first, draw)
         return steps, position if steps is None else first
+
+    def _whole(self, plan: Plan) -> list[bool]:
+        """Along which axes of the grid tiles begin at whole pixels of every map of the stage."""
+        stage, tile_axes = plan.stages[self.number], plan.tile_axes
+        section = stage.section
+        maps = {*section.loads, *section.outputs, *(v for op in section.ops for v in (op.output, *op.inputs))}
+        sizes = {(a, n) for v in maps for a, n in zip(tile_axes.get(v, ()), v.shape, strict=False) if a is not None}
+        return [
+            all(pixels * n % extent == 0 for a, n in sizes if a == axis) for axis, extent, pixels in stage.grid.axes
+        ]
 
     def _draw(self, plan: Plan) -> Draw:
         stage = plan.stages[self.number]

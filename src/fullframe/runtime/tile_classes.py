@@ -5,8 +5,9 @@ along each axis of the grid these move on by the same number of pixels from tile
 recording of it, and for each array that the task touches how much further it begins from one tile to the next. What
 is kept does not grow with the image.
 
-Which tiles are alike is found by comparing their tasks (`outline`): along each axis the first and the last few tiles
-with one from the middle, and then, at the corners of what lies between, the forms and the places. That is enough.
+Which tiles are alike is found by comparing their tasks (`outline`), where tiles begin at whole pixels of every map:
+along each axis the first and the last few tiles with one from the middle, and then, at the corners of what lies
+between and along its first rows, the forms and the places. That is enough.
 Where a region begins is a monotone function of the tile's position, made of multiples, whole parts and clips; so is
 its distance from a straight line as long as nothing is clipped, and the form says where something is. If both ends of
 a row of tiles lie on it, all between them do. Where plans are verified, every tile is compared.
@@ -26,6 +27,7 @@ from fullframe.schedule import verify
 
 EDGE = 4  # tiles at each end of an axis that may be unlike those between them
 FEWEST = 4  # tiles of an axis that are worth a class
+LINE = 16  # tiles of a row that are all compared
 
 Position = tuple[int, ...]
 Starts = tuple[tuple[int, ...], ...]
@@ -112,8 +114,12 @@ class Likeness:
     """Which tiles of a grid are alike: runs of tiles along each of its axes, and for boxes of such runs how much
     further each base begins from one tile to the next."""
 
-    def __init__(self, counts: Sequence[int], draw: Draw):
-        self.runs = [_runs(counts, axis, draw) for axis in range(len(counts))]
+    def __init__(self, counts: Sequence[int], whole: Sequence[bool], draw: Draw):
+        """``whole``: along which axes of the grid tiles begin at whole pixels of every map. Elsewhere the parts of a
+        small map are now empty, now a pixel, and no few tiles tell what the others are."""
+        self.runs = [
+            _runs(counts, axis, draw) if whole[axis] else [(k, k) for k in range(n)] for axis, n in enumerate(counts)
+        ]
         self.lows = [[low for low, _ in runs] for runs in self.runs]
         self.steps: dict[Position, Steps | None] = {}
 
@@ -156,6 +162,8 @@ def _regular(first: Position, ends: Position, draw: Draw) -> Steps | None:
     origin = draw(first)
     steps = []
     probes = list(product(*({low, high} for low, high in zip(first, ends, strict=True))))
+    if not origin.starts:
+        return None
     for axis, (low, high) in enumerate(zip(first, ends, strict=True)):
         if low == high:
             steps.append(_less(origin.starts, origin.starts))
@@ -164,16 +172,18 @@ def _regular(first: Position, ends: Position, draw: Draw) -> Steps | None:
         if second.form != origin.form:
             return None
         steps.append(_less(second.starts, origin.starts))
+        probes += [(*first[:axis], at, *first[axis + 1 :]) for at in range(low, high)][:LINE]
         probes.append((*first[:axis], high - 1, *first[axis + 1 :]))
     if verify.ON:
         probes = list(product(*(range(low, high + 1) for low, high in zip(first, ends, strict=True))))
-    for probe in probes:
-        other = draw(probe)
-        shift = _less((probe,), (first,))[0]
-        expected = tuple(_add(start, moved(steps, shift, base)) for base, start in enumerate(origin.starts))
-        if other.form != origin.form or other.starts != expected:
-            return None
-    return steps
+    return steps if all(follows(draw(probe), origin, steps, first, probe) for probe in probes) else None
+
+
+def follows(other: Outline, origin: Outline, steps: Steps, first: Position, position: Position) -> bool:
+    """Whether a tile is like the first of its box, and where it should be."""
+    shift = _less((position,), (first,))[0]
+    expected = tuple(_add(start, moved(steps, shift, base)) for base, start in enumerate(origin.starts))
+    return other.form == origin.form and other.starts == expected
 
 
 def moved(steps: Steps, shift: Sequence[int], base: int) -> tuple[int, ...]:
