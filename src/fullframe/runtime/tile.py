@@ -33,7 +33,7 @@ from fullframe.runtime.tile_classes import (
     puts_of,
     span,
 )
-from fullframe.schedule.plan import LARGE, Plan, Stage
+from fullframe.schedule.plan import LARGE, Plan, Stage, whole_axes
 from fullframe.storage.arena import empty_map
 
 TRIES = 2  # What a library does once only, when it is first called, may keep the first recording from being used.
@@ -300,20 +300,11 @@ class StageTiles:
             return None, position
         draw = self._draw(plan)
         if self.likeness is None:
-            self.likeness = Likeness(self.counts, self._whole(plan), draw)
+            stage = plan.stages[self.number]
+            self.likeness = Likeness(self.counts, whole_axes(stage.section, plan.tile_axes, stage.grid), draw)
         first = self.likeness.box(position)
         steps = self.likeness.found(first, draw)
         return steps, position if steps is None else first
-
-    def _whole(self, plan: Plan) -> list[bool]:
-        """Along which axes of the grid tiles begin at whole pixels of every map of the stage."""
-        stage, tile_axes = plan.stages[self.number], plan.tile_axes
-        section = stage.section
-        maps = {*section.loads, *section.outputs, *(v for op in section.ops for v in (op.output, *op.inputs))}
-        sizes = {(a, n) for v in maps for a, n in zip(tile_axes.get(v, ()), v.shape, strict=False) if a is not None}
-        return [
-            all(pixels * n % extent == 0 for a, n in sizes if a == axis) for axis, extent, pixels in stage.grid.axes
-        ]
 
     def _draw(self, plan: Plan) -> Draw:
         stage = plan.stages[self.number]

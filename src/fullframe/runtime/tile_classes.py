@@ -24,8 +24,8 @@ from fullframe.ir import region as box
 from fullframe.ir.graph import Op, Value
 from fullframe.runtime.tasks import Job, Part, Store, Task
 from fullframe.schedule import verify
+from fullframe.schedule.plan import EDGE
 
-EDGE = 4  # tiles at each end of an axis that may be unlike those between them
 FEWEST = 4  # tiles of an axis that are worth a class
 LINE = 16  # tiles of a row that are all compared
 
@@ -115,8 +115,8 @@ class Likeness:
     further each base begins from one tile to the next."""
 
     def __init__(self, counts: Sequence[int], whole: Sequence[bool], draw: Draw):
-        """``whole``: along which axes of the grid tiles begin at whole pixels of every map. Elsewhere the parts of a
-        small map are now empty, now a pixel, and no few tiles tell what the others are."""
+        """``whole``: along which axes of the grid tiles begin at whole pixels of every map; elsewhere no few tiles
+        tell what the others are."""
         self.runs = [
             _runs(counts, axis, draw) if whole[axis] else [(k, k) for k in range(n)] for axis, n in enumerate(counts)
         ]

@@ -290,13 +290,7 @@ def halo(plan: Plan, stage: Stage) -> float:
 
 def arithmetic(plan: Plan) -> float:
     """Operations of expensive ops, halo included, as if all tiles were like one from the middle."""
-    total = 0.0
-    for stage in plan.stages:
-        section = stage.section
-        tile = stage.grid.tile(tuple((n - 1) // 2 for n in stage.grid.counts()))
-        works = work_of(stage.groups, section.saves, frozenset(section.sums), plan.tile_axes, tile)[0]
-        total += operations(works) * len(stage.grid)
-    return total
+    return sum((operations(_middle(plan, stage)) * len(stage.grid) for stage in plan.stages), 0.0)
 
 
 POINTWISE = 50  # operations of a convolution that are made in the time of one elsewhere, where memory is the limit
@@ -304,11 +298,16 @@ POINTWISE = 50  # operations of a convolution that are made in the time of one e
 
 def stage_cost(plan: Plan, stage: Stage) -> float:
     """Operations of a stage, halo included; those of cheap ops count as much as the time that they take, about."""
-    section = stage.section
-    tile = stage.grid.tile(tuple((n - 1) // 2 for n in stage.grid.counts()))
-    works = work_of(stage.groups, section.saves, frozenset(section.sums), plan.tile_axes, tile)[0]
+    works = _middle(plan, stage)
     cheap = sum(box.size(w.region) * (not op.rule.heavy) for w in works for op in (*w.group.ops, *w.group.sums))
     return (operations(works) + POINTWISE * cheap) * len(stage.grid)
+
+
+def _middle(plan: Plan, stage: Stage) -> Sequence[Work]:
+    """What a tile from the middle does."""
+    section = stage.section
+    tile = stage.grid.tile(tuple((n - 1) // 2 for n in stage.grid.counts()))
+    return work_of(stage.groups, section.saves, frozenset(section.sums), plan.tile_axes, tile)[0]
 
 
 def operations(works: Sequence[Work]) -> float:
@@ -334,11 +333,22 @@ def traffic(plan: Plan, there: Collection[Value]) -> Traffic:
     return Traffic(read, written)
 
 
-EDGE = 5  # tiles along an axis that are unlike each other, at most, where those in the middle are alike
+EDGE = 4  # tiles at each end of an axis of the grid that may be unlike those between them
+UNLIKE = 5  # tiles along such an axis that are unlike each other, about
+
+
+def whole_axes(section: Section, tile_axes: TileAxes, grid: Grid) -> list[bool]:
+    """Along which axes of the grid the tiles of a section begin at whole pixels of every map.
+
+    Elsewhere the parts of a small map are now empty, now a pixel, and all tiles may be unlike each other.
+    """
+    maps = {*section.loads, *section.outputs, *(v for op in section.ops for v in (op.output, *op.inputs))}
+    sizes = {(a, n) for v in maps for a, n in zip(tile_axes.get(v, ()), v.shape, strict=False) if a is not None}
+    return [all(pixels * n % extent == 0 for a, n in sizes if a == axis) for axis, extent, pixels in grid.axes]
 
 
 def kinds_of(section: Section, groups: Sequence[FusionGroup], tile_axes: TileAxes, grid: Grid) -> int:
-    """How many of a stage's tiles are unlike each other, at most: all, where what an op does depends on the place of
+    """How many of a stage's tiles are unlike each other, about: all, where what an op does depends on the place of
     its tile, as that of one that draws random numbers does."""
     counts = grid.counts()
     middle = tuple(n // 2 for n in counts)
@@ -349,8 +359,10 @@ def kinds_of(section: Section, groups: Sequence[FusionGroup], tile_axes: TileAxe
         return [op.rule.position(op, w.region) for w in works for op in (*w.group.ops, *w.group.sums)]
 
     here = positions(middle) if nexts else []
-    alike = all(positions(at) == here for at in nexts)
-    return prod(min(n, EDGE) for n in counts) if alike else len(grid)
+    if any(positions(at) != here for at in nexts):
+        return len(grid)
+    whole = whole_axes(section, tile_axes, grid)
+    return prod(min(n, UNLIKE) if along else n for n, along in zip(counts, whole, strict=True))
 
 
 KEPT = 1 << 14  # tiles of a plan that are scheduled outside of Python in any case, and tasks that are kept;
