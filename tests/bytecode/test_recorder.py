@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fullframe
 from fullframe.bytecode.libtorch import bytecode_available
 from fullframe.bytecode.recorder import Recorder
 from fullframe.codegen.group import Group, Operand, Reduction, Ref
@@ -60,6 +61,8 @@ def _packed(*shape):
         lambda x, w: F.pad(x, (1, 1), value=float("-inf")),
         lambda x, w: x.new_full((5,), 1.5, dtype=torch.bfloat16),
         lambda x, w: torch.full((2, 3), 7) + torch.full((2, 3), 2),
+        lambda x, w: torch.full((), 41) + 1,
+        lambda x, w: torch.full((2, 3), 7) + 2,
         lambda x, w: torch.where(x > x.mean(), x, 0),
         lambda x, w: x.new_zeros(2, 4, 9, 12, dtype=torch.float64).copy_(x).add_(x).add_(x.bfloat16()),
         lambda x, w: ATEN._unsafe_view(x.contiguous(), (2, 36, 12)).sin(),
@@ -177,3 +180,14 @@ def test_small_results_do_not_keep_large_ones():
     large, small = bytecode.run([x.data_ptr()]) or made
     assert torch.equal(large, made[0]) and torch.equal(small, made[1])
     assert small.untyped_storage().nbytes() == small.nbytes < large.nbytes
+
+
+def test_every_tile_of_an_ordinary_network_is_in_bytecode():
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+    step = fullframe.tile(net, loss=F.cross_entropy, budget="1 GB")
+    x, y = torch.randn(1, 1, 40, 40), torch.randint(0, 4, (1, 40, 40))
+    for count in range(1, 4):
+        step(x, y).backward()
+        assert net[1].num_batches_tracked == count
+    tiles = next(line for line in step.explain().splitlines() if line.startswith("tiles:"))
+    assert "in Python" not in tiles

@@ -275,7 +275,10 @@ class Recorder(TorchDispatchMode):
         return found
 
     def _plus(self, made: torch.Tensor, x: torch.Tensor, y: Any, *, alpha: float = 1, sign: float = 1) -> None:
-        if made.dtype == torch.int64 and isinstance(y, torch.Tensor) and x.dtype == y.dtype and sign * alpha == 1:
+        if made.dtype == torch.int64 and x.dtype == made.dtype and sign * alpha == 1:
+            x, y = self._tensors(ATEN.add.Tensor._schema.arguments, [x, y])
+            if y.dtype != made.dtype:
+                raise _Unknown(f"a sum of {y.dtype} in {made.dtype}")
             self._new(made)
             self._copy(made, made, x)
             self._sum(made, made, y)
