@@ -184,6 +184,13 @@ def global_hooks() -> dict[str, dict[Any, Any]]:
     return {n: t for n, t in vars(module).items() if n.startswith("_global_") and n.endswith("_hooks")}
 
 
+@cache
+def recording_is_imported() -> bool:
+    """Whether what a recording imports (torch._dynamo and what that imports) was there when this was first asked, as
+    it is where there is an optimiser of torch.optim."""
+    return "torch._dynamo" in sys.modules
+
+
 def dynamo() -> ModuleType | None:
     """torch.compile's own module, if anyone has loaded it."""
     return sys.modules.get("torch._dynamo")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fullframe
+from fullframe.schedule.planner import IMPORTS
 from fullframe.storage.disk_rate import USUAL
 
 SIDE = 64
@@ -35,7 +36,8 @@ def saved(tmp_path):
 
 def test_it_brings_its_numbers_and_other_sizes_are_planned_with_them(saved):
     step = fullframe.tile(network(), loss=F.cross_entropy, plan=saved)
-    assert step.plan(*inputs()).limits == step.plan(*inputs(32)).limits == (300_000_000, 0, 0, 3, USUAL)
+    limits = step.plan(*inputs()).limits
+    assert limits == step.plan(*inputs(32)).limits and limits[:5] == (300_000_000, 0, 0, 3, USUAL)
     assert list(saved.parent.iterdir()) == [saved]
 
 
@@ -69,3 +71,24 @@ def test_another_file_is_an_error(saved, change):
 def test_its_numbers_are_not_given_twice(saved):
     with pytest.raises(ValueError, match="leave out budget="):
         fullframe.tile(network(), plan=saved, budget="1 GB")
+
+
+def test_it_counts_what_was_yet_to_be_imported_when_it_was_saved(tmp_path):
+    """An optimiser of torch.optim imports what a recording needs: with one, a plan has more room."""
+    places = [str(Path(__file__).parent), str(Path(fullframe.__file__).parents[1])]
+    found = {}
+    for first in ("", "torch.optim.SGD([torch.zeros(1)], lr=1)\n"):
+        path = tmp_path / f"{bool(first)}.json"
+        code = (
+            f"import sys; sys.path[:0] = {places!r}\n"
+            f"import torch, test_saved_plan as t, fullframe, torch.nn.functional as F\n{first}"
+            "plan = fullframe.tile(t.network(), loss=F.cross_entropy, budget='300 MB').plan(*t.inputs())\n"
+            f"plan.save({str(path)!r}); print(plan.bytes.fixed)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        found[path] = int(done.stdout)
+    more, less = found.values()
+    assert more - less == IMPORTS
+    for path, fixed in found.items():
+        step = fullframe.tile(network(), loss=F.cross_entropy, plan=path)
+        assert step.plan(*inputs()).bytes.fixed == fixed

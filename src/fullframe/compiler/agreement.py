@@ -8,9 +8,7 @@ in the graph.
 
 from __future__ import annotations
 
-import io
-import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
@@ -23,14 +21,14 @@ from torch import nn
 
 from fullframe.bytecode.libtorch import bytecode_available
 from fullframe.codegen.toolchain import cxx
+from fullframe.compiler.kept_plans import digest_of, lines_of, packed, plan_of, unpacked
 from fullframe.device import device_of
 from fullframe.distributed.exchange import agree, together, told
 from fullframe.distributed.mesh import Domain
 from fullframe.errors import CaptureError, FullframeError, RankError
 from fullframe.frontend.inputs import Call, Pair, Tensors
-from fullframe.ir.graph import Graph, Op, Value
+from fullframe.ir.graph import Graph
 from fullframe.schedule.plan import Plan
-from fullframe.schedule.planner import plan
 from fullframe.schedule.request import Request
 from fullframe.schedule.shares import localized
 from fullframe.schedule.split import Split
@@ -154,15 +152,9 @@ def _one(domain: Domain, k: int, x: torch.Tensor, image: torch.Tensor) -> Descri
             "plain tensors on the processor: give each rank its own rows (of a DTensor, to_local())"
         )
     axis = axis_of(domain.name, x, image)
-    numbers = "" if axis is not None else _digest(x)
+    numbers = "" if axis is not None else digest_of(x)
     order = tuple(x.stride())
     return Described(axis, tuple(x.shape), x.dtype, x.requires_grad, order, numbers)
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    """The numbers of a tensor, in short."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def axis_of(name: str, x: torch.Tensor, image: torch.Tensor) -> int | None:
@@ -243,7 +235,7 @@ def split_of(
 
 def _refuse_other_numbers(domain: Domain, call: Call) -> None:
     """Parameters and buffers are the first rank's; what lies elsewhere is only compared, when a call is recorded."""
-    found = agree(domain, [(str(t.dtype), tuple(t.shape), _digest(t)) for t in call.others])
+    found = agree(domain, [(str(t.dtype), tuple(t.shape), digest_of(t)) for t in call.others])
     for rank, other in enumerate(found):
         for mine, theirs in zip([*found[0], None], [*other, None], strict=False):
             if mine != theirs:
@@ -257,9 +249,9 @@ def _refuse_other_numbers(domain: Domain, call: Call) -> None:
 def plan_for(graph: Graph, request: Request, domain: Domain | None) -> Plan:
     """The plan of a graph; of several ranks one plan, with the share of this one."""
     if domain is None:
-        return plan(graph, request)
+        return plan_of(graph, request)
     assert request.split is not None
-    lines = _lines(graph)
+    lines = lines_of(graph)
     digest = sha256("\n".join(lines).encode()).hexdigest()
     found = agree(domain, (digest, request.budget))
     if any(other != digest for other, _ in found):
@@ -269,7 +261,7 @@ def plan_for(graph: Graph, request: Request, domain: Domain | None) -> Plan:
     failed = None
     if domain.rank == 0:
         try:
-            made = _packed(plan(graph, request), graph)
+            made = packed(plan_of(graph, request), graph)
         except FullframeError as error:
             made = error
         except Exception as error:
@@ -278,17 +270,9 @@ def plan_for(graph: Graph, request: Request, domain: Domain | None) -> Plan:
     if isinstance(sent, FullframeError):
         raise together(sent)
     assert sent is not None
-    local = localized(_unpacked(sent, graph), split, domain.rank)
+    local = localized(unpacked(sent, graph), split, domain.rank)
     AGREED[local] = digest
     return local
-
-
-def _lines(graph: Graph) -> list[str]:
-    """A graph as text, with all that tells it from another."""
-    lines = [f"inputs {[repr(v) for v in graph.inputs]}, late {sorted(v.name for v in graph.late)}"]
-    lines += [f"constant {value!r} {_digest(tensor)}" for value, tensor in graph.constants.items()]
-    lines += [f"{op!r} {sorted((k, str(v)) for k, v in op.kwargs.items())}" for op in graph.ops]
-    return [*lines, f"outputs {graph.outputs}, {graph.signature}"]
 
 
 def _refuse_different(domain: Domain, lines: list[str]) -> None:
@@ -300,59 +284,3 @@ def _refuse_different(domain: Domain, lines: list[str]) -> None:
             raise RankError(
                 f"ranks have recorded different steps: on rank 0\n  {here[0]}\nand on rank {rank}\n  {here[1]}"
             )
-
-
-# Plans as bytes ------------------------------------------------------------------------------------
-
-
-_Again = tuple[Callable[..., Op], tuple[Op, tuple[Value, ...], Value]]
-
-
-class _Packer(pickle.Pickler):
-    """Writes values and ops of a graph as their numbers; an op that differs from one of those in what it reads and
-    makes alone, as one that a plan makes again does, by its number and these."""
-
-    def __init__(self, file: io.BytesIO, graph: Graph):
-        super().__init__(file)
-        self.numbers = {id(thing): k for k, thing in enumerate(_things(graph))}
-        self.origins = {_form(op): op for op in graph.ops}
-
-    def persistent_id(self, obj: object) -> int | None:
-        return self.numbers.get(id(obj))
-
-    def reducer_override(self, obj: object) -> _Again:
-        if type(obj) is Op:
-            return _like, (self.origins[_form(obj)], obj.inputs, obj.output)
-        return NotImplemented
-
-
-class _Unpacker(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, graph: Graph):
-        super().__init__(file)
-        self.things = _things(graph)
-
-    def persistent_load(self, pid: int) -> Graph | Op | Value:
-        return self.things[pid]
-
-
-def _things(graph: Graph) -> list[Graph | Op | Value]:
-    values = dict.fromkeys((*graph.inputs, *graph.constants, *(op.output for op in graph.ops)))
-    return [graph, *graph.ops, *values]
-
-
-def _form(op: Op) -> tuple[str | int, ...]:
-    return op.target, id(op.args), id(op.kwargs), id(op.rule), id(op.call)
-
-
-def _like(op: Op, inputs: tuple[Value, ...], output: Value) -> Op:
-    return replace(op, inputs=inputs, output=output)
-
-
-def _packed(made: Plan, graph: Graph) -> bytes:
-    file = io.BytesIO()
-    _Packer(file, graph).dump(made)
-    return file.getvalue()
-
-
-def _unpacked(data: bytes, graph: Graph) -> Plan:
-    return _Unpacker(io.BytesIO(data), graph).load()

@@ -43,7 +43,7 @@ from fullframe.ir.graph import Graph, Value, followers
 from fullframe.ops.decompose import decompose_graph
 from fullframe.ops.primitives.elementwise import fusable
 from fullframe.schedule.plan import Plan
-from fullframe.schedule.planner import FIXED
+from fullframe.schedule.planner import FIXED, IMPORTS
 from fullframe.schedule.request import Request
 from fullframe.torch_compat import FakeTensorMode, TorchDispatchMode, dispatch_functionalize, fx_traceback, make_fx
 
@@ -76,6 +76,7 @@ def compile_call(
     stay out of the key. Raises `CaptureError`, `BudgetError` or `UnsupportedOpError`, and what the code of the step
     raises.
     """
+    torch_compat.recording_is_imported()  # before this recording imports it
     try:
         with RECORDING, unlogged(), unhooked():
             made = _without(call, options, values, answers)
@@ -337,8 +338,11 @@ def request_for(graph: Graph, call: Call, options: Options, written: Iterable[in
     tile = None if forced is None else tuple(forced)
     if not device.windows:
         max_in_flight = MAX_IN_FLIGHT if options.workers > 1 and options.domain is None else 1
+        imports = (
+            IMPORTS * (not torch_compat.recording_is_imported()) if options.saved is None else options.saved.imports
+        )
         return Request(budget, options.workers, roots, fusable, tile, free, disk=options.disk, rate=options.rate,
-                       max_in_flight=max_in_flight, external=external)  # fmt: skip
+                       max_in_flight=max_in_flight, external=external, imports=imports)  # fmt: skip
     host = device_of(CPU).free_bytes(CPU) if options.saved is None else options.saved.host
     # What a recorded run keeps besides: its inputs, and what it makes, to be copied out.
     lasting = len(call.parameters) + len(call.buffers)
@@ -346,7 +350,7 @@ def request_for(graph: Graph, call: Call, options: Options, written: Iterable[in
     copies = sum(v.nbytes for v in copied if v not in external)
     return Request(
         budget, 1, roots, fusable, tile, free, window=budget // device.windows, host=host, disk=options.disk,
-        rate=options.rate, fixed=FIXED + copies, external=external
+        rate=options.rate, fixed=FIXED + IMPORTS + copies, external=external
     )  # fmt: skip
 
 

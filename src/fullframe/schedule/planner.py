@@ -27,7 +27,8 @@ from fullframe.schedule.tiling import choose_grid, deep_grid, handed_over, windo
 from fullframe.schedule.within import cheapest, within
 from fullframe.storage.protocol import DEVICE, DISK, DISK_BUFFER, HOST, Slot
 
-FIXED = 100_000_000  # what importing torch's recording machinery, touching its libraries and the threads take
+FIXED = 35_000_000  # what touching torch's libraries and the threads take,
+IMPORTS = 65_000_000  # what importing torch's recording machinery takes, where that is yet to be done,
 PER_OP = 20 << 10  # and the objects of a recorded and planned op
 PER_FORM = 1 << 19  # and the machine code that a library keeps for each form of convolution
 KEPT = 2  # times what windows take is held by the C library, which keeps some of what is given back,
@@ -67,7 +68,8 @@ def plan(graph: Graph, request: Request) -> Plan:
         raise refused
     if verify.ON:
         verify.verify_plan(found)
-    return replace(found, limits=Limits(request.budget, request.disk, request.host, request.workers, request.rate))
+    asked = Limits(request.budget, request.disk, request.host, request.workers, request.rate, request.imports)
+    return replace(found, limits=asked)
 
 
 def _again(plan: Plan) -> bool:
@@ -125,7 +127,7 @@ def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
     """The plan that makes nothing again if it fits, else the fastest found that does; `BudgetError` names the
     smallest.
     """
-    fixed = _fixed(graph) if request.fixed is None else request.fixed
+    fixed = _fixed(graph) + request.imports if request.fixed is None else request.fixed
     fastest = sum(spent(op) for section in draft.stages for op in section.ops if op.rule.heavy)
     stages: Known = {}
 

@@ -16,12 +16,12 @@ class Request:
     fusion group. ``window``: bytes that the largest window of a tile may have at least. ``host``: bytes of a second
     tier, in which the stored maps may live where they do not fit in the budget; 0 where there is none. ``disk``:
     bytes of a further one, for the maps that have no place in the nearest of the others, and ``rate`` the million
-    bytes a second that it moves. ``fixed``: bytes that are
-    taken whatever the plan; None: an estimate of what recording, plan and libraries take, which lie in the same
-    memory. ``max_in_flight``: how many stages in a row may be in work at the same time where the budget has room for
-    it. ``most``: bytes that the windows of the tiles in work may take in stages that make values again, if there are
-    tiles so small. ``external``: inputs and outputs that live in objects of the caller's, and are fetched and put by
-    regions."""
+    bytes a second that it moves. ``fixed``: bytes that are taken whatever the plan; None: an estimate of what
+    recording, plan and libraries take, which lie in the same memory. ``imports``: those that importing torch's
+    recording machinery takes beside. ``max_in_flight``: how many stages in a row may be in work at the same time
+    where the budget has room for it. ``most``: bytes that the windows of the tiles in work may take in stages that
+    make values again, if there are tiles so small. ``external``: inputs and outputs that live in objects of the
+    caller's, and are fetched and put by regions."""
 
     budget: int
     workers: int
@@ -34,6 +34,7 @@ class Request:
     disk: int = 0
     rate: int = 500
     fixed: int | None = None
+    imports: int = 0
     max_in_flight: int = 1
     most: int = 0
     split: Split | None = None

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 class Limits(NamedTuple):
     """What a plan was asked to keep to: bytes of the budget, of a disk and of the host's memory beside a device's;
-    the workers that it is made for, and how fast the disk is."""
+    the workers that it is made for, how fast the disk is, and bytes that were yet to be taken by imports."""
 
     budget: int
     disk: int
     host: int
     workers: int
     rate: int
+    imports: int
 
 
 NUMBERS = Limits._fields
@@ -37,14 +38,15 @@ NUMBERS = Limits._fields
 
 @dataclass(frozen=True)
 class SavedPlan:
-    """``budget``, ``disk`` and ``host`` in bytes, ``rate`` in million bytes a second; ``call``: what the step was
-    given, in short; ``plan``: the plan."""
+    """``budget``, ``disk`` and ``host`` in bytes, ``rate`` in million bytes a second, ``imports`` in bytes; ``call``:
+    what the step was given, in short; ``plan``: the plan."""
 
     budget: int
     disk: int
     host: int
     workers: int
     rate: int
+    imports: int
     call: str
     plan: str
 
