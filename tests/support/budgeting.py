@@ -34,7 +34,8 @@ BELOW, LEFT = 1.3, 50_000_000  # and projected so many times what is measured, a
 @dataclass(frozen=True)
 class Asked:
     """A network with all that its step takes; the ``smallest`` budget is filled in once it is known. With bytes of a
-    ``disk``, maps go there rather than that anything is made again."""
+    ``disk``, maps go there rather than that anything is made again; with an ``optimiser`` there is one before anything
+    is recorded."""
 
     net: nn.Module
     input: Any
@@ -43,6 +44,7 @@ class Asked:
     workers: int
     smallest: int = 0
     disk: int = 0
+    optimiser: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,11 +181,13 @@ def main(what: str, path: Path, *more: str) -> None:
     import warnings
 
     warnings.simplefilter("ignore")
+    asked = drawn(int(more[0])) if what == "draw" else torch.load(path, weights_only=False)
+    if asked is not None and asked.optimiser:
+        torch.optim.SGD(asked.net.parameters(), lr=0.1)
     if what == "take":
-        print(vars(take(torch.load(path, weights_only=False))))
+        print(vars(take(asked)))
         return
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    asked = drawn(int(more[0])) if what == "draw" else torch.load(path, weights_only=False)
     if asked is not None:
         torch.save(ask(asked), path)
     print("unusable" if asked is None else "asked")
