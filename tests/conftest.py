@@ -9,9 +9,11 @@ import torch
 
 import fullframe.tiled
 from fullframe.codegen.toolchain import cxx as compiler
+from fullframe.compiler import kept_plans
 from fullframe.schedule import verify
 
 verify.ON = True  # every plan that a test makes is checked
+kept_plans.ON = False  # and made, not read
 os.environ.setdefault("FULLFRAME_DISK_RATE", "500")  # MB/s, so that plans do not depend on the disk at hand
 
 

@@ -10,6 +10,7 @@ from torch import nn
 import fullframe
 from fullframe.codegen.toolchain import cxx
 from fullframe.compiler import kept_plans
+from fullframe.schedule import planner
 from fullframe.schedule.saved_plan import digest
 
 
@@ -39,6 +40,7 @@ def step(width=8, side=64, budget="300 MB"):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(cxx, "directory", lambda: tmp_path)
+    monkeypatch.setattr(kept_plans, "ON", True)
     monkeypatch.setattr(kept_plans, "SECONDS", 0)
     return tmp_path
 
@@ -94,6 +96,13 @@ def test_other_code_another_compiler_and_another_torch_plan_again(folder, planne
         monkeypatch.setattr(owner, name, value)
         step()
     assert len(planned) == len(files(folder)) == 4
+
+
+def test_other_numbers_in_the_planner_plan_again(folder, planned, monkeypatch):
+    step()
+    monkeypatch.setattr(planner, "PER_FORM", 2 * planner.PER_FORM)
+    step()
+    assert len(planned) == len(files(folder)) == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty", "of another kind", "open to others"])

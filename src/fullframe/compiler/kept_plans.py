@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,6 +29,7 @@ from fullframe.schedule.planner import plan
 from fullframe.schedule.request import Request
 from fullframe.version import __version__
 
+ON = True
 SECONDS = 0.1  # of planning, from which on a plan is kept
 COUNT = 100  # plans that are kept: with one more, that which was kept first goes
 
@@ -70,9 +72,10 @@ def _keep(made: Plan, graph: Graph, path: Path) -> None:
 def _path(graph: Graph, request: Request) -> Path | None:
     """The file of a plan, by all that it follows from; None where the engine's own code cannot be read."""
     code = _code()
-    if not code:
+    if not (ON and code):
         return None
-    about = [code, torch.__version__, cxx.isa(), str(bytecode_available()), *_asked(request), *lines_of(graph)]
+    about = [code, *_numbers(), torch.__version__, cxx.isa(), str(bytecode_available())]
+    about += (*_asked(request), *lines_of(graph))
     return cxx.directory() / f"{sha256(chr(0).join(about).encode()).hexdigest()}.plan"
 
 
@@ -95,6 +98,16 @@ def _code() -> str:
         return __version__ + sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest() if files else ""
     except OSError:
         return ""
+
+
+def _numbers() -> list[str]:
+    """The constants of what plans, which may have been changed in this process."""
+    found = []
+    for name, module in sorted(sys.modules.items()):
+        if name.startswith(("fullframe.ops", "fullframe.partition", "fullframe.schedule", "fullframe.storage")):
+            numbers = {k: v for k, v in vars(module).items() if k.isupper() and type(v) in (int, float, bool)}
+            found.append(f"{name} {numbers}")
+    return found
 
 
 # As text -------------------------------------------------------------------------------------------
