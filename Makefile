@@ -3,16 +3,16 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 PIP    := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 SUITE  := .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
-# Of a test with more cases `make test` runs so many, and `make rest` the others.
-CASES  := 2
-# The `compat` targets run all of both; with SOME="--few 2" only what `make test` runs.
+# Of a test with more cases `make test` runs so many, and `make rest` the others with the tests that take long.
+CASES  := 1
+# The `compat` targets run all of both; with SOME="--few 1" only what `make test` runs.
 SOME   ?=
 
 .PHONY: help demo ci test rest examples docs package lint fuzz slow compat compat-isa compat-nocompiler clean
 
 help:
 	@echo "make demo   simulate, train at full resolution, evaluate; leaves out/demo/report.html"
-	@echo "make test   lint and the ordinary tests, of each a few cases (under 10 minutes)"
+	@echo "make test   lint and the ordinary tests, of each one case (under 10 minutes)"
 	@echo "make rest   the other cases (longer); make ci runs both"
 	@echo "make examples   the scripts of examples/"
 	@echo "make package   the wheel and the source archive, installed and tried"

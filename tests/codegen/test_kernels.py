@@ -193,6 +193,7 @@ def every_call() -> dict[tuple[torch.dtype, int], kernels.Kernel | kernels.Plain
     return dict(zip(keys, made, strict=True))
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("chunk", range(len(CHUNKS)))
 def test_every_call_gives_what_aten_gives(every_call: Any, chunk: int, dtype: torch.dtype) -> None:
@@ -650,6 +651,7 @@ for n, made in enumerate(kernels.build_many(groups)):
 """
 
 
+@pytest.mark.rest
 def test_processes_may_race(fresh: Path) -> None:
     command = [sys.executable, "-c", RACE.format(path=sys.path)]
     racers = [subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(2)]

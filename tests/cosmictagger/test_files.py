@@ -74,6 +74,7 @@ def test_a_file_of_another_size_is_named(folder, tmp_path):
         EventFiles([folder / "a.h5", tmp_path / "c.h5"])
 
 
+@pytest.mark.rest
 def test_training_on_several_files_is_that_on_one(engine, small, folder, small_events, tmp_path):
     recipe = Recipe(small, steps=3, validate_every=2, validation_events=1)
     for name, events in {"one": small_events, "several": folder}.items():
@@ -89,6 +90,7 @@ def test_training_on_several_files_is_that_on_one(engine, small, folder, small_e
     assert all(line["waited"] >= 0 for line in log if "loss" in line)
 
 
+@pytest.mark.rest
 def test_a_bad_event_is_named_when_it_is_needed(small, folder, tmp_path, capsys):
     for name in ("a.h5", "b.h5"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())

@@ -76,6 +76,7 @@ def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(engine, recipe, s
     ]
 
 
+@pytest.mark.rest
 def test_a_training_that_ends_while_it_saves_goes_on_from_the_checkpoint_before(
     engine, recipe, small_events, tmp_path, monkeypatch
 ):
@@ -108,6 +109,7 @@ class Payload:
         return (open, (str(self.path), "w"))
 
 
+@pytest.mark.rest
 def test_nothing_that_is_resumed_can_run_code(recipe, small_events, tmp_path):
     ran, out = tmp_path / "ran", tmp_path / "a"
     with EventFile(small_events) as events:
@@ -148,6 +150,7 @@ def test_a_checkpoint_of_another_training_is_refused(change, recipe, small_event
             train(recipe, events, tmp_path / "a", Running(), resume=True)
 
 
+@pytest.mark.rest
 def test_lines_after_the_checkpoint_are_dropped_on_resume(engine, recipe, small_events, tmp_path):
     with EventFile(small_events) as events:
         train(replace(recipe, steps=2), events, tmp_path / "a", Running())
@@ -185,6 +188,7 @@ def test_other_ways_to_run(engine, recipe, small_events, tmp_path, running):
     assert trained.memory.projected
 
 
+@pytest.mark.rest
 def test_a_training_that_ended_before_its_first_checkpoint_begins_again(
     engine, recipe, small_events, tmp_path, monkeypatch
 ):
@@ -375,6 +379,7 @@ def test_weights_that_are_none(tmp_path):
         load_weights(tmp_path / "b")
 
 
+@pytest.mark.rest
 def test_report_holds_everything_in_one_file(engine, recipe, small_events, tmp_path):
     said = train_with_report(Run(Files(small_events, tmp_path / "a", small_events), recipe, Running(budget="1 GB")))
     page = (tmp_path / "a" / "report.html").read_text()

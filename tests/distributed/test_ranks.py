@@ -57,6 +57,7 @@ def found(folder: Path) -> Found:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.rest
 def test_bits_are_those_of_one_process(name: str, found: Found, alone: dict[str, dict[str, Any]]) -> None:
     case, one = CASES[name], alone[name]
     for rank in case.ranks:
@@ -69,6 +70,7 @@ def test_bits_are_those_of_one_process(name: str, found: Found, alone: dict[str,
 
 
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.net is not ranking.Far])
+@pytest.mark.rest
 def test_numbers_are_those_of_plain_pytorch(name: str, alone: dict[str, dict[str, Any]]) -> None:
     """Of the one process, which the ranks are equal to; dropout's are drawn otherwise."""
     case: Case = CASES[name]
@@ -85,6 +87,7 @@ def test_numbers_are_those_of_plain_pytorch(name: str, alone: dict[str, dict[str
 
 
 @pytest.mark.parametrize("at", [0, 7, 1000])
+@pytest.mark.rest
 def test_a_fault_on_one_rank_is_told_on_all_and_nothing_changes(at: int, found: Found) -> None:
     for rank, there in enumerate(found):
         faults = there["faults"]
@@ -98,6 +101,7 @@ def test_a_fault_on_one_rank_is_told_on_all_and_nothing_changes(at: int, found: 
         assert faults[f"fault {at} took"] < 10
 
 
+@pytest.mark.rest
 def test_the_step_after_faults_is_right(found: Found) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found[0]["faults"]["after"]["losses"],
                                                  found[3]["faults"]["after"]["losses"], strict=True))  # fmt: skip
@@ -114,6 +118,7 @@ def test_the_step_after_faults_is_right(found: Found) -> None:
         ("step", ["RankError: ranks have recorded different steps", "tanh", "relu"]),
     ],
 )
+@pytest.mark.rest
 def test_what_differs_is_named_on_all_ranks(what: str, says: list[str], found: Found) -> None:
     for there in found:
         assert all(text in there["faults"][what] for text in says), there["faults"][what]
@@ -136,6 +141,7 @@ def test_inputs_come_in_shards_as_the_image_does(name: str, shape: Any, dtype: t
     assert axis_of(name, torch.zeros(shape, dtype=dtype), torch.zeros(1, 3, 9, 9)) == axis
 
 
+@pytest.mark.rest
 def test_a_rank_that_dies_ends_the_step_on_the_others(folder: Path) -> None:
     for rank in (0, 2, 3):
         said, took, changed, again = torch.load(folder / f"killed{rank}.pt")
@@ -168,6 +174,7 @@ def test_one_folder_alone_talks_to_processes() -> None:
     assert users == {"distributed"}
 
 
+@pytest.mark.rest
 def test_replicas_of_other_images_are_averaged_around_it(found: Found) -> None:
     """DistributedDataParallel over the other dimension of the mesh."""
     case = CASES["group norm, 3 ranks"]
@@ -179,6 +186,7 @@ def test_replicas_of_other_images_are_averaged_around_it(found: Found) -> None:
             torch.testing.assert_close(there["replicas"][name], parameter.grad, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.rest
 def test_the_smallest_budget_is_enough_on_every_rank(found: Found) -> None:
     """Maps are made again, and take no more than a rank's rows of them."""
     net, image, target = ranking.deep()

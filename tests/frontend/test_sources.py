@@ -478,6 +478,7 @@ def test_private_pages_are_not_taken_away(tmp_path):
 
 
 @pytest.mark.skipif(not CLEAR.exists(), reason="the system does not tell peaks")
+@pytest.mark.rest
 def test_files_larger_than_the_budget_are_read_and_written_within_it(tmp_path):
     here = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, mapped.__file__, str(tmp_path)]

@@ -82,6 +82,7 @@ def test_a_scalar_operand_of_a_fused_pass():
     agree(Gain(), torch.randn(2, 1, 18, 18), tile=7)
 
 
+@pytest.mark.rest
 def test_a_map_stored_with_a_halo_has_the_same_bits_for_any_number_of_workers():
     # The halo of such a map belongs to the neighbouring tiles, which store it themselves.
     net = nn.Sequential(nn.Conv2d(1, 4, 3), Beside(4), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))

@@ -32,6 +32,7 @@ def _one_thread():
 # A failure is shrunk: fewer and simpler layers, since every list of choices starts with the simplest.
 @settings(max_examples=12, derandomize=True, phases=[Phase.generate, Phase.shrink], **QUIET)
 @given(st.randoms(use_true_random=False))
+@pytest.mark.rest
 def test_random_networks_that_shrink(source):
     case = drawn_from(source)
     if case is None:
@@ -43,7 +44,7 @@ def test_random_networks_that_shrink(source):
 
 @pytest.mark.parametrize("first", range(20_000, 20_080, 40))
 def test_random_networks(first):
-    check(search(first, 10), 2)
+    check(search(first, 6), 2)
 
 
 @pytest.mark.fuzz
@@ -69,6 +70,7 @@ def changes(first: int, count: int) -> None:
     assert not wrong, "\n".join(map(str, wrong))
 
 
+@pytest.mark.rest
 def test_changes_between_steps():
     changes(0, 3)
 

@@ -44,6 +44,7 @@ def descendants(cls: type) -> set[type]:
 ABSTRACT = {"Aligned", "Layout", "OverAxes", "Reduction"}  # bases of families, no op's own rule
 
 
+@pytest.mark.rest
 def test_every_rule_has_a_case() -> None:
     """By construction: each entry of RULES, and each class of rules, is that of an op proven above."""
     ops = [op for name in CASES for op in graph_of(name).ops]
@@ -62,6 +63,7 @@ ELSEWHERE = {  # decompositions of calls that only an accelerator records, or th
 }
 
 
+@pytest.mark.rest
 def test_every_decomposition_has_a_case() -> None:
     """By construction: each recorded call with a decomposition is met in a network compared with plain PyTorch."""
     for name in CASES:

@@ -1,5 +1,6 @@
 """The table of budgets: each does what it says, and the smallest is the smallest."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,6 +14,7 @@ def network():
     )
 
 
+@pytest.mark.rest
 def test_every_budget_of_the_table_fits_and_costs_more_as_it_falls():
     net, image, label = network(), torch.zeros(1, 1, 512, 512), torch.zeros(1, 506, 506, dtype=torch.long)
     found = fullframe.tile(net, loss=F.cross_entropy, budget=1).budgets(image, label)

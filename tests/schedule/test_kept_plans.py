@@ -39,7 +39,7 @@ def step(width=8, side=64, budget="300 MB"):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(cxx, "directory", lambda: tmp_path)
+    monkeypatch.setattr(kept_plans, "folder", lambda: tmp_path)
     monkeypatch.setattr(kept_plans, "ON", True)
     monkeypatch.setattr(kept_plans, "SECONDS", 0)
     return tmp_path

@@ -115,6 +115,7 @@ def test_saved_tiles_are_a_disjoint_cover(case, tile):
             assert bool((seen == 1).all())
 
 
+@pytest.mark.rest
 def test_same_bits_for_any_number_of_workers(case):
     net, image, label = case
     found = []

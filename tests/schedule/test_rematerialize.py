@@ -81,6 +81,7 @@ def test_a_forward_without_gradients_stores_little_and_is_exact():
         same([tiled(image)], [net(image)])
 
 
+@pytest.mark.rest
 def test_outputs_that_come_before_their_gradients_are_exact():
     net, image = Net().double(), torch.randn(1, 1, 24, 32).double()
     plain = copy.deepcopy(net)
@@ -120,6 +121,7 @@ def test_the_plan_says_what_is_made_again():
     assert isinstance(plan, Plan) and isinstance(plan.graph, Graph) and arithmetic(plan) > 0
 
 
+@pytest.mark.rest
 def test_what_a_rung_leaves_of_the_budget_is_used():
     """A plan that was found for one budget, or one that is as fast, is found for the bytes that it takes."""
     net = Net(8)
@@ -134,6 +136,7 @@ def test_what_a_rung_leaves_of_the_budget_is_used():
         assert arithmetic(planned(first.projected_bytes + 1)) < 1.1 * arithmetic(first)
 
 
+@pytest.mark.rest
 def test_one_worker_needs_no_more_than_two():
     """A map that one worker would have in one piece is cut where the budget is small."""
     net, image, label = Net(8), torch.zeros(1, 1, 256, 256), torch.zeros(1, 256, 256, dtype=torch.long)

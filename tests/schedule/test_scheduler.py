@@ -208,6 +208,7 @@ def _overlap(plan: Plan, v: Value, w: Value) -> bool:
     return a.offset < b.offset + b.nbytes and b.offset < a.offset + a.nbytes
 
 
+@pytest.mark.rest
 def test_stages_in_flight_do_not_outlive_the_arena():
     plan, _ = _step(2)
     one, _ = _step(1)

@@ -211,6 +211,7 @@ def test_what_the_budget_leaves_is_for_reading_ahead(forced):
     assert found[0] == 0 < found[1]
 
 
+@pytest.mark.rest
 def test_the_smallest_budget_named_is_enough_whatever_the_disk(forced):
     net, image, label = case()
     sizes = [fullframe.tile(net, loss=loss, budget="4 GB").plan(image, label).bytes.arena, 600_000, 100_000]
@@ -434,6 +435,7 @@ while True:
 """
 
 
+@pytest.mark.rest
 def test_nothing_is_left_in_the_folder_of_a_process_that_was_killed(tmp_path):
     try:
         disk_folder(tmp_path)

@@ -76,7 +76,12 @@ def _path(graph: Graph, request: Request) -> Path | None:
         return None
     about = [code, *_numbers(), torch.__version__, cxx.isa(), str(bytecode_available())]
     about += (*_asked(request), *lines_of(graph))
-    return cxx.directory() / f"{sha256(chr(0).join(about).encode()).hexdigest()}.plan"
+    return folder() / f"{sha256(chr(0).join(about).encode()).hexdigest()}.plan"
+
+
+def folder() -> Path:
+    """Where plans are kept."""
+    return cxx.directory()
 
 
 def _asked(request: Request) -> list[str]:
