@@ -180,6 +180,7 @@ def test_random_numbers_beside_a_recording():
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: random.shuffle([1, 2])])
+@pytest.mark.rest
 def test_pythons_random_numbers_beside_a_recording(draw):
     """Another thread may draw Python's; the step may not, whatever other threads do."""
     if draw is not np.random.rand:  # whose calls cannot be told apart by threads: the recording is refused

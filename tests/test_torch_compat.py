@@ -119,6 +119,7 @@ print("same")
 """
 
 
+@pytest.mark.rest
 def test_other_names_have_substitutes_that_give_the_same_numbers():
     done = run(SUBSTITUTED, STEP)
     assert done.stdout.strip() == "same", done.stderr

@@ -112,6 +112,7 @@ def test_gradients_in_changing_layouts():
             torch.testing.assert_close(ours, plain, rtol=0, atol=1e-11)
 
 
+@pytest.mark.rest
 def test_bytecode_recorded_at_the_same_time_leave_torch_as_it_was():
     _steps(2, torch.float32, False)
     assert not torch.utils._python_dispatch.is_in_torch_dispatch_mode()

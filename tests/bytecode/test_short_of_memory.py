@@ -57,6 +57,7 @@ call()
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a limit on a process's memory, as Linux has it")
 @pytest.mark.parametrize("kind, workers", [("step", 2), ("module", 1)])
+@pytest.mark.rest
 def test_a_limit_on_the_memory_of_the_process(kind, workers):
     made = subprocess.run(
         [sys.executable, "-c", STEP, kind, str(workers)], capture_output=True, text=True, timeout=120, check=False,

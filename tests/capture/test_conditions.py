@@ -264,6 +264,7 @@ def test_what_a_condition_compares_with_stays_out_of_the_key():
     assert len(step._fullframe["programs"]) <= 2
 
 
+@pytest.mark.rest
 def test_more_ways_than_a_few_are_refused():
     def function(net: Any, h: torch.Tensor) -> torch.Tensor:
         for k in range(2 * MAX_PATHS):
@@ -378,6 +379,7 @@ def test_losses_that_check_their_arguments():
         step(image())
 
 
+@pytest.mark.rest
 def test_losses_of_monai_that_check_their_weights():
     losses = pytest.importorskip("monai.losses")
 

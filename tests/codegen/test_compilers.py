@@ -73,6 +73,7 @@ def only(kind: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.rest
 def test_a_step_by_each_compiler(kind, tmp_path):
     path = tmp_path / "bin"
     path.mkdir()

@@ -235,6 +235,7 @@ PROMOTING = ("aten.mul.Tensor", "aten.add.Tensor", "aten.div.Tensor", "aten.gt.T
 
 
 @pytest.mark.parametrize("axes", [True, False])
+@pytest.mark.rest
 def test_types_promote_as_in_aten(axes: bool) -> None:
     """Every pair of dtypes, the second with axes or zero-dimensional."""
     groups, inputs = [], []

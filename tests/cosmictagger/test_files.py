@@ -108,6 +108,7 @@ def test_a_bad_event_is_named_when_it_is_needed(small, folder, tmp_path, capsys)
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.rest
 def test_tags_of_several_files_go_into_a_folder(small, folder, tmp_path, capsys):
     weights = tmp_path / "w.safetensors"
     net = UResNet(small)

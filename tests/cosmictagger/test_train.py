@@ -134,6 +134,7 @@ def test_nothing_that_is_resumed_can_run_code(recipe, small_events, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["missing", "shape", "more", "step"])
+@pytest.mark.rest
 def test_a_checkpoint_of_another_training_is_refused(change, recipe, small_events, tmp_path):
     made = tmp_path / "a" / "checkpoint.safetensors"
     with EventFile(small_events) as events:

@@ -157,6 +157,7 @@ def _assert_same(ours: dict[str, Any], one: dict[str, Any]) -> None:
         assert not different
 
 
+@pytest.mark.rest
 def test_the_example_runs_under_torchrun() -> None:
     example = Path(__file__).parents[2] / "examples" / "ranks.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(example)]

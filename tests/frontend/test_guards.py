@@ -136,6 +136,7 @@ def restore_globals():
     Net.level = 1.0
 
 
+@pytest.mark.rest
 def test_functions_of_torchs_that_are_replaced(monkeypatch, recordings):
     net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Flatten(1, 2))
     net.append(nn.Identity())

@@ -607,6 +607,7 @@ def test_the_budget_counts_what_is_left():
 
 
 @pytest.mark.parametrize("tile", [8, 13])
+@pytest.mark.rest
 def test_deep_supervision_of_dynunet(tile, recordings):
     nets = pytest.importorskip("monai.networks.nets", reason="monai is not installed")
 

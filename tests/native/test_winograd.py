@@ -187,6 +187,7 @@ def test_what_is_not_its_business():
     assert not suits_winograd((16, 16, 3), torch.float32, 1, [1], [1])
 
 
+@pytest.mark.rest
 def test_without_a_compiler_a_step_makes_the_same(monkeypatch):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3, padding=1))

@@ -148,6 +148,7 @@ def test_gumbel_noise_is_one_draw_whatever_is_recomputed():
     assert found.passed and found.plan is not None and not found.plan.whole, found
 
 
+@pytest.mark.rest
 def test_an_op_run_whole_sees_tensors_laid_out_as_recorded():
     # ATen's attention kernel for the CPU reads tensors wrongly whose last axis is not innermost.
     class Block(nn.Module):
@@ -415,6 +416,7 @@ def test_a_part_of_nothing_in_a_map_that_is_not_cut():
 
 
 @pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.rest
 def test_a_recurrent_layer_may_list_its_weights_again(cell):
     # The list was taken for tensors that the recording leaves behind, and refused without a name.
     class Reader(nn.Module):

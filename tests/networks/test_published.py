@@ -108,6 +108,7 @@ class Inception(nn.Module):
 
 
 @pytest.mark.parametrize("tile", [3, 8])
+@pytest.mark.rest
 def test_a_tile_without_a_pixel_of_a_map_that_others_need_of_it(tile):
     # Such a tile makes a halo of the map and has nothing of it to store; storing nothing failed.
     agree(Inception(), torch.randn(2, 1, 17, 19), tile=tile)

@@ -120,6 +120,7 @@ def gradients(run, *images):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("tile", [4, 7, 11])
 @pytest.mark.parametrize("width", [5, 8])
+@pytest.mark.rest
 def test_the_first_of_equal_pixels_is_pooled_whatever_the_tile(width, tile, dtype):
     torch.manual_seed(width)
     net = UNet(width).to(dtype)

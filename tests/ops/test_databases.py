@@ -11,6 +11,7 @@ import torch
 from databases import Record, Tally, Trial, spread, survey
 
 
+@pytest.mark.rest
 def test_a_few_entries():
     tally = survey(["nn.functional.avg_pool2d", "linalg.inv", "softmax", "nn.BatchNorm2d (module)"])
     assert len(tally.of("right")) > 40 and not tally.of("wrong", "crash"), tally

@@ -91,6 +91,7 @@ def test_an_op_that_runs_whole_is_told_once(caplog):
     assert bool(told) == (lines(tiled)["ops run whole"] != "none") and len(told) == len(set(told))
 
 
+@pytest.mark.rest
 def test_without_a_compiler_each_way_is_told_once(tmp_path):
     code = f"""
 import sys; sys.path[:0] = {sys.path!r}

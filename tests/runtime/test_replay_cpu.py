@@ -166,6 +166,7 @@ def test_an_interrupt_ends_a_step():
     _same(case, buffers, made)
 
 
+@pytest.mark.rest
 def test_another_layout_of_the_image():
     case, buffers, made = _played()
     net, step, image, target = case
@@ -213,6 +214,7 @@ def test_nothing_of_a_step_is_kept(monkeypatch):
         gc.enable()
 
 
+@pytest.mark.rest
 def test_threads_that_cannot_be_had(monkeypatch):
     case, buffers, made = _played(3)
     pool = threads.pool(2)
@@ -251,6 +253,7 @@ def test_untiled_values_of_every_kind():
     assert torch.allclose(found[0][0], plain, rtol=0.02)
 
 
+@pytest.mark.rest
 def test_several_threads():
     cases = [_played() for _ in range(2)]
     errors: list[BaseException] = []

@@ -79,6 +79,7 @@ class _Noisy(_Net):
         return super().forward(F.dropout(x, 0.3, training=True))
 
 
+@pytest.mark.rest
 def test_tiles_that_draw_are_unlike_each_other():
     """The random numbers of a tile depend on where it is; what does not draw is alike all the same."""
     _, _, plan = _stepped(_Noisy(), 96)

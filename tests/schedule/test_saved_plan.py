@@ -73,6 +73,7 @@ def test_its_numbers_are_not_given_twice(saved):
         fullframe.tile(network(), plan=saved, budget="1 GB")
 
 
+@pytest.mark.rest
 def test_it_counts_what_was_yet_to_be_imported_when_it_was_saved(tmp_path):
     """An optimiser of torch.optim imports what a recording needs: with one, a plan has more room."""
     places = [str(Path(__file__).parent), str(Path(fullframe.__file__).parents[1])]

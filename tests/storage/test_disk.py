@@ -188,6 +188,7 @@ def test_the_plan_says_what_is_read_and_written_and_that_is_so(forced):
     assert "on disk" in step.explain()
 
 
+@pytest.mark.rest
 def test_maps_stay_in_memory_as_far_as_the_budget_goes(forced):
     net, image, label = case()
     written = []
@@ -227,6 +228,7 @@ def test_the_smallest_budget_named_is_enough_whatever_the_disk(forced):
     assert needed == sorted(needed) and needed[0] < needed[-1]
 
 
+@pytest.mark.rest
 def test_what_a_disk_does_not_pay_for_is_made_again(monkeypatch):
     """A byte has its price, in operations: where it is high, less is written and more is made again."""
     monkeypatch.setattr(planner, "LITTLE", 2)
