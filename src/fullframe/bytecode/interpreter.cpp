@@ -238,6 +238,7 @@ static bool execute(Frame &frame, int64_t code) {
         case 3: add<double, float>(frame); return true;
         case 4: add<double, Half>(frame); return true;
         case 5: add<float, Half>(frame); return true;
+        case 6: add<uint8_t>(frame); return true;  // of truth values, too, which are bytes
         }
         return false;
     case OWN: return own(frame);

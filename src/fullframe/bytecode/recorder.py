@@ -40,7 +40,7 @@ AS_TENSOR = {
 }
 F32, F64, I64, BF16 = torch.float32, torch.float64, torch.int64, torch.bfloat16
 # Types of a sum, to and from, as in the source.
-ADDED = ((F32, F32), (F64, F64), (I64, I64), (F64, F32), (F64, BF16), (F32, BF16))
+ADDED = ((F32, F32), (F64, F64), (I64, I64), (F64, F32), (F64, BF16), (F32, BF16), (torch.uint8, torch.bool))
 _CURRENT = local()
 
 
@@ -71,6 +71,7 @@ class Recorder(TorchDispatchMode):
         self._size = 0
         self._partials: dict[int, int] = {}  # of the memory of a kernel's sums, where they begin in ours
         self._held: list[Any] = []
+        self.tables: Sequence[Any] = ()  # which may be read too, and are the same in every run
         for k, tensor in enumerate(bases):
             if _memory(tensor) in self._where:
                 self.refused = "arrays that share memory"
@@ -184,7 +185,12 @@ class Recorder(TorchDispatchMode):
     def _slot(self, tensor: torch.Tensor) -> int:
         slot = self._where.get(_memory(tensor))
         if slot is None:
-            raise _Unknown("a tensor from elsewhere")
+            tables = (t for t in _flat(self.tables) if isinstance(t, torch.Tensor))
+            found = next((t for t in tables if _memory(t) == _memory(tensor)), None)
+            if found is None:
+                raise _Unknown("a tensor from elsewhere")
+            self._constant(found)
+            slot = self._where[_memory(found)]
         return slot
 
     def _place(self, tensor: torch.Tensor) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from fullframe.errors import fall_back
 from fullframe.ir import region as box
 from fullframe.ir.graph import Value
 from fullframe.ir.region import Region
+from fullframe.ops.numerics.table_cache import held
 from fullframe.runtime.task_run import Memory, part_of, run_task
 from fullframe.runtime.tasks import Partials, Sum, Task, position_of, task_of
 from fullframe.runtime.tile_classes import (
@@ -140,7 +141,8 @@ class TileClass:
             s: empty_map(box.shape_of(s.region or ()), s.value.dtype, memory.device) for s in puts_of(task, offloaded)
         }
         recorder = Recorder([*arrays.values(), *fetched, *puts.values()])
-        partials = run_task(task, memory._replace(arrays=parts, puts=puts), recorder, fetched)
+        with held() as recorder.tables:
+            partials = run_task(task, memory._replace(arrays=parts, puts=puts), recorder, fetched)
         for store, tensor in puts.items():
             offloaded[store.value].put(store.region or (), tensor)
         untiled = untiled_of(task)

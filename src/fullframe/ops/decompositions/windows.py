@@ -17,6 +17,7 @@ from fullframe.ops.builder.builder import Builder
 from fullframe.ops.builder.registry import cast, decomposes
 from fullframe.ops.builder.views import solid
 from fullframe.ops.numerics.interpolate import Spec, disputed, rescaled, settled
+from fullframe.ops.numerics.phases import taps_outermost
 from fullframe.ops.primitives.pooling import choice_dtype
 
 aten = torch.ops.aten
@@ -26,7 +27,10 @@ aten = torch.ops.aten
 def convolution(b: Builder, x: Value, w: Value, bias: Any, *geometry: Any) -> Value:
     stride, padding, dilation, transposed, _, groups = geometry[:6]
     geometry = (stride, padding, dilation, groups)
-    target, w = ("tile.conv_transpose", w) if transposed else _ordered(b, w, w.shape, geometry)
+    if transposed:
+        target, w = "tile.conv_transpose", _taps_outermost(b, w, groups)
+    else:
+        target, w = _ordered(b, w, w.shape, geometry)
     if bias is None or not separate_bias(b.device):
         return b.emit(target, (x, w, bias), b.meta_shape, b.meta_dtype, args=geometry)
     made = b.emit(target, (x, w, None), b.meta_shape, b.meta_dtype, args=geometry)
@@ -45,6 +49,12 @@ def _ordered(b: Builder, w: Value, shape: Sequence[int], geometry: Any, flipped:
     if here and suits(shape, w.dtype, groups):
         return "tile.conv", b.small(for_convolution, (w,), shape, w.dtype, flipped)
     return "tile.conv", b.small(flip_weight, (w,), shape, w.dtype, groups) if flipped else w
+
+
+def _taps_outermost(b: Builder, w: Value, groups: int) -> Value:
+    """The weight of a transposed convolution as its parts are cut out of it, once for all tiles."""
+    some = groups == 1 and w.dtype == torch.float32 and device_of(b.device).on_host
+    return b.small(taps_outermost, (w,), w.shape, w.dtype, groups) if some else w
 
 
 def separate_bias(device: torch.device) -> bool:
@@ -110,7 +120,7 @@ def conv_input_grad(b: Builder, g: Value, x: Value, w: Value, geometry: Any) -> 
         target, flipped = _ordered(b, w, shape, geometry, flipped=True)
         return b.emit(target, (g, flipped), x.shape, x.dtype, args=(None, *geometry))
     args = (None, stride, padding, dilation, groups)
-    return b.emit("tile.conv_transpose", (g, w), x.shape, x.dtype, args=args)
+    return b.emit("tile.conv_transpose", (g, _taps_outermost(b, w, groups)), x.shape, x.dtype, args=args)
 
 
 def conv_weight_grad(b: Builder, g: Value, x: Value, w: Value, geometry: Any) -> Value:

@@ -62,6 +62,15 @@ def classes(kernel: int, stride: int, dilation: int) -> tuple[Class, ...]:
     return tuple(Class(*key, dilation // common, tuple(some)) for key, some in found.items())
 
 
+def taps_outermost(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """The weight (in, out / groups, ...) with taps outermost in memory, then output and input channels: what is cut
+    out of it then lies in long runs. The weight itself where it lies so."""
+    axes = tuple(range(3, weight.dim() + 1))
+    moved = weight.unflatten(0, (groups, -1)).transpose(1, 2).movedim(axes, tuple(range(len(axes))))
+    back = moved.contiguous().movedim(tuple(range(len(axes))), axes)
+    return back.transpose(1, 2).flatten(0, 1) if groups == 1 else back.transpose(1, 2).reshape(weight.shape)
+
+
 def transposed(
     convolve: Convolve, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axes: Sequence[Axis],
     groups: int,
@@ -74,7 +83,9 @@ def transposed(
         made.zero_()  # outputs that nothing reaches
         if bias is not None:
             made += bias.view(-1, *[1] * len(axes))
-    weight = weight.flip(tuple(range(2, weight.dim()))).unflatten(0, (groups, -1)).transpose(1, 2)
+    rank = len(axes)
+    weight = taps_outermost(weight, groups).unflatten(0, (groups, -1)).transpose(1, 2)
+    weight = weight.movedim(tuple(range(3, 3 + rank)), tuple(range(rank))).flip(tuple(range(rank)))
     for part in parts:
         found = _outputs(convolve, x, weight, bias, axes, part)
         for values, remainders in zip(found, product(*(c.remainders for c in part)), strict=True):
@@ -86,8 +97,10 @@ def _outputs(
     convolve: Convolve, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axes: Sequence[Axis],
     part: Sequence[Class],
 ) -> Sequence[torch.Tensor]:  # fmt: skip
-    """The outputs of a class on each axis: (batch, groups, out / groups, quotients) for each of their remainders."""
-    groups, pads, taps = weight.shape[0], list[int](), list[torch.Tensor]()
+    """The outputs of a class on each axis: (batch, groups, out / groups, quotients) for each of their remainders. The
+    weight is (taps, groups, out / groups, in / groups), the last tap first."""
+    rank, pads, taps = len(axes), list[int](), list[torch.Tensor]()
+    groups = weight.shape[rank]
     for axis, c in zip(reversed(axes), reversed(part), strict=True):
         low, high = axis.quotients
         pads += [(c.taps - 1) * c.step + c.shift - low, high - c.shift - axis.extent]
@@ -96,13 +109,14 @@ def _outputs(
         for k, (axis, c, (_, first)) in enumerate(zip(axes, part, remainders, strict=True)):
             spacing = axis.stride // gcd(axis.stride, axis.dilation)
             last = axis.kernel - 1 - first - (c.taps - 1) * spacing
-            some = some[(slice(None),) * (3 + k) + (slice(last, axis.kernel - first, spacing),)]
+            some = some[(slice(None),) * k + (slice(last, axis.kernel - first, spacing),)]
         taps.append(some)
     count = len(taps)
     if bias is not None and count > 1:
         bias = bias.view(groups, 1, -1).repeat(1, count, 1).flatten()
     x = F.pad(x, pads) if any(pads) else x
-    found = convolve(x, torch.stack(taps, 1).flatten(0, 2), bias, [c.step for c in part], groups)
+    stacked = torch.stack(taps, rank + 1).flatten(rank, rank + 2).movedim((rank, rank + 1), (0, 1))
+    found = convolve(x, stacked, bias, [c.step for c in part], groups)
     return found.unflatten(1, (groups, count, -1)).unbind(2)
 
 

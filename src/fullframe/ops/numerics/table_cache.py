@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from functools import lru_cache, wraps
 from typing import TypeVar
 
+from fullframe.torch_compat import without_modes
+
 Made = TypeVar("Made")
 _KEPT = 1024  # of each function; the least recently used go first
 _HELD: ContextVar[list[object] | None] = ContextVar("held", default=None)
@@ -15,7 +17,11 @@ _HELD: ContextVar[list[object] | None] = ContextVar("held", default=None)
 
 def table(make: Callable[..., Made]) -> Callable[..., Made]:
     """Remember what a function of hashable arguments made."""
-    remembered = lru_cache(maxsize=_KEPT)(make)
+
+    @lru_cache(maxsize=_KEPT)
+    def remembered(*args: Hashable) -> Made:
+        with without_modes():  # what is recorded meanwhile finds a table as a number, however often it is read
+            return make(*args)
 
     @wraps(make)
     def found(*args: Hashable) -> Made:

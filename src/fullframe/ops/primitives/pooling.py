@@ -89,11 +89,11 @@ class PoolChoice(Pool):
     def pooled(self, op: Op, region: Region, made: Sequence[torch.Tensor]) -> torch.Tensor:
         lead, axes, spans = self.lead(op), self.axes(op), self.reads(op, region)
         inner = [prod(stop - start for start, stop in spans[k + 1 :]) for k in range(len(axes))]
-        beyond = made[1].to(torch.int32)
+        beyond = made[1]
         first = beyond.new_zeros(())
         for k, (axis, (low, high)) in enumerate(zip(axes, region[lead:], strict=True)):
-            corners = torch.arange(high - low, dtype=torch.int32, device=beyond.device) * (axis.stride * inner[k])
-            beyond -= along(corners, lead + k, beyond)
+            corners = torch.arange(high - low, device=beyond.device) * (-axis.stride * inner[k])
+            beyond += along(corners, lead + k, beyond)
             # Where all of a window is as low as its padding, the first position inside the image is meant.
             within = [max(0, -((o * axis.stride - axis.padding) // axis.dilation)) for o in range(low, high)]
             if any(within):
