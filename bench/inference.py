@@ -40,17 +40,20 @@ ENDED = "does not fit in this machine's memory"
 
 
 class Attention(nn.Module):
-    """Attention of every position to every other, with group norm, beside a short cut."""
+    """Attention of every position to every other, with group norm, beside a short cut, by linear layers over positions
+    as latent decoders have it."""
 
     def __init__(self, width: int, groups: int = 8) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, width)
-        self.three, self.out = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
+        self.three = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.flatten(2).transpose(1, 2)[:, None] for t in self.three(self.norm(x)).chunk(3, 1))
-        found = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(found[:, 0].transpose(1, 2).reshape(x.shape))
+        positions = self.norm(x).flatten(2).transpose(1, 2)
+        q, k, v = (layer(positions)[:, None] for layer in self.three)
+        found = self.out(F.scaled_dot_product_attention(q, k, v)[:, 0])
+        return x + found.transpose(1, 2).reshape(x.shape)
 
 
 class LatentDecoder(nn.Module):

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import fullframe
+from fullframe.ops.decompositions.norms import together
+from fullframe.schedule.dependencies import is_expensive
 from fullframe.schedule.plan import Plan
 
 
@@ -117,3 +119,40 @@ def test_numbers_too_small_for_their_slope_keep_their_side():
         (run(image) * weight).sum().backward()
         grads.append(image.grad)
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.GroupNorm(4, 4), nn.GroupNorm(1, 4, affine=False)])
+def test_a_group_norm_leaves_maps_in_their_shape(norm):
+    """Two sums forward and two backward go over the map, channel by channel; no view of it is made by groups."""
+    plan = plan_of(small(norm))
+    maps = [op for op in plan.graph.ops if len(op.output.shape) > 4 and 20 in op.output.shape]
+    sums = [op for op in plan.graph.ops if op.target in ("tile.sum", "tile.moments") and 20 in op.inputs[0].shape]
+    of_norm = [op for op in sums if op.args[1] == [2, 3] or op.args[1] == (2, 3)]
+    assert not maps and len(of_norm) == 3
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_moments_of_groups_from_those_of_their_channels(groups):
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64) + 1e3
+    each = torch.stack(
+        [torch.full((3, 4, 1, 1), 30.0).double(), x.mean((2, 3), True), x.var((2, 3), False, True) * 30]
+    )
+    count, mean, square = together(each, 2, groups)
+    parts = x.view(3, groups, -1)
+    torch.testing.assert_close(mean.flatten(1), parts.mean(2), rtol=1e-14, atol=0)
+    torch.testing.assert_close((square / count).flatten(1), parts.var(2, False), rtol=1e-10, atol=0)
+    equal = each.clone()
+    equal[1] = x[0, 0, 0, 0]
+    assert torch.equal(together(equal, 2, groups)[1], x[0, 0, 0, 0].expand(3, groups, 1, 1))
+
+
+def test_attention_is_worth_more_than_one_thread():
+    class Attention(nn.Module):
+        def forward(self, x):
+            rows = x.flatten(2).transpose(1, 2)[:, None].contiguous()
+            return nn.functional.scaled_dot_product_attention(rows, rows, rows)[:, 0].transpose(1, 2).reshape(x.shape)
+
+    with torch.no_grad():
+        plan = fullframe.tile(Attention(), budget="1 GB").plan(torch.zeros(1, 16, 144, 144))
+    stages = [s for s in plan.stages if any("attention" in op.target for op in s.section.ops)]
+    assert len(stages) == 1 and is_expensive(stages[0])

@@ -8,7 +8,7 @@ Statistics and the coefficients made of them are float64.
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,7 @@ from fullframe.ir.graph import Value
 from fullframe.ops.builder.builder import Builder
 from fullframe.ops.builder.registry import cast, decomposes, wide
 from fullframe.ops.decompositions.reductions import average, variance
+from fullframe.ops.primitives.reductions import about
 
 aten = torch.ops.aten
 
@@ -170,33 +171,101 @@ def batch_norm_backward(b: Builder, dy: Value, x: Value, w: Any, mean: Any, var:
     return [dx, dw, cast(b, b.reshape(first, channels), kind)]
 
 
+class Groups(NamedTuple):
+    """A map (batch, channels, ...) whose channels are normalised in so many ``groups``.
+
+    What is made of the map is made channel by channel, and put together from small tensors: in memory the channels of
+    a group are a short run between those of others, along which no kernel is fast.
+    """
+
+    b: Builder
+    x: Value
+    groups: int
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Those of the pixels."""
+        return tuple(range(2, len(self.x.shape)))
+
+    @property
+    def ones(self) -> list[int]:
+        return [1] * len(self.axes)
+
+    def spread(self, v: Value) -> Value:
+        """A number for each group for each of its channels (batch, channels, 1, ...)."""
+        n, c = self.x.shape[:2]
+        v = self.b.reshape(v, (n, self.groups, *self.ones))
+        return self.b.along(repeated, (v,), ((n, c, *self.ones), v.dtype), 1, c // self.groups)
+
+    def total(self, v: Value) -> Value:
+        """Numbers for each channel (batch, channels, 1, ...) added up by groups (batch, groups, 1, ...)."""
+        shape = (v.shape[0], self.groups, *self.ones)
+        return self.b.along(added, (v,), (shape, torch.float64), 1, self.groups)
+
+    def statistics(self, eps: float) -> tuple[Value, Value]:
+        """Mean and inverse standard deviation of each group (batch, groups, 1, ...)."""
+        each = self.b.moments(self.x, self.axes)
+        shape = (3, self.x.shape[0], self.groups, *self.ones)
+        m = self.b.along(together, (each,), (shape, torch.float64), 2, self.groups)
+        return self.b.stacked(average, m), self.b.stacked(inverse_std, m, eps)
+
+    def weight(self, w: Value) -> Value:
+        """A number for each channel (1, channels, 1, ...)."""
+        return row(self.b, w, len(self.x.shape))
+
+
+def repeated(v: torch.Tensor, axis: int, times: int) -> torch.Tensor:
+    """Each number so many times, side by side."""
+    return v.unsqueeze(axis + 1).expand(*v.shape[: axis + 1], times, *v.shape[axis + 1 :]).flatten(axis, axis + 1)
+
+
+def added(v: torch.Tensor, axis: int, groups: int) -> torch.Tensor:
+    """The sum of each of so many equal runs along an axis."""
+    return v.unflatten(axis, (groups, -1)).sum(axis + 1)
+
+
+def together(m: torch.Tensor, axis: int, groups: int) -> torch.Tensor:
+    """The moments of each of so many equal runs along an axis, from those of its parts (Chan, Golub and LeVeque,
+    1979)."""
+    count, mean, square = m.unflatten(axis, (groups, -1)).unbind(0)
+    total = count.sum(axis, keepdim=True)
+    centre = about(mean, mean.narrow(axis, 0, 1), lambda d: (d * count).sum(axis, keepdim=True) / total)
+    apart = mean - centre
+    square = (square + count * apart * apart).sum(axis, keepdim=True)
+    return torch.stack([total, centre, square]).squeeze(axis + 1)
+
+
 @decomposes("native_group_norm")
 def group_norm(
     b: Builder, x: Value, w: Any, bias: Any, n: int, c: int, size: int, groups: int, eps: float
 ) -> list[Value]:
-    split = (n, groups, c // groups, *x.shape[2:])
-    axes = tuple(range(2, len(split)))
-    parts = b.reshape(x, split)
-    _, centre, invstd = statistics(b, parts, axes, eps)
-    weights = [
-        None if v is None else b.reshape(v, (1, groups, c // groups, *[1] * (len(x.shape) - 2))) for v in (w, bias)
-    ]
-    y = b.reshape(normalise(b, parts, centre, invstd, *weights), x.shape)
+    parts = Groups(b, x, groups)
+    centre, invstd = parts.statistics(eps)
+    weights = [None if v is None else parts.weight(v) for v in (w, bias)]
+    y = normalise(b, x, parts.spread(centre), parts.spread(invstd), *weights)
     return [y, b.reshape(centre, (n, groups)), b.reshape(invstd, (n, groups))]
 
 
 @decomposes("native_group_norm_backward")
 def group_norm_backward(b: Builder, dy: Value, x: Value, mean: Value, rstd: Value, w: Any, n: int, c: int,
                         size: int, groups: int, mask: Any) -> list[Value]:  # fmt: skip
-    split = (n, groups, c // groups, *x.shape[2:])
-    ones = [1] * (len(split) - 2)
-    axes = tuple(range(2, len(split)))
-    g, parts = b.reshape(dy, split), b.reshape(x, split)
-    centre, invstd = (b.reshape(v, (n, groups, *ones)) for v in (mean, rstd))
-    weighted = g if w is None else b.aten(aten.mul.Tensor, g, b.reshape(w, (1, groups, c // groups, *ones[1:])))
-    dx, _, _ = normalise_backward(b, weighted, parts, centre, invstd, None, axes)
-    dx = cast(b, b.reshape(dx, x.shape), x.dtype)
-    return [dx, *_affine_grads(b, g, parts, centre, invstd, (0, *range(3, len(split))), (c,), w)]
+    parts, kind, f64 = Groups(b, x, groups), wide(x.dtype), torch.float64
+    invstd = b.reshape(rstd, (n, groups, *parts.ones))
+    scale = parts.spread(invstd)
+    g = cast(b, dy, kind)
+    xc = b.aten(aten.sub.Tensor, cast(b, x, kind), cast(b, parts.spread(mean), kind))
+    sums = [b.sum(v, parts.axes, True, f64) for v in (g, b.aten(aten.mul.Tensor, g, xc))]
+    weighted = [v if w is None else product(b, v, parts.weight(w)) for v in sums]
+    first, second = (parts.total(v) for v in weighted)
+    count = prod(x.shape[1:]) // groups
+    shift = parts.spread(b.point(per_element, (first,), first.shape, f64, count))
+    slope = parts.spread(b.point(projection, (second, invstd), second.shape, f64, count))
+    dx = g if w is None else b.aten(aten.mul.Tensor, g, cast(b, parts.weight(w), kind))
+    dx = b.aten(aten.sub.Tensor, dx, cast(b, shift, kind))
+    dx = b.aten(aten.sub.Tensor, dx, b.aten(aten.mul.Tensor, xc, cast(b, slope, kind)))
+    dx = cast(b, b.aten(aten.mul.Tensor, dx, cast(b, scale, kind)), x.dtype)
+    found = [b.sum(v, (0,), False, f64) for v in (product(b, sums[1], scale), sums[0])]
+    return [dx, *(cast(b, b.reshape(v, (c,)), kind if w is None else w.dtype) for v in found)]
 
 
 def _affine_grads(b: Builder, g: Value, x: Value, centre: Value, invstd: Value, axes: tuple[int, ...],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from math import prod
 
 import torch
 
@@ -105,6 +106,13 @@ class Whole(BaseRule):
         if tuple(made.shape) != tuple(op.output.shape):
             raise UnexpectedShapeError(op, tuple(made.shape))
         return made
+
+    def cost(self, op: Op, elements: int) -> int:
+        """Of attention: each query meets all keys, and what comes of that all values."""
+        if "attention" not in op.target or len(op.inputs) < 3 or len(op.inputs[0].shape) < 2:
+            return super().cost(op, elements)
+        keys = max(v.shape[-2] if len(v.shape) > 1 else 1 for v in op.inputs[1:3])
+        return 4 * prod(op.inputs[0].shape) * keys
 
 
 class Reduction(BaseRule):
