@@ -45,7 +45,7 @@ def unspoilt(recorded: Callable[[Any], bool]) -> Iterator[None]:
         yield
     finally:
         for space, old in zip(spaces, before, strict=True):
-            if len(space) != len(old) or (isinstance(space, dict) and not _same(space, old)):
+            if len(space) != len(old) or not _same(space, old):
                 _put_back(space, old, recorded)
         for function, size in zip(functions, sizes, strict=True):
             if function.cache_info().currsize != size:
@@ -80,9 +80,9 @@ def _looked_through(space: dict[str, Any], found: int) -> Known:
     return Known(found, spaces, tuple(k for k, v in items if type(v) is _lru_cache_wrapper))
 
 
-def _same(space: dict[Any, Any], old: dict[Any, Any]) -> bool:
-    """Whether a dictionary holds the very objects that it held, in their order."""
-    return all(map(is_, list(space.values()), old.values()))
+def _same(space: Any, old: Any) -> bool:
+    """Whether a dictionary holds the very objects that it held, in their order; of a list only the length counts."""
+    return isinstance(space, list) or all(map(is_, _values(space), _values(old)))
 
 
 def _values(space: Any) -> list[Any]:
