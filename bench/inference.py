@@ -40,8 +40,8 @@ ENDED = "does not fit in this machine's memory"
 
 
 class Attention(nn.Module):
-    """Attention of every position to every other, with group norm, beside a short cut, by linear layers over positions
-    as latent decoders have it."""
+    """Attention of every position to every other, with group norm, beside a short cut; by linear layers over
+    positions, as latent decoders have it."""
 
     def __init__(self, width: int, groups: int = 8) -> None:
         super().__init__()
