@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import fullframe.tiled
+from fullframe import torch_compat
 from fullframe.codegen.toolchain import cxx as compiler
 from fullframe.compiler import kept_plans
 from fullframe.schedule import verify
 
 verify.ON = True  # every plan that a test makes is checked
 kept_plans.ON = False  # and made, not read
+torch_compat.recording_is_imported()  # asked now, or what a plan counts would depend on the tests before
 os.environ.setdefault("FULLFRAME_DISK_RATE", "500")  # MB/s, so that plans do not depend on the disk at hand
 
 
