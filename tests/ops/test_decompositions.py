@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fullframe
-from fullframe.ops.decompositions.norms import together
+from fullframe.ops.decompositions.norms import centres, inverse_stds
 from fullframe.schedule.dependencies import is_expensive
 from fullframe.schedule.plan import Plan
 
@@ -134,16 +134,13 @@ def test_a_group_norm_leaves_maps_in_their_shape(norm):
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_moments_of_groups_from_those_of_their_channels(groups):
     x = torch.randn(3, 4, 5, 6, dtype=torch.float64) + 1e3
-    each = torch.stack(
-        [torch.full((3, 4, 1, 1), 30.0).double(), x.mean((2, 3), True), x.var((2, 3), False, True) * 30]
-    )
-    count, mean, square = together(each, 2, groups)
+    mean, square = x.mean((2, 3), True), x.var((2, 3), False, True) * 30
     parts = x.view(3, groups, -1)
-    torch.testing.assert_close(mean.flatten(1), parts.mean(2), rtol=1e-14, atol=0)
-    torch.testing.assert_close((square / count).flatten(1), parts.var(2, False), rtol=1e-10, atol=0)
-    equal = each.clone()
-    equal[1] = x[0, 0, 0, 0]
-    assert torch.equal(together(equal, 2, groups)[1], x[0, 0, 0, 0].expand(3, groups, 1, 1))
+    torch.testing.assert_close(centres(mean, 1, groups).flatten(1), parts.mean(2), rtol=1e-14, atol=0)
+    found = inverse_stds(mean, square, 1, groups, 30, 1e-5)
+    torch.testing.assert_close(found.flatten(1), (parts.var(2, False) + 1e-5).rsqrt(), rtol=1e-10, atol=0)
+    equal = mean[:1, :1].expand(3, 4, 1, 1)
+    assert torch.equal(centres(equal, 1, groups), equal[:, :groups])
 
 
 def test_attention_is_worth_more_than_one_thread():

@@ -204,10 +204,12 @@ class Groups(NamedTuple):
 
     def statistics(self, eps: float) -> tuple[Value, Value]:
         """Mean and inverse standard deviation of each group (batch, groups, 1, ...)."""
-        each = self.b.moments(self.x, self.axes)
-        shape = (3, self.x.shape[0], self.groups, *self.ones)
-        m = self.b.along(together, (each,), (shape, torch.float64), 2, self.groups)
-        return self.b.stacked(average, m), self.b.stacked(inverse_std, m, eps)
+        m = self.b.moments(self.x, self.axes)
+        mean, square = self.b.stacked(average, m), self.b.stacked(squares, m)
+        made = (self.x.shape[0], self.groups, *self.ones), torch.float64
+        count = prod(self.x.shape[2:])
+        centre = self.b.along(centres, (mean,), made, 1, self.groups)
+        return centre, self.b.along(inverse_stds, (mean, square), made, 1, self.groups, count, eps)
 
     def weight(self, w: Value) -> Value:
         """A number for each channel (1, channels, 1, ...)."""
@@ -224,15 +226,25 @@ def added(v: torch.Tensor, axis: int, groups: int) -> torch.Tensor:
     return v.unflatten(axis, (groups, -1)).sum(axis + 1)
 
 
-def together(m: torch.Tensor, axis: int, groups: int) -> torch.Tensor:
-    """The moments of each of so many equal runs along an axis, from those of its parts (Chan, Golub and LeVeque,
-    1979)."""
-    count, mean, square = m.unflatten(axis, (groups, -1)).unbind(0)
-    total = count.sum(axis, keepdim=True)
-    centre = about(mean, mean.narrow(axis, 0, 1), lambda d: (d * count).sum(axis, keepdim=True) / total)
-    apart = mean - centre
-    square = (square + count * apart * apart).sum(axis, keepdim=True)
-    return torch.stack([total, centre, square]).squeeze(axis + 1)
+def squares(m: torch.Tensor) -> torch.Tensor:
+    return m[2]
+
+
+def centres(mean: torch.Tensor, axis: int, groups: int) -> torch.Tensor:
+    """The mean of each of so many equal runs along an axis, from those of its parts, which are of equal size."""
+    runs = mean.unflatten(axis, (groups, -1))
+    first = runs.narrow(axis + 1, 0, 1)
+    return about(runs, first, lambda d: d.mean(axis + 1, keepdim=True)).squeeze(axis + 1)
+
+
+def inverse_stds(
+    mean: torch.Tensor, square: torch.Tensor, axis: int, groups: int, count: int, eps: float
+) -> torch.Tensor:
+    """1 / sqrt(biased variance + eps) of each run, from means and sums of squares of its parts, each of ``count``
+    numbers (Chan, Golub and LeVeque, 1979)."""
+    apart = mean.unflatten(axis, (groups, -1)) - centres(mean, axis, groups).unsqueeze(axis + 1)
+    whole = square.unflatten(axis, (groups, -1)) + count * apart * apart
+    return torch.rsqrt(whole.mean(axis + 1) / count + eps)
 
 
 @decomposes("native_group_norm")
