@@ -68,7 +68,7 @@ def taps_outermost(weight: torch.Tensor, groups: int) -> torch.Tensor:
     axes = tuple(range(3, weight.dim() + 1))
     moved = weight.unflatten(0, (groups, -1)).transpose(1, 2).movedim(axes, tuple(range(len(axes))))
     back = moved.contiguous().movedim(tuple(range(len(axes))), axes)
-    return back.transpose(1, 2).flatten(0, 1) if groups == 1 else back.transpose(1, 2).reshape(weight.shape)
+    return back.transpose(1, 2).reshape(weight.shape)  # a view, of one group
 
 
 def transposed(
