@@ -32,7 +32,7 @@ struct Library {
 typedef int (*Kernel)(const int64_t *geometry, void *const *tensors, double *partials);
 typedef int (*Own)(const int64_t *words, void *const *tensors);
 
-enum Code { END, KERNEL, NEW, DROP, CALL, COPY, ADD, OWN, KEPT, PLUS };
+enum Code { END, KERNEL, NEW, DROP, CALL, COPY, ADD, OWN, KEPT, PLUS, CLEAR };
 enum Argument { PLAIN, TENSOR, LIST, OPTIONAL, STRING };
 
 struct Slot {
@@ -143,7 +143,12 @@ static bool plus(Frame &frame) {
     return good && frame.keep(slot, made);
 }
 
-// Calls a function for each run of elements: axes with the extent, and the strides in bytes of both arrays.
+// Calls a function for each plane of elements: the two innermost axes, with their extents, and the strides in bytes of
+// both arrays; the first of them is 1 where there is one axis.
+struct Plane {
+    int64_t rows, count, to_row, to_step, from_row, from_step;
+};
+
 template <typename F>
 static void walk(Frame &frame, F &&each) {
     const int64_t rank = frame.take();
@@ -151,21 +156,40 @@ static void walk(Frame &frame, F &&each) {
     frame.next += 3 * rank;
     char *to = frame.place();
     const char *from = frame.place();
+    const int64_t outer = rank > 1 ? rank - 2 : 0;
+    Plane plane = {1, extent[rank - 1], 0, to_step[rank - 1], 0, from_step[rank - 1]};
+    if (rank > 1) plane.rows = extent[outer], plane.to_row = to_step[outer], plane.from_row = from_step[outer];
     int64_t index[8] = {0};  // no bytecode has copies along more axes
     for (int64_t axis = 0; axis >= 0;) {
         int64_t a = 0, b = 0;
-        for (int64_t k = 0; k < rank - 1; k++) a += index[k] * to_step[k], b += index[k] * from_step[k];
-        each(to + a, from + b, extent[rank - 1], to_step[rank - 1], from_step[rank - 1]);
-        axis = rank - 2;
+        for (int64_t k = 0; k < outer; k++) a += index[k] * to_step[k], b += index[k] * from_step[k];
+        each(to + a, from + b, plane);
+        axis = outer - 1;
         while (axis >= 0 && ++index[axis] == extent[axis]) index[axis--] = 0;
     }
 }
 
+struct Wide {  // an element of sixteen bytes
+    uint64_t halves[2];
+};
+
+template <typename T>
+static void copy_plane(char *to, const char *from, const Plane &p) {
+    for (int64_t row = 0; row < p.rows; row++, to += p.to_row, from += p.from_row)
+        if (p.to_step == sizeof(T) && p.from_step == sizeof(T)) memcpy(to, from, p.count * sizeof(T));
+        else for (int64_t k = 0; k < p.count; k++) memcpy(to + k * p.to_step, from + k * p.from_step, sizeof(T));
+}
+
 static void copy(Frame &frame) {
     const int64_t size = frame.take();
-    walk(frame, [size](char *to, const char *from, int64_t count, int64_t to_step, int64_t from_step) {
-        if (to_step == size && from_step == size) memcpy(to, from, count * size);
-        else for (int64_t k = 0; k < count; k++) memcpy(to + k * to_step, from + k * from_step, size);
+    walk(frame, [size](char *to, const char *from, const Plane &p) {
+        switch (size) {
+        case 1: return copy_plane<uint8_t>(to, from, p);
+        case 2: return copy_plane<uint16_t>(to, from, p);
+        case 4: return copy_plane<uint32_t>(to, from, p);
+        case 8: return copy_plane<uint64_t>(to, from, p);
+        default: return copy_plane<Wide>(to, from, p);
+        }
     });
 }
 
@@ -181,11 +205,13 @@ struct Half {  // bfloat16
 
 template <typename T, typename U = T>
 static void add(Frame &frame) {
-    walk(frame, [](char *to, const char *from, int64_t count, int64_t to_step, int64_t from_step) {
-        if (to_step == sizeof(T) && from_step == sizeof(U))
-            for (int64_t k = 0; k < count; k++) ((T *)to)[k] += (T)((const U *)from)[k];
-        else
-            for (int64_t k = 0; k < count; k++) *(T *)(to + k * to_step) += (T) * (const U *)(from + k * from_step);
+    walk(frame, [](char *to, const char *from, const Plane &p) {
+        for (int64_t row = 0; row < p.rows; row++, to += p.to_row, from += p.from_row)
+            if (p.to_step == sizeof(T) && p.from_step == sizeof(U))
+                for (int64_t k = 0; k < p.count; k++) ((T *)to)[k] += (T)((const U *)from)[k];
+            else
+                for (int64_t k = 0; k < p.count; k++)
+                    *(T *)(to + k * p.to_step) += (T) * (const U *)(from + k * p.from_step);
     });
 }
 
@@ -242,6 +268,11 @@ static bool execute(Frame &frame, int64_t code) {
         }
         return false;
     case OWN: return own(frame);
+    case CLEAR: {
+        char *at = frame.place();
+        memset(at, 0, frame.take());
+        return true;
+    }
     }
     return false;
 }

@@ -36,7 +36,7 @@ class Bytecode:
 
     def run(self, bases: Sequence[int]) -> list[torch.Tensor] | None:
         """The partial results, of a tile whose arrays are at these addresses; None where the library failed."""
-        made = torch.zeros(self.nbytes // 8, dtype=torch.float64)
+        made = torch.empty(self.nbytes // 8, dtype=torch.float64)
         small = made.numel() > SMALL
         places = (ctypes.c_void_p * (len(bases) + 1))(*bases, made.data_ptr())
         found = entries()

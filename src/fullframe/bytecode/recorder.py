@@ -27,7 +27,7 @@ from fullframe.codegen.kernel import HostCall, Kernel, Plain
 from fullframe.codegen.loop_layout import contiguous, merged
 from fullframe.torch_compat import TorchDispatchMode, pop_mode, push_mode
 
-END, KERNEL, NEW, DROP, CALL, COPY, ADD, OWN, KEPT, PLUS = range(10)
+END, KERNEL, NEW, DROP, CALL, COPY, ADD, OWN, KEPT, PLUS, CLEAR = range(11)
 PLAIN, TENSOR, LIST, OPTIONAL, STRING = range(5)  # what an argument of a call is
 MOST, AXES, ARGUMENTS = 64, 8, 16  # tensors of a kernel, axes of a copy, arguments of a call, as the source has them
 HELD = 1 << 16  # bytes of a constant
@@ -116,6 +116,9 @@ class Recorder(TorchDispatchMode):
         with self._unless_refused():
             for tensor in fresh:
                 self._new(tensor)
+            nbytes = 8 * call.geometry.offsets[-1]
+            if nbytes:  # a kernel adds to what is there
+                self._add([CLEAR, self._results, self._size, nbytes], ())
             if 0 not in call.geometry.extents:
                 self._kernel(call, tensors, places)
         for tensor in sums[:1]:  # the others lie behind it

@@ -54,6 +54,15 @@ struct OpenStage {  // a stage in work: tiles given away, tiles not done, and th
 
 typedef std::chrono::steady_clock Clock;
 static const auto PATIENCE = std::chrono::milliseconds(50);
+static const auto ATTENTION = std::chrono::microseconds(200);
+
+#if defined(__x86_64__)
+#define RELAX() __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define RELAX() asm volatile("yield")
+#else
+#define RELAX()
+#endif
 
 struct Scheduler {
     const Stage *stages;  // of stage `start` on
@@ -67,6 +76,7 @@ struct Scheduler {
     std::mutex lock;
     std::condition_variable changed;
     int64_t idle = 0;
+    std::atomic<int64_t> news{0};  // counts what may have given an idle thread something to do
     bool failed = false;
     std::atomic<bool> short_of_memory{false};
 
@@ -84,6 +94,7 @@ struct Scheduler {
 
     void fail() {
         failed = true;
+        news++;
         changed.notify_all();
     }
 
@@ -132,6 +143,7 @@ struct Scheduler {
 
     // Wake threads if there is more to do than the thread that asks will do itself.
     void wake() {
+        news++;
         int64_t more = -1;
         bool multi_threaded = base >= stop;
         for (auto &opened : open) {
@@ -191,7 +203,6 @@ struct Scheduler {
                 short_of_memory = true;
                 return false;
             }
-            memset(block, 0, bound.bytes);
         }
         opened.blocks[tile] = block;
         return run_tile(bound, block) || ask(calls.tile, opened.number, tile, block);
@@ -221,6 +232,17 @@ struct Scheduler {
         return !last || s.bound || ask(calls.end, opened.number);
     }
 
+    // Look out for news for a while, without the lock; whether there are any. Small stages follow each other faster than
+    // the system wakes a thread.
+    bool busily(std::unique_lock<std::mutex> &held) {
+        const int64_t known = news;
+        held.unlock();
+        for (const auto begun = Clock::now(); news == known && Clock::now() - begun < ATTENTION;)
+            for (int k = 0; k < 32 && news == known; k++) RELAX();
+        held.lock();
+        return news != known;
+    }
+
     int run(bool own) {
         auto seen = Clock::now();
         std::unique_lock<std::mutex> held(lock);
@@ -238,8 +260,7 @@ struct Scheduler {
             if (!opened) {
                 WATCH(nullptr);
                 idle++;
-                if (own) changed.wait_for(held, PATIENCE);
-                else changed.wait(held);
+                if (!busily(held)) own ? (void)changed.wait_for(held, PATIENCE) : changed.wait(held);
                 idle--;
                 continue;
             }
@@ -251,7 +272,7 @@ struct Scheduler {
             held.lock();
             if (!good || (last && !finish(opened))) fail();
             else if (last) wake();
-            else if (idle && more()) changed.notify_one();  // it may have waited for this result
+            else if (idle && more()) news++, changed.notify_one();  // it may have waited for this result
         }
         return failed ? 1 + short_of_memory : 0;
     }

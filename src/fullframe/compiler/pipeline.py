@@ -48,7 +48,7 @@ from fullframe.schedule.request import Request
 from fullframe.torch_compat import FakeTensorMode, TorchDispatchMode, dispatch_functionalize, fx_traceback, make_fx
 
 # steps that may be in flight: two or three sections of each of two branches, and small ones between
-MAX_IN_FLIGHT = 8
+MAX_IN_FLIGHT = 16
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from fullframe.ir.graph import Graph, Op, Value, walked
 from fullframe.partition.saved_values import SavedValues
 from fullframe.partition.tile_axes import tiled
 
-STANDALONE = 800  # operations per byte read, from which on a sum is made by itself
-
+STANDALONE = 800  # operations per byte read, from which on a sum is made by itself,
+STANDALONE_CACHED = 100  # and where what it reads is in a cache,
+CACHED = 2 << 20  # which is so many bytes or fewer
 
 SEPARATE = 1 << 16  # bytes of an untiled value of inputs alone, from which on it is made just before its first reader
 
@@ -215,4 +216,6 @@ def _standalone(saved: SavedValues, value: Value) -> bool:
     op = saved.maker[value]
     if op not in saved.reducing or not op.rule.heavy:
         return False
-    return op.rule.cost(op, prod(walked(op).shape)) > STANDALONE * sum(v.nbytes for v in op.inputs)
+    read = sum(v.nbytes for v in op.inputs)
+    least = STANDALONE if read > CACHED else STANDALONE_CACHED
+    return op.rule.cost(op, prod(walked(op).shape)) > least * read

@@ -34,7 +34,7 @@ from fullframe.runtime.workers import pool
 from fullframe.schedule.dependencies import dependencies_of, is_expensive
 from fullframe.schedule.plan import Plan
 from fullframe.storage.arena import empty_output, strides_as
-from fullframe.storage.heap import HeapTrimmer, mapped
+from fullframe.storage.heap import HeapTrimmer, keep, mapped
 from fullframe.storage.pool import Stores
 from fullframe.storage.protocol import StoredMap
 
@@ -158,6 +158,7 @@ class Run:
         """Run the stages up to ``end``; grad mode and autocast are off inside."""
         threads, stages = torch.get_num_threads(), range(self.position, end)
         self.trimmer = self._trimmer() if self.plan.tight else None
+        keep(self.plan.keeps)
         off = torch.autocast(self.device.type, enabled=False)
         with torch.no_grad(), off, mapped(self.plan.tight):
             try:
@@ -208,7 +209,7 @@ class Run:
     def end(self, number: int, sums: Sums) -> None:
         """Keep what a stage has added up."""
         for op, total in sums.finish().items():
-            self._keep(op.output, own(op.output, total, self.arena))
+            self._keep(op.output, own(op.output, total, self.arena, self.plan.alone))
 
     def _keep(self, value: Value, made: torch.Tensor) -> None:
         """Put what is made in one piece where it lives."""
@@ -240,7 +241,7 @@ class Run:
         """What its tiles work with."""
         return Memory(
             self.values, self.arena, self.offloaded, self.device, self.runtime.kernels, self.runtime.records,
-            self.plan.share.held if self.plan.share else {}
+            self.plan.share.held if self.plan.share else {}, self.plan.alone
         )  # fmt: skip
 
     def allocate(self, value: Value) -> torch.Tensor:

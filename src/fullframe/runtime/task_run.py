@@ -16,7 +16,7 @@ from fullframe.ir.graph import Value, reduces
 from fullframe.runtime.fused import Kernels, bind
 from fullframe.runtime.tasks import Job, Part, Partials, Read, Store, Target, Task
 from fullframe.runtime.tile_classes import span
-from fullframe.schedule.plan import LARGE
+from fullframe.schedule.request import LARGE
 from fullframe.storage.arena import Arena, empty_map, gapless, strides_as
 from fullframe.storage.protocol import StoredMap
 
@@ -25,7 +25,8 @@ class Memory(NamedTuple):
     """What the tiles of a run work with: its values, its arena, the maps that live elsewhere, the device and the
     kernels of fused jobs.
 
-    Tiles are recorded where ``records`` is true. Of maps in ``held`` only a part may be here. While a tile is
+    Tiles are recorded where ``records`` is true. Of maps in ``held`` only a part may be here. Untiled values of
+    more than ``alone`` bytes are not recorded. While a tile is
     recorded, parts of maps are looked up among ``arrays``, by value and span: tensors whose memory begins with them;
     and what is to be put away from the device is copied to its tensor among ``puts``.
     """
@@ -37,6 +38,7 @@ class Memory(NamedTuple):
     kernels: Kernels
     records: bool
     held: Collection[Value] = ()
+    alone: int = LARGE
     arrays: Mapping[tuple[Value, Hashable], torch.Tensor] = MappingProxyType({})
     puts: Mapping[Store, torch.Tensor] = MappingProxyType({})
 
@@ -161,7 +163,7 @@ def _target(target: Target, memory: Memory) -> torch.Tensor:
 def _store(store: Store, made: torch.Tensor, memory: Memory, parts: Sequence[torch.Tensor] = ()) -> None:
     """Keep what was made of these parts."""
     if store.region is None:
-        memory.values[store.value] = own(store.value, made, memory.arena, parts)
+        memory.values[store.value] = own(store.value, made, memory.arena, memory.alone, parts)
     elif store in memory.puts:
         memory.puts[store].copy_(part_of(made, store.made))
     elif store.value in memory.offloaded:
@@ -170,9 +172,12 @@ def _store(store: Store, made: torch.Tensor, memory: Memory, parts: Sequence[tor
         memory.part(store.value, store.to).copy_(part_of(made, store.made))
 
 
-def own(value: Value, made: torch.Tensor, arena: Arena, parts: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-    """An untiled value as a tensor that shares no memory with others, if it is small: bytecode knows arrays by it."""
-    if value.nbytes > LARGE:
+def own(
+    value: Value, made: torch.Tensor, arena: Arena, alone: int, parts: Sequence[torch.Tensor] = ()
+) -> torch.Tensor:
+    """An untiled value as a tensor that shares no memory with others, if it is recorded, which those of more than
+    ``alone`` bytes are not: bytecode knows arrays by it."""
+    if value.nbytes > alone:
         # It must not look into the arena, whose places are used again.
         inside = made.untyped_storage().data_ptr() == arena.block.untyped_storage().data_ptr()
         return made.clone() if inside else made

@@ -34,7 +34,7 @@ from fullframe.runtime.tile_classes import (
     puts_of,
     span,
 )
-from fullframe.schedule.plan import LARGE, Plan, Stage, whole_axes
+from fullframe.schedule.plan import Plan, Stage, whole_axes
 from fullframe.storage.arena import empty_map
 
 TRIES = 2  # What a library does once only, when it is first called, may keep the first recording from being used.
@@ -293,7 +293,7 @@ class StageTiles:
     def _make(self, plan: Plan, position: Position, steps: Steps | None) -> TileClass:
         stage = plan.stages[self.number]
         task = task_of(plan, stage, stage.grid.tile(position))
-        small = all(v.nbytes <= LARGE for v in untiled_of(task))
+        small = all(v.nbytes <= plan.alone for v in untiled_of(task))
         return TileClass(task, position, steps, TRIES if small and self.records else 0)
 
     def _box(self, plan: Plan, position: Position) -> tuple[Steps | None, Position]:

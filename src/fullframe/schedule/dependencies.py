@@ -7,7 +7,7 @@ from math import prod
 from typing import NamedTuple
 
 from fullframe.ir.graph import Value, walked
-from fullframe.schedule.plan import LARGE, Plan, Slot, Stage
+from fullframe.schedule.plan import Plan, Slot, Stage
 
 EXPENSIVE = 4_000_000_000  # operations: some ten milliseconds, as long as threads inside an op wait busily after it
 
@@ -69,6 +69,6 @@ def _follows(stage: Stage, made: frozenset[Value], writes: Sequence[Slot], touch
 
 
 def _large(plan: Plan, stage: Stage) -> bool:
-    """Whether a stage makes much that has no place of its own in the arena, as large weights' gradients: it waits for
-    all before it, or what the plan counts for stages in flight would be too little."""
-    return sum(v.nbytes for v in stage.section.outputs if v not in plan.slots) > LARGE
+    """Whether a stage makes more that has no place of its own in the arena, as large weights' gradients, than the
+    plan counts for stages in flight: it waits for all before it."""
+    return sum(v.nbytes for v in stage.section.outputs if v not in plan.slots) > plan.alone

@@ -16,11 +16,10 @@ from fullframe.partition.fusion import FusionGroup, Work, work_of
 from fullframe.partition.sections import Section
 from fullframe.partition.tile_axes import Span, Tile, TileAxes, tiled
 from fullframe.schedule import saved_plan
+from fullframe.schedule.request import LARGE
 from fullframe.schedule.saved_plan import Limits
 from fullframe.schedule.split import Share
 from fullframe.storage.protocol import DEVICE, DISK, HOST, Slot
-
-LARGE = 1 << 20  # bytes of untiled values, from which on a stage that makes them waits until all before it are done
 
 
 @dataclass(frozen=True)
@@ -125,11 +124,12 @@ class Traffic(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Immutable; printable. ``stages[:early]`` make the outputs that are handed out first; of ``max_in_flight``
-    stages in a row any may be in work at the same time, if they need not wait for each other. ``tight``: the C
-    library is told to give back what is free, since the budget has no room for all that it would keep. ``fastest``:
-    operations of expensive ops in the plan that makes nothing again. ``share``: what one of several ranks has of it;
-    then the bytes are those of the rank that takes most. ``external`` are the inputs and outputs that live in objects
-    of the caller's."""
+    stages in a row any may be in work at the same time, if they need not wait for each other; one that makes more
+    than ``alone`` bytes of untiled values waits for all before it, and is made op by op. ``tight``: the C library is
+    told to give back what is free, since the budget has no room for all that it would keep; ``keeps``: bytes that it
+    is let keep for each thread, if it has room for more. ``fastest``: operations of expensive ops in the plan that
+    makes nothing again. ``share``: what one of several ranks has of it; then the bytes are those of the rank that
+    takes most. ``external`` are the inputs and outputs that live in objects of the caller's."""
 
     graph: Graph
     tile_axes: TileAxes
@@ -141,7 +141,9 @@ class Plan:
     workers: int
     whole: tuple[str, ...] = ()
     max_in_flight: int = 1
+    alone: int = LARGE
     tight: bool = False
+    keeps: int = 0
     fastest: float = 0.0
     share: Share | None = None
     external: frozenset[Value] = frozenset()

@@ -19,8 +19,8 @@ from fullframe.schedule.cost import spent
 from fullframe.schedule.memory import Lifetimes, lifetimes, place, rounded
 from fullframe.schedule.order import interleave, orders
 from fullframe.schedule.placement import spill
-from fullframe.schedule.plan import LARGE, Bytes, Plan, Stage, arithmetic, bookkeeping, kinds_of, runs_whole
-from fullframe.schedule.request import Request
+from fullframe.schedule.plan import Bytes, Plan, Stage, arithmetic, bookkeeping, kinds_of, runs_whole
+from fullframe.schedule.request import LARGE, Request
 from fullframe.schedule.saved_plan import Limits
 from fullframe.schedule.shares import Shares, shares_of
 from fullframe.schedule.tiling import choose_grid, deep_grid, handed_over, window_bytes
@@ -33,11 +33,13 @@ PER_OP = 20 << 10  # and the objects of a recorded and planned op
 PER_FORM = 1 << 19  # and the machine code that a library keeps for each form of convolution
 KEPT = 2  # times what windows take is held by the C library, which keeps some of what is given back,
 KEPT_AT_MOST = 3  # and so many times where the budget has room for it: it is then never told to let go
+KEPT_ANYWAY = 64 << 20  # bytes that it keeps for a thread without being asked
 LITTLE = 0.02  # of all that a step takes: stored maps that are no more are not worth a search
 REPEATS = 3  # times that the room for maps is estimated, which depends on the windows of what is on disk
 Known = dict[tuple[Section, int, frozenset[Value] | None], Stage]
 PER_BYTE = 250_000  # operations, at 250 GFLOP/s, in the time in which a disk of a million bytes a second moves a byte
 DEAR = 1.05  # times the price of the arithmetic alone, from which on it may pay to store less on a disk
+NONE = 1 << 62  # bytes: no stage is made alone
 STREAMS = 3  # tiles in work where maps live in a second tier: one is fetched, one computed, one put back
 
 
@@ -188,22 +190,28 @@ def _pipelined(graph: Graph, draft: Draft, request: Request, known: Known, fixed
         return not any(tiled(v, tile_axes) for v in (*section.loads, *section.outputs))
 
     draft = replace(draft, stages=interleave(draft.stages, draft.early, draft.kept, draft.sizes, trivial))
-    for max_in_flight in (request.max_in_flight, 2):
-        made = _finish(graph, draft, replace(request, max_in_flight=max_in_flight), known, fixed)
+    for max_in_flight, alone in ((request.max_in_flight, NONE), (request.max_in_flight // 2, LARGE), (2, LARGE)):
+        ways = replace(request, max_in_flight=max_in_flight, alone=alone)
+        made = _finish(graph, draft, ways, known, fixed)
         if made.projected_bytes <= request.budget:
             return made
     return None
 
 
 def _roomy(plan: Plan, request: Request) -> Plan:
-    """The plan with all that the C library may keep of windows that it was given back, if the budget has room for it;
-    else it is tight."""
+    """The plan with all that the C library may keep of windows that it was given back, if the budget has room for it,
+    and of untiled values for each worker, if it has for these, too; with room for neither it is tight."""
     if request.fixed is not None:  # on a device, where torch's allocator has other ways
         return plan
     more = plan.bytes.scratch // KEPT * (KEPT_AT_MOST - KEPT)
     if plan.projected_bytes + more > request.budget:
         return replace(plan, tight=True)
-    return replace(plan, bytes=replace(plan.bytes, scratch=plan.bytes.scratch + more))
+    plan = replace(plan, bytes=replace(plan.bytes, scratch=plan.bytes.scratch + more))
+    untiled = plan.bytes.untiled
+    kept = untiled + plan.bytes.scratch
+    if plan.projected_bytes + untiled * (plan.workers - 1) > request.budget or kept <= KEPT_ANYWAY:
+        return plan
+    return replace(plan, keeps=kept, bytes=replace(plan.bytes, untiled=untiled * plan.workers))
 
 
 def _fixed(graph: Graph) -> int:
@@ -312,9 +320,13 @@ def _arranged(graph: Graph, draft: Draft, request: Request, known: Known, fixed:
     small = {v: n for v, n in sizes.items() if v not in maps}
     usage = lives.usage(len(stages), small)
     loose = [sum(small.get(v, 0) for v in s.section.outputs) for s in stages]
+    # Bytecode hands out an untiled value as a copy. What op by op makes the value itself makes large ones.
+    copied = [sum(small.get(v, 0) for v in s.section.saves) for s in stages]
+    copied = [n if LARGE < n <= request.alone else 0 for n in copied]
     taken = [
         _scratch(stages[k : k + request.max_in_flight], request.workers)
-        + sum(n for n in loose[k + 1 : k + request.max_in_flight] if n <= LARGE)
+        + sum(n for n in loose[k + 1 : k + request.max_in_flight] if n <= request.alone)
+        + sum(n for n in copied[k : k + request.max_in_flight])
         for k in range(len(stages))
     ]
     scratch = max(taken, default=0)
@@ -329,7 +341,7 @@ def _arranged(graph: Graph, draft: Draft, request: Request, known: Known, fixed:
     total = Bytes(stored.get(DEVICE, 0), max(0, untiled - scratch), held, outputs, fixed, stored.get(HOST, 0),
                   stored.get(DISK, 0), exchanged=_exchanged(shares, stages) if shares else 0)  # fmt: skip
     return Plan(graph, tile_axes, stages, draft.early, slots, total, request.budget, request.workers, whole,
-                request.max_in_flight, external=request.external)  # fmt: skip
+                request.max_in_flight, request.alone, external=request.external)  # fmt: skip
 
 
 def _exchanged(shares: Shares, stages: Sequence[Stage]) -> int:

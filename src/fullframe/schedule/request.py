@@ -8,6 +8,8 @@ from fullframe.ir.graph import Value
 from fullframe.partition.fusion import Fusable
 from fullframe.schedule.split import Split
 
+LARGE = 1 << 20  # bytes of untiled values, from which on a stage that makes them is made alone in little memory
+
 
 @dataclass(frozen=True)
 class Request:
@@ -19,9 +21,10 @@ class Request:
     bytes a second that it moves. ``fixed``: bytes that are taken whatever the plan; None: an estimate of what
     recording, plan and libraries take, which lie in the same memory. ``imports``: those that importing torch's
     recording machinery takes beside. ``max_in_flight``: how many stages in a row may be in work at the same time
-    where the budget has room for it. ``most``: bytes that the windows of the tiles in work may take in stages that
-    make values again, if there are tiles so small. ``external``: inputs and outputs that live in objects of the
-    caller's, and are fetched and put by regions."""
+    where the budget has room for it, and ``alone`` from how many bytes of untiled values on one is made after all
+    before it, op by op. ``most``: bytes that the windows of the tiles in work may take in stages that make values
+    again, if there are tiles so small. ``external``: inputs and outputs that live in objects of the caller's, and are
+    fetched and put by regions."""
 
     budget: int
     workers: int
@@ -36,6 +39,7 @@ class Request:
     fixed: int | None = None
     imports: int = 0
     max_in_flight: int = 1
+    alone: int = LARGE
     most: int = 0
     split: Split | None = None
     external: frozenset[Value] = frozenset()

@@ -99,7 +99,7 @@ def digest(plan: Plan) -> str:
         ([op.target for op in s.section.ops], s.grid.axes, s.parallel, s.reversed, len(s.groups)) for s in plan.stages
     ]
     return _short(str(plan), stages, [(v.name, slot.offset, slot.tier) for v, slot in plan.slots.items()],
-                  plan.max_in_flight, plan.tight, plan.early)  # fmt: skip
+                  plan.max_in_flight, plan.alone, plan.tight, plan.keeps, plan.early)  # fmt: skip
 
 
 def _short(*parts: object) -> str:

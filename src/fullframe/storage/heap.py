@@ -24,7 +24,8 @@ LARGEST = 32 << 20  # what glibc raises its own threshold to as large windows ar
 def mapped(tight: bool) -> Iterator[None]:
     """Within ``tight`` budgets what is freed goes back to the system at once, but for small windows.
 
-    Afterwards the thresholds are those at which glibc's own, which grow with what is freed, come to rest.
+    Afterwards the thresholds are those at which glibc's own, which grow with what is freed, come to rest, or what
+    `keep` has asked for.
     """
     library = _library() if tight else None
     if library is None:
@@ -35,7 +36,22 @@ def mapped(tight: bool) -> Iterator[None]:
         yield
     finally:
         library.mallopt(MMAP_THRESHOLD, LARGEST)
-        library.mallopt(TRIM_THRESHOLD, 2 * LARGEST)
+        library.mallopt(TRIM_THRESHOLD, _kept[0])
+
+
+_kept = [2 * LARGEST]
+
+
+def keep(nbytes: int) -> None:
+    """Let the C library keep so many bytes of what each thread has given back, from now on.
+
+    What is freed at the end of a step and asked for in the next need not come from the system, page by page.
+    """
+    library = _library() if nbytes > _kept[0] else None
+    if library is not None:
+        _kept[0] = nbytes
+        library.mallopt(MMAP_THRESHOLD, LARGEST)
+        library.mallopt(TRIM_THRESHOLD, nbytes)
 
 
 class HeapTrimmer:

@@ -149,29 +149,75 @@ struct Task {
 
 constexpr int64_t LARGE = 1 << 18;  // bytes of a weight, from which on a chain of it is used for all blocks at once
 
+// A vector's worth of output channels, and some input channels at a time, of a run of taps of a row: few pages of memory
+// are in use at once, and each part of a weight is read while it is near.
+template <typename T> struct Patch {
+    static constexpr int64_t SOME = 16, WIDE = 32;
+    T lanes[SOME * WIDE * LANES];
+    int64_t count, taps;  // input channels and taps that are there
+
+    T *at(int64_t c, int64_t tap) { return lanes + (c * taps + tap) * LANES; }
+    const T *at(int64_t c, int64_t tap) const { return lanes + (c * taps + tap) * LANES; }
+
+    // From output and input channel on at `from`, of which so many output channels are known; others are zero.
+    void take(const T *from, const int64_t *step, int64_t known) {
+        if (taps == 3) take_taps(from, step, known, std::integral_constant<int64_t, 3>{});
+        else take_taps(from, step, known, taps);
+        for (int64_t c = 0; c < count && known < LANES; c++)
+            for (int64_t e = 0; e < taps; e++)
+                for (int64_t j = known; j < LANES; j++) at(c, e)[j] = 0;
+    }
+
+    // With a number of taps that the compiler knows, or one that it does not.
+    template <typename N> inline void take_taps(const T *from, const int64_t *step, int64_t known, N n) {
+        const int64_t out = step[0], in = step[1], tap = step[4];
+        const auto one = [&](const T *x, T *to) {
+            for (int64_t e = 0; e < n; e++) to[e * LANES] = x[e * tap];
+        };
+        if (out >= in)  // the nearer ones innermost
+            for (int64_t j = 0; j < known; j++)
+                for (int64_t c = 0; c < count; c++) one(from + j * out + c * in, lanes + c * n * LANES + j);
+        else
+            for (int64_t c = 0; c < count; c++)
+                for (int64_t j = 0; j < known; j++) one(from + j * out + c * in, lanes + c * n * LANES + j);
+    }
+};
+
+// Calls `use` with all patches of the weight of `count` output channels from `channel` on, where each begins (output
+// channel behind the first, input channel, row, tap), until the channels are `pitch`.
+template <typename T, typename F> static void patches(const Task &t, int64_t channel, int64_t count, int64_t pitch, F &&use) {
+    const int64_t *step = t.weight_step, high = t.axis[1].kernel, wide = t.axis[2].kernel;
+    Patch<T> patch;
+    for (int64_t start = 0; start < t.deep; start += Patch<T>::SOME)
+        for (int64_t first = 0; first < pitch; first += LANES)
+            for (int64_t r = 0; r < t.rows(); r++)
+                for (int64_t e = 0; e < wide; e += Patch<T>::WIDE) {
+                    patch.count = least(Patch<T>::SOME, t.deep - start), patch.taps = least(Patch<T>::WIDE, wide - e);
+                    const T *from = (const T *)t.weight + (channel + first) * step[0] + start * step[1] +
+                                    r / high * step[2] + r % high * step[3] + e * step[4];
+                    patch.take(from, step, most(0, least(LANES, count - first)));
+                    use(patch, first, start, r, e);
+                }
+}
+
+// Puts the first lanes.
+template <typename T> static inline void put_lanes(T *to, const T *from, int64_t count) {
+    if (count == LANES) memcpy(to, from, LANES * sizeof(T));
+    else memcpy(to, from, count * sizeof(T));
+}
+
 // The weight of some vectors of channels in the order in which it is used, which is with output channels innermost,
-// then input channels, then taps; or with its taps from the last to the first. It goes by some input channels at a time,
-// so that few pages of memory are in use at once: weights have each output channel in one run.
+// then input channels, then taps; or with its taps from the last to the first.
 template <typename T>
 static void pack(const Task &t, int64_t channel, int64_t count, int64_t pitch, bool turned, T *to) {
-    constexpr int64_t SOME = 16;
-    const int64_t *step = t.weight_step;
-    const int64_t deep = t.axis[0].kernel, high = t.axis[1].kernel, wide = t.axis[2].kernel, taps = deep * high * wide;
-    const auto lanes = [&](int64_t first, int64_t c, const T *from) {
-        const int64_t end = least(LANES, pitch - first), known = most(0, least(end, count - first));
-        for (int64_t a = 0, tap = 0; a < deep; a++)
-            for (int64_t b = 0; b < high; b++)
-                for (int64_t e = 0; e < wide; e++, tap++) {
-                    const T *at = from + a * step[2] + b * step[3] + e * step[4];
-                    T *put = to + ((turned ? taps - 1 - tap : tap) * t.deep + c) * pitch + first;
-                    for (int64_t j = 0; j < known; j++) put[j] = at[j * step[0]];
-                    for (int64_t j = known; j < end; j++) put[j] = 0;
-                }
-    };
-    for (int64_t start = 0; start < t.deep; start += SOME)
-        for (int64_t first = 0; first < pitch; first += LANES)
-            for (int64_t c = start; c < least(start + SOME, t.deep); c++)
-                lanes(first, c, (const T *)t.weight + (channel + first) * step[0] + c * step[1]);
+    const int64_t wide = t.axis[2].kernel, taps = t.rows() * wide;
+    patches<T>(t, channel, count, pitch, [&](const Patch<T> &p, int64_t first, int64_t start, int64_t r, int64_t e) {
+        for (int64_t k = 0; k < p.taps; k++) {
+            const int64_t tap = r * wide + e + k;
+            T *at = to + ((turned ? taps - 1 - tap : tap) * t.deep + start) * pitch + first;
+            for (int64_t c = 0; c < p.count; c++) put_lanes(at + c * pitch, p.at(c, k), least(LANES, pitch - first));
+        }
+    });
 }
 
 // Whether the weight lies in that order, all vectors of a product side by side.

@@ -226,24 +226,18 @@ extern "C" int fullframe_winograd(const int64_t *words, void *const *tensors) {
 // words: as for a convolution whose weight is turned or not. The weight as above; output channels innermost, then input
 // channels, then the four, then rows.
 extern "C" int fullframe_pack_winograd(const int64_t *words, void *const *tensors) {
-    const Task t = task(words, 4);
+    Task t = task(words, 4);
+    t.weight = tensors[0];
     const bool turned = words[36] != 0;
-    const int64_t *step = t.weight_step, rows = t.rows(), high = t.axis[1].kernel, plane = t.deep * t.thick;
-    constexpr int64_t SOME = 16;  // input channels at a time, as in `pack`
-    const auto lanes = [&](int64_t first, int64_t c, const float *from) {
-        for (int64_t r = 0; r < rows; r++) {
-            const float *g0 = from + r / high * step[2] + r % high * step[3], *g1 = g0 + step[4], *g2 = g1 + step[4];
-            if (turned) std::swap(g0, g2);
-            float *to = (float *)tensors[1] + (turned ? rows - 1 - r : r) * PRODUCTS * plane + c * t.thick + first;
-            for (int64_t j = 0; j < least(LANES, t.thick - first); j++) {
-                const float a = g0[j * step[0]], b = g1[j * step[0]], e = g2[j * step[0]];
-                to[j] = a, to[j + plane] = (a + b + e) / 2, to[j + 2 * plane] = (a - b + e) / 2, to[j + 3 * plane] = e;
-            }
+    const int64_t rows = t.rows(), plane = t.deep * t.thick;
+    patches<float>(t, 0, t.thick, t.thick, [&](const Patch<float> &p, int64_t first, int64_t start, int64_t r, int64_t) {
+        float *to = (float *)tensors[1] + (turned ? rows - 1 - r : r) * PRODUCTS * plane + start * t.thick + first;
+        const int64_t lanes = least(LANES, t.thick - first);
+        for (int64_t c = 0; c < p.count; c++, to += t.thick) {
+            const Vec a = get<Vec>(p.at(c, turned ? 2 : 0)), b = get<Vec>(p.at(c, 1));
+            const Vec e = get<Vec>(p.at(c, turned ? 0 : 2)), made[] = {a, (a + b + e) / 2, (a - b + e) / 2, e};
+            for (int64_t k = 0; k < PRODUCTS; k++) put_lanes(to + k * plane, (const float *)&made[k], lanes);
         }
-    };
-    for (int64_t start = 0; start < t.deep; start += SOME)
-        for (int64_t first = 0; first < t.thick; first += LANES)
-            for (int64_t c = start; c < least(start + SOME, t.deep); c++)
-                lanes(first, c, (const float *)tensors[0] + first * step[0] + c * step[1]);
+    });
     return 0;
 }

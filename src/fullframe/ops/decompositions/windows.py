@@ -16,8 +16,9 @@ from fullframe.native.winograd import for_winograd, suits_winograd
 from fullframe.ops.builder.builder import Builder
 from fullframe.ops.builder.registry import cast, decomposes
 from fullframe.ops.builder.views import solid
+from fullframe.ops.numerics.convolve import spread
 from fullframe.ops.numerics.interpolate import Spec, disputed, rescaled, settled
-from fullframe.ops.numerics.phases import taps_outermost
+from fullframe.ops.numerics.phases import several, taps_outermost
 from fullframe.ops.primitives.pooling import choice_dtype
 
 aten = torch.ops.aten
@@ -28,7 +29,7 @@ def convolution(b: Builder, x: Value, w: Value, bias: Any, *geometry: Any) -> Va
     stride, padding, dilation, transposed, _, groups = geometry[:6]
     geometry = (stride, padding, dilation, groups)
     if transposed:
-        target, w = "tile.conv_transpose", _taps_outermost(b, w, groups)
+        target, w = "tile.conv_transpose", _taps_outermost(b, w, geometry)
     else:
         target, w = _ordered(b, w, w.shape, geometry)
     if bias is None or not separate_bias(b.device):
@@ -51,10 +52,12 @@ def _ordered(b: Builder, w: Value, shape: Sequence[int], geometry: Any, flipped:
     return "tile.conv", b.small(flip_weight, (w,), shape, w.dtype, groups) if flipped else w
 
 
-def _taps_outermost(b: Builder, w: Value, groups: int) -> Value:
+def _taps_outermost(b: Builder, w: Value, geometry: Any) -> Value:
     """The weight of a transposed convolution as its parts are cut out of it, once for all tiles."""
-    some = groups == 1 and w.dtype == torch.float32 and device_of(b.device).on_host
-    return b.small(taps_outermost, (w,), w.shape, w.dtype, groups) if some else w
+    (stride, _, dilation), groups = (spread(n, len(w.shape) - 2) for n in geometry[:3]), geometry[3]
+    if groups > 1 or w.dtype != torch.float32 or not device_of(b.device).on_host:
+        return w
+    return b.small(taps_outermost, (w,), w.shape, w.dtype, several(w.shape[2:], stride, dilation))
 
 
 def separate_bias(device: torch.device) -> bool:
@@ -120,7 +123,7 @@ def conv_input_grad(b: Builder, g: Value, x: Value, w: Value, geometry: Any) -> 
         target, flipped = _ordered(b, w, shape, geometry, flipped=True)
         return b.emit(target, (g, flipped), x.shape, x.dtype, args=(None, *geometry))
     args = (None, stride, padding, dilation, groups)
-    return b.emit("tile.conv_transpose", (g, _taps_outermost(b, w, groups)), x.shape, x.dtype, args=args)
+    return b.emit("tile.conv_transpose", (g, _taps_outermost(b, w, args[1:])), x.shape, x.dtype, args=args)
 
 
 def conv_weight_grad(b: Builder, g: Value, x: Value, w: Value, geometry: Any) -> Value:

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from fullframe import torch_compat
 from fullframe.device import device_of
 from fullframe.ir.region import Interval
-from fullframe.native.convolution import CHAIN, parts_of
+from fullframe.native.convolution import CHAIN, convolution, parts_of
+from fullframe.native.convolution import Axis as Placed
 from fullframe.ops.numerics import phases
 
 
@@ -125,8 +126,12 @@ def _by_phases(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     def plain(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, step: list[int], n: int
     ) -> torch.Tensor:
-        none = [0] * len(step)
-        return _in_chains(x, weight, bias, _Geometry([1] * len(step), none, step, False, n))
+        sizes = zip(x.shape[2:], weight.shape[2:], step, strict=True)
+        placed = [Placed(e - s * (k - 1), 1, 0, s) for e, k, s in sizes]
+        made = convolution(x, weight, bias, placed, n)
+        if made is not None:
+            return made
+        return _in_chains(x, weight, bias, _Geometry([1] * len(step), [0] * len(step), step, False, n))
 
     axes = zip(x.shape[2:], weight.shape[2:], how.stride, how.padding, how.dilation, strict=True)
     return phases.transposed(plain, x, weight, bias, [phases.Axis(*a) for a in axes], how.groups)

@@ -62,13 +62,21 @@ def classes(kernel: int, stride: int, dilation: int) -> tuple[Class, ...]:
     return tuple(Class(*key, dilation // common, tuple(some)) for key, some in found.items())
 
 
-def taps_outermost(weight: torch.Tensor, groups: int) -> torch.Tensor:
-    """The weight (in, out / groups, ...) with taps outermost in memory, then output and input channels: what is cut
-    out of it then lies in long runs. The weight itself where it lies so."""
-    axes = tuple(range(3, weight.dim() + 1))
-    moved = weight.unflatten(0, (groups, -1)).transpose(1, 2).movedim(axes, tuple(range(len(axes))))
-    back = moved.contiguous().movedim(tuple(range(len(axes))), axes)
-    return back.transpose(1, 2).reshape(weight.shape)  # a view, of one group
+def several(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> bool:
+    """Whether any output reads more than one tap."""
+    axes = zip(kernel, stride, dilation, strict=True)
+    return any(c.taps > 1 for axis in axes for c in classes(*axis))
+
+
+def taps_outermost(weight: torch.Tensor, several: bool) -> torch.Tensor:
+    """The weight (in, out / groups, ...) with taps outermost in memory: what is cut out of it then lies in long runs.
+    Behind them come input and output channels where outputs read ``several`` taps, which our kernel makes, else output
+    and input channels, as the library wants products of pixels. The weight itself where it lies so."""
+    axes = tuple(range(2, weight.dim()))
+    first = tuple(range(len(axes)))
+    made = weight if several else weight.transpose(0, 1)
+    made = made.movedim(axes, first).contiguous().movedim(first, axes)
+    return made if several else made.transpose(0, 1)
 
 
 def transposed(
@@ -84,7 +92,8 @@ def transposed(
         if bias is not None:
             made += bias.view(-1, *[1] * len(axes))
     rank = len(axes)
-    weight = taps_outermost(weight, groups).unflatten(0, (groups, -1)).transpose(1, 2)
+    geometry = zip(*((a.kernel, a.stride, a.dilation) for a in axes), strict=True)
+    weight = taps_outermost(weight, several(*geometry)).unflatten(0, (groups, -1))
     weight = weight.movedim(tuple(range(3, 3 + rank)), tuple(range(rank))).flip(tuple(range(rank)))
     for part in parts:
         found = _outputs(convolve, x, weight, bias, axes, part)
@@ -98,7 +107,7 @@ def _outputs(
     part: Sequence[Class],
 ) -> Sequence[torch.Tensor]:  # fmt: skip
     """The outputs of a class on each axis: (batch, groups, out / groups, quotients) for each of their remainders. The
-    weight is (taps, groups, out / groups, in / groups), the last tap first."""
+    weight is (taps, groups, in / groups, out / groups), the last tap first."""
     rank, pads, taps = len(axes), list[int](), list[torch.Tensor]()
     groups = weight.shape[rank]
     for axis, c in zip(reversed(axes), reversed(part), strict=True):
@@ -115,7 +124,11 @@ def _outputs(
     if bias is not None and count > 1:
         bias = bias.view(groups, 1, -1).repeat(1, count, 1).flatten()
     x = F.pad(x, pads) if any(pads) else x
-    stacked = torch.stack(taps, rank + 1).flatten(rank, rank + 2).movedim((rank, rank + 1), (0, 1))
+    if all(c.taps == 1 for c in part):  # input channels innermost in memory, as the library wants them
+        stacked = torch.stack([some.transpose(-1, -2) for some in taps], rank + 1)
+    else:
+        stacked = torch.stack(taps, rank + 2).movedim(rank + 1, -1)
+    stacked = stacked.flatten(rank, rank + 2).movedim((rank, rank + 1), (0, 1))
     found = convolve(x, stacked, bias, [c.step for c in part], groups)
     return found.unflatten(1, (groups, count, -1)).unbind(2)
 
