@@ -4,6 +4,7 @@ refused.
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -207,6 +208,35 @@ def test_sums_of_long_windows_take_few_calls() -> None:
         made = taps.divided(taps.apply(x, 3, found, 2), [spec], [(0, 2)])
     assert torch.allclose(made, F.adaptive_avg_pool2d(x, (4, 2)), atol=1e-5)
     assert len(calls) < 150
+
+
+@pytest.mark.parametrize("mode", ["linear", "nearest", "cubic", "adaptive"])
+def test_gradients_of_few_from_many_are_sums_of_windows(mode: str) -> None:
+    """As a table of taps gives them, one after the other, for all and for some inputs."""
+    spec = taps.Spec(mode, 5, 3001)
+    assert taps.widely_read(spec) and not taps.widely_read(taps.Spec(mode, 5, 20))
+    g = torch.randn(2, 3001, 3, dtype=torch.float64)
+    for low, high in ((0, 5), (1, 2), (3, 5)):
+        first, last = taps.readers(spec, low, high)
+        found = taps.backward_table(spec, low, high, g.dtype, g.device)
+        made = taps.apply(g[:, first:last], 1, found, high - low)
+        wanted = torch.zeros(2, high - low, 3, dtype=torch.float64)
+        for out in range(first, last):
+            for index, weight in taps.taps_at(spec, out):
+                if low <= index < high:
+                    wanted[:, index - low] += weight * g[:, out]
+        assert torch.allclose(made, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_tables_take_little_while_they_are_made() -> None:
+    """They are counted in bytes of numbers, not in objects of Python's."""
+    spec, device = taps.Spec("reflect", 40_000, 40_010, padding=5), torch.device("cpu")
+    tracemalloc.start()
+    taps.forward_table(spec, 0, 40_010, torch.float32, device)
+    taps.backward_table(taps.Spec("linear", 20, 40_000), 0, 20, torch.float32, device)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 48 * 40_010
 
 
 def test_equal_long_windows_have_equal_means() -> None:

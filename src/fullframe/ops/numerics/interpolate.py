@@ -8,6 +8,7 @@ are cached as tensors.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 from math import floor
@@ -265,11 +266,18 @@ class Table(NamedTuple):
     spare: tuple[torch.Tensor | None, ...]
 
 
-class Windows(NamedTuple):
-    """Output i is the sum of the inputs from ``first[i]`` up to ``last[i]``, counted from the first input read."""
+class Window(NamedTuple):
+    """The inputs that an output is the sum of: from ``first`` up to ``last``, counted from the first input read, or
+    of these those at ``where``, some twice; times ``weight``, or 1."""
 
-    first: tuple[int, ...]
-    last: tuple[int, ...]
+    first: int
+    last: int
+    where: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+
+
+Windows = tuple[Window, ...]
+"""One for each output."""
 
 
 def wide(spec: Spec) -> bool:
@@ -283,58 +291,116 @@ def wide(spec: Spec) -> bool:
     return spec.target * inputs.bit_length() < inputs
 
 
+def widely_read(spec: Spec) -> bool:
+    """The same of the transposed map, whose outputs are the inputs."""
+    outputs = spec.target // max(spec.source, 1)
+    return spec.source * outputs.bit_length() < outputs
+
+
 @table
 def forward_table(spec: Spec, low: int, high: int, dtype: torch.dtype, device: torch.device) -> Table | Windows:
     """Taps of outputs ``[low, high)``."""
     if wide(spec):
         origin, windows = reads(spec, low, high)[0], [_mean_window(spec, p)[0] for p in range(low, high)]
-        return Windows(*zip(*((w.start - origin, max(w.start, w.stop) - origin) for w in windows), strict=True))
-    rows = [taps_at(spec, position) for position in range(low, high)]
-    return _table(rows, reads(spec, low, high)[0], dtype, device)
+        return tuple(Window(w.start - origin, max(w.start, w.stop) - origin) for w in windows)
+    columns = _Columns(high - low)
+    for position in range(low, high):
+        for index, weight in taps_at(spec, position):
+            columns.add(position - low, index, weight)
+    return columns.table(reads(spec, low, high)[0], dtype, device)
 
 
 @table
-def backward_table(spec: Spec, low: int, high: int, dtype: torch.dtype, device: torch.device) -> Table:
+def backward_table(spec: Spec, low: int, high: int, dtype: torch.dtype, device: torch.device) -> Table | Windows:
     """Taps of the transposed map for inputs ``[low, high)``; the table reads outputs."""
     first, last = readers(spec, low, high)
-    rows: list[Taps] = [[] for _ in range(low, high)]
+    if widely_read(spec):
+        return _windows(spec, (low, high), (first, last), dtype, device)
+    columns = _Columns(high - low)
     for out in range(first, last):
-        if spec.mode in MEANS:
-            window = _mean_window(spec, out)[0]
-            taps = [(index, 1.0) for index in range(max(low, window.start), min(high, window.stop))]
-        else:
-            taps = [(index, weight) for index, weight in taps_at(spec, out) if low <= index < high]
-        for index, weight in taps:
-            rows[index - low].append((out, weight))
-    return _table(rows, first, dtype, device)
+        for index, weight in _taps_within(spec, out, low, high):
+            columns.add(index - low, out, weight)
+    return columns.table(first, dtype, device)
 
 
-def _table(rows: list[Taps], origin: int, dtype: torch.dtype, device: torch.device) -> Table:
-    most = max((len(r) for r in rows), default=0)
-    filler = min((i for r in rows for i, _ in r), default=0)
-    index, weight, run, spare = [], [], [], []
-    for k in range(most):
-        column = [r[k] if k < len(r) else (filler, 1.0) for r in rows]
-        short = [row for row, r in enumerate(rows) if k >= len(r)]
-        where = [i - origin for i, _ in column]
-        index.append(torch.tensor(where, device=device))
-        consecutive = not short and where == list(range(where[0], where[0] + len(where)))
-        run.append(where[0] if consecutive else None)
-        plain = all(w == 1.0 for _, w in column)
-        weight.append(None if plain else torch.tensor([w for _, w in column], dtype=dtype, device=device))
-        spare.append(torch.tensor(short, device=device) if short else None)
-    return Table(tuple(index), tuple(weight), tuple(run), tuple(spare))
+def _taps_within(spec: Spec, out: int, low: int, high: int) -> Taps:
+    """The taps of an output on inputs ``[low, high)``."""
+    if spec.mode in MEANS:
+        window = _mean_window(spec, out)[0]
+        return [(index, 1.0) for index in range(max(low, window.start), min(high, window.stop))]
+    return [(index, weight) for index, weight in taps_at(spec, out) if low <= index < high]
 
 
-def _added(x: torch.Tensor, axis: int, first: int, last: int) -> torch.Tensor:
-    """The sum over part of an axis, which stays with one element.
+def _windows(
+    spec: Spec, inputs: tuple[int, int], outputs: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Windows:
+    """The outputs that read each of these inputs; an output that reads one twice stands there twice."""
+    (low, high), (first, last) = inputs, outputs
+    rows = [(array("q"), array("d")) for _ in range(low, high)]
+    for out in range(first, last):
+        for index, weight in _taps_within(spec, out, low, high):
+            rows[index - low][0].append(out - first)
+            rows[index - low][1].append(weight)
+    found = []
+    for places, weights in rows:
+        if not places:
+            found.append(Window(0, 0))
+            continue
+        weight = torch.frombuffer(weights, dtype=torch.float64).to(device, dtype, copy=True)
+        run = len(places) == places[-1] - places[0] + 1
+        where = None if run else torch.frombuffer(places, dtype=torch.int64).to(device) - places[0]
+        found.append(Window(places[0], places[-1] + 1, where, weight))
+    return tuple(found)
+
+
+class _Columns:
+    """Taps as they come, the k-th of all outputs side by side: lists of Python's would take ten times the room."""
+
+    def __init__(self, outputs: int):
+        self.outputs, self.have = outputs, array("q", [0]) * outputs  # taps of each
+        self.where: list[array[int]] = []
+        self.weight: list[array[float]] = []
+
+    def add(self, output: int, index: int, weight: float) -> None:
+        k = self.have[output]
+        if k == len(self.where):
+            self.where.append(array("q", [0]) * self.outputs)
+            self.weight.append(array("d", [1.0]) * self.outputs)
+        self.where[k][output], self.weight[k][output], self.have[output] = index, weight, k + 1
+
+    def table(self, origin: int, dtype: torch.dtype, device: torch.device) -> Table:
+        """The table whose inputs are counted from ``origin``; the columns are used up."""
+        index, weight, run, spare = [], [], [], []
+        have = torch.frombuffer(self.have, dtype=torch.int64) if self.outputs else torch.empty(0, dtype=torch.int64)
+        filler: int | None = None
+        for k in range(len(self.where)):
+            short = (have <= k).nonzero()[:, 0]
+            where = torch.frombuffer(self.where.pop(0), dtype=torch.int64) - origin
+            filler = int(where[have > 0].min()) if filler is None else filler
+            where[short] = filler
+            first = int(where[0])
+            runs = not len(short) and bool((where == torch.arange(first, first + self.outputs)).all())
+            factor = torch.frombuffer(self.weight.pop(0), dtype=torch.float64)
+            index.append(where.to(device))
+            run.append(first if runs else None)
+            weight.append(None if bool((factor == 1).all()) else factor.to(device, dtype, copy=True))
+            spare.append(short.to(device) if len(short) else None)
+        return Table(tuple(index), tuple(weight), tuple(run), tuple(spare))
+
+
+def _added(x: torch.Tensor, axis: int, window: Window) -> torch.Tensor:
+    """The sum over a window of an axis, which stays with one element.
 
     Halves are added until one element is left: a library's sum would take an order that depends on where the elements
     lie, and equal windows must give equal sums.
     """
-    if first == last:
+    if window.first == window.last:
         return torch.zeros_like(x.narrow(axis, 0, 1))
-    x, rest = x.narrow(axis, first, last - first), None
+    x, rest = x.narrow(axis, window.first, window.last - window.first), None
+    if window.where is not None:
+        x = x.index_select(axis, window.where)
+    if window.weight is not None:
+        x = x * window.weight.view(-1, *[1] * (x.dim() - axis - 1))
     while (n := x.shape[axis]) > 1:
         if n % 2:
             odd = x.narrow(axis, n - 1, 1)
@@ -345,8 +411,8 @@ def _added(x: torch.Tensor, axis: int, first: int, last: int) -> torch.Tensor:
 
 def apply(x: torch.Tensor, axis: int, table: Table | Windows, length: int) -> torch.Tensor:
     """Sum of weighted gathers along one axis of a window cut to what the table reads."""
-    if isinstance(table, Windows):
-        return torch.cat([_added(x, axis, *window) for window in zip(*table, strict=True)], axis)
+    if not isinstance(table, Table):
+        return torch.cat([_added(x, axis, window) for window in table], axis)
     if axis > 1 and x.dim() in (4, 5) and x.stride(1) == 1:  # index_select would move the channels outwards
         return apply(x.movedim(1, -1), axis - 1, table, length).movedim(-1, 1)
     shape = [1] * x.dim()

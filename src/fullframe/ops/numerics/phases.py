@@ -70,8 +70,8 @@ def several(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int
 
 def taps_outermost(weight: torch.Tensor, several: bool) -> torch.Tensor:
     """The weight (in, out / groups, ...) with taps outermost in memory: what is cut out of it then lies in long runs.
-    Behind them come input and output channels where outputs read ``several`` taps, which our kernel makes, else output
-    and input channels, as the library wants products of pixels. The weight itself where it lies so."""
+    Behind them come input and output channels where outputs read ``several`` taps, which our kernel makes, else
+    output and input channels, as the library wants products of pixels. The weight itself where it lies so."""
     axes = tuple(range(2, weight.dim()))
     first = tuple(range(len(axes)))
     made = weight if several else weight.transpose(0, 1)

@@ -20,7 +20,8 @@ from fullframe.ops.numerics import interpolate
 from fullframe.ops.numerics.interpolate import Spec, readers, reads
 from fullframe.ops.primitives.rule import Aligned, BaseRule, made_of, nbytes_of
 
-TENSOR = 300  # bytes of a tensor's own, about
+TENSOR = 900  # bytes of a tensor's own, about, with what holds it
+TAP = 100  # and of the taps of what is read by few, with those in the making: places and weights
 NO_CHANGE = ("nearest", "nearest-exact", "adaptive")  # others multiply by 0, which shows where numbers are infinite
 
 
@@ -77,6 +78,10 @@ class Resample(Aligned):
     def skips(self, spec: Spec) -> bool:
         return copied(spec)
 
+    def wide(self, spec: Spec) -> bool:
+        """Whether few are sums of many."""
+        return interpolate.wide(spec)
+
     def table(
         self, spec: Spec, region: Interval, dtype: torch.dtype, device: torch.device
     ) -> interpolate.Table | interpolate.Windows:
@@ -131,7 +136,9 @@ class Resample(Aligned):
         read, lead = self.footprint(op, region)[0], self.lead(op)
         tables = 0
         for spec, (low, high), (first, last) in zip(op.args[1], region[lead:], read[lead:], strict=True):
-            if not self.skips(spec) and high > low and not interpolate.wide(spec):
+            if self.wide(spec):
+                tables += TAP * (last - first)
+            elif not self.skips(spec) and high > low:
                 tables += (2 + (last - first) // (high - low)) * 2 * (TENSOR + 8 * (high - low))
         return 2 * (nbytes_of(op, [read]) + made_of(op, region)) + tables
 
@@ -161,7 +168,12 @@ class ResampleGrad(Resample):
     def skips(self, spec: Spec) -> bool:
         return unchanged(spec)
 
-    def table(self, spec: Spec, region: Interval, dtype: torch.dtype, device: torch.device) -> interpolate.Table:
+    def wide(self, spec: Spec) -> bool:
+        return interpolate.widely_read(spec)
+
+    def table(
+        self, spec: Spec, region: Interval, dtype: torch.dtype, device: torch.device
+    ) -> interpolate.Table | interpolate.Windows:
         return interpolate.backward_table(spec, *region, dtype, device)
 
     def position(self, op: Op, region: Region) -> Hashable:
