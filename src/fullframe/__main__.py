@@ -12,7 +12,7 @@ import torch
 import fullframe
 from fullframe import torch_compat
 from fullframe.budget import host_bytes, host_cores
-from fullframe.codegen.toolchain import cxx
+from fullframe.codegen.toolchain import cxx, kept_files
 from fullframe.storage.unnamed_file import disk_folder
 
 
@@ -24,7 +24,7 @@ def facts() -> dict[str, str]:
         "torch": f"{torch.__version__}, instructions {torch.backends.cpu.get_cpu_capability()}",
         "processor": _processor(),
         "compiler": cxx.described(),
-        "kernels in": str(cxx.directory()),
+        "kernels in": str(kept_files.directory()),
         "missing in torch": ", ".join(torch_compat.missing()) or "nothing",
         "threads": f"{torch.get_num_threads()} of torch, {host_cores()} cores for this process",
         "memory": f"{host_bytes() / 1e9:.2f} GB free, with what the container's limits leave; {_limits()}",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fullframe.codegen.toolchain import cxx as compiler
+from fullframe.codegen.toolchain import kept_files
 
 
 @pytest.fixture(autouse=True)
@@ -23,14 +23,14 @@ def temporary(monkeypatch, tmp_path):
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    compiler.directory.cache_clear()
+    kept_files.directory.cache_clear()
     yield folder
-    compiler.directory.cache_clear()
+    kept_files.directory.cache_clear()
 
 
 def asked_anew() -> Path:
-    compiler.directory.cache_clear()
-    return compiler.directory()
+    kept_files.directory.cache_clear()
+    return kept_files.directory()
 
 
 def test_one_private_folder_for_each_user(temporary):
@@ -57,8 +57,8 @@ def test_a_folder_of_one_process_goes_with_it(temporary):
     code = f"""
 import os, sys
 sys.path[:0] = {sys.path!r}
-from fullframe.codegen.toolchain import cxx as compiler
-folder = compiler.directory()
+from fullframe.codegen.toolchain import kept_files
+folder = kept_files.directory()
 (folder / "made").write_text("")
 if os.fork() == 0:
     sys.exit()

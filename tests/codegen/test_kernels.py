@@ -25,6 +25,7 @@ from fullframe.codegen import kernel as kernels
 from fullframe.codegen.expressions import SUPPORTED, supports
 from fullframe.codegen.group import Group, Node, Operand, Reduction, Ref
 from fullframe.codegen.toolchain import cxx as compiler
+from fullframe.codegen.toolchain import kept_files
 
 F32, F64, BF16, I64, BOOL = torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool
 FLOATS = (F32, F64, BF16)
@@ -563,10 +564,10 @@ def same_as_plain(made: Any) -> None:
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache folder, and nothing remembered of another."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiler.directory.cache_clear()
+    kept_files.directory.cache_clear()
     compiler.find.cache_clear()
     yield tmp_path / "fullframe" / "kernels"
-    compiler.directory.cache_clear()
+    kept_files.directory.cache_clear()
     compiler.find.cache_clear()
 
 
@@ -629,8 +630,8 @@ def test_damaged_and_foreign_files_in_the_cache_are_replaced(fresh: Path) -> Non
     same_as_plain(compiled(group))
     assert path.stat().st_mode & 0o777 == 0o600
     fresh.chmod(0o777)
-    compiler.directory.cache_clear()
-    assert compiler.directory() != fresh
+    kept_files.directory.cache_clear()
+    assert kept_files.directory() != fresh
     same_as_plain(compiled(group))
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fullframe
-from fullframe.codegen.toolchain import cxx
+from fullframe.codegen.toolchain import cxx, kept_files
 from fullframe.compiler import kept_plans
 from fullframe.schedule import planner
 from fullframe.schedule.saved_plan import digest
@@ -117,7 +117,7 @@ def test_a_damaged_file_is_planned_again(folder, planned, damage):
     elif damage == "empty":
         path.write_bytes(b"")
     elif damage == "of another kind":
-        cxx.keep(pickle.dumps({"a": 1}), path)
+        kept_files.keep(pickle.dumps({"a": 1}), path)
     else:
         path.chmod(0o666)
     _, others = step()
@@ -131,7 +131,7 @@ def test_where_none_can_be_kept_it_is_planned(folder, planned, monkeypatch):
     def full(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(cxx, "keep", full)
+    monkeypatch.setattr(kept_files, "keep", full)
     step(), step()
     assert len(planned) == 2 and not files(folder)
 

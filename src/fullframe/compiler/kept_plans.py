@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from fullframe.bytecode.libtorch import bytecode_available
-from fullframe.codegen.toolchain import cxx
+from fullframe.codegen.toolchain import cxx, kept_files
 from fullframe.ir.graph import Graph, Op, Value
 from fullframe.schedule import verify
 from fullframe.schedule.plan import Plan
@@ -48,7 +48,7 @@ def plan_of(graph: Graph, request: Request) -> Plan:
 
 def _kept(path: Path, graph: Graph) -> Plan | None:
     """A plan that was kept in a file; None where there is none that can be read."""
-    content = cxx.kept(path)
+    content = kept_files.kept(path)
     if content is None:
         return None
     try:
@@ -64,7 +64,7 @@ def _kept(path: Path, graph: Graph) -> Plan | None:
 
 def _keep(made: Plan, graph: Graph, path: Path) -> None:
     with suppress(OSError):  # a disk that is full, say: it is planned again next time
-        cxx.keep(packed(made, graph), path)
+        kept_files.keep(packed(made, graph), path)
         for old in sorted(path.parent.glob("*.plan"), key=lambda p: p.stat().st_mtime)[:-COUNT]:
             old.unlink(missing_ok=True)
 
@@ -81,7 +81,7 @@ def _path(graph: Graph, request: Request) -> Path | None:
 
 def folder() -> Path:
     """Where plans are kept."""
-    return cxx.directory()
+    return kept_files.directory()
 
 
 def _asked(request: Request) -> list[str]:

@@ -23,6 +23,7 @@ from fullframe.ir.graph import Graph, Value
 from fullframe.schedule.plan import Plan
 from fullframe.schedule.request import Request
 from fullframe.schedule.saved_plan import SavedPlan
+from fullframe.storage.disk_rate import USUAL
 from fullframe.storage.external import Sink
 
 
@@ -38,7 +39,7 @@ class Options:
     disk: int = 0
     domain: Domain | None = None
     saved: SavedPlan | None = None
-    rate: int = 500
+    rate: int = USUAL
 
 
 @dataclass(eq=False)

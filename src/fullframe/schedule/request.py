@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fullframe.ir.graph import Value
 from fullframe.partition.fusion import Fusable
 from fullframe.schedule.split import Split
+from fullframe.storage.disk_rate import USUAL
 
 LARGE = 1 << 20  # bytes of untiled values, from which on a stage that makes them is made alone in little memory
 
@@ -35,7 +36,7 @@ class Request:
     window: int = 0
     host: int = 0
     disk: int = 0
-    rate: int = 500
+    rate: int = USUAL
     fixed: int | None = None
     imports: int = 0
     max_in_flight: int = 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fullframe.codegen.toolchain import cxx as compiler
+from fullframe.codegen.toolchain import kept_files
 from fullframe.codegen.toolchain.cxx import BuildError
 
 FLAGS = ("-std=c++17", "--fmad=false")
@@ -87,12 +87,12 @@ def build(source: str, architecture: str) -> bytes:
     """The machine code of a source, from the cache or built now. Raises BuildError."""
     made = find()
     key = hashlib.sha256("\0".join((source, architecture, *FLAGS, made.version)).encode()).hexdigest()
-    path = compiler.directory() / f"{key}.cubin"
-    content = compiler.kept(path)
+    path = kept_files.directory() / f"{key}.cubin"
+    content = kept_files.kept(path)
     if content is None:
         content = made.compile(source, architecture)
         try:
-            compiler.keep(content, path)
+            kept_files.keep(content, path)
         except OSError as error:
             raise BuildError(f"the kernel could not be kept: {error}") from error
     return content
