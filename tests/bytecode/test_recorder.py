@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import fullframe
+from fullframe import torch_compat
 from fullframe.bytecode.libtorch import bytecode_available
 from fullframe.bytecode.recorder import Recorder
 from fullframe.codegen.group import Group, Operand, Reduction, Ref
@@ -32,6 +33,27 @@ def _run(work, *bases):
     again = bytecode.run([0, *(b.data_ptr() for b in bases)])
     assert again is not None
     return made, again[0]
+
+
+def test_a_table_is_not_taken_for_what_was_where_it_lies() -> None:
+    """It is made while a tile is recorded, without being noted, where memory is free."""
+    x = torch.randn(100, 100)
+    recorder = Recorder([torch.empty(0), x])
+    with torch.no_grad(), recorder:
+        some = [x + k for k in range(20)]
+        made, places = some[3] * 2, {t.data_ptr() for t in some}
+        del some
+        tried = []
+        with torch_compat.without_modes():
+            while not tried or tried[-1].data_ptr() not in places:
+                assert len(tried) < 100
+                tried.append(torch.randn(100, 100))
+        recorder.tables = [((tried[-1],), None)]
+        made = made * tried[-1]
+    bytecode = recorder.finish([made])
+    assert bytecode is not None
+    again = bytecode.run([0, x.data_ptr()])
+    assert again is not None and torch.equal(again[0], made)
 
 
 def _packed(*shape):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from threading import local
@@ -186,15 +186,15 @@ class Recorder(TorchDispatchMode):
         self._used.append([*slots])
 
     def _slot(self, tensor: torch.Tensor) -> int:
-        slot = self._where.get(_memory(tensor))
-        if slot is None:
-            tables = (t for t in _flat(self.tables) if isinstance(t, torch.Tensor))
-            found = next((t for t in tables if _memory(t) == _memory(tensor)), None)
-            if found is None:
-                raise _Unknown("a tensor from elsewhere")
+        memory = _memory(tensor)
+        slot = self._where.get(memory)
+        # A table is not noted, and may have been given the memory of what was. It lasts, so that memory is its own.
+        found = next((t for t in _tensors_in(self.tables) if _memory(t) == memory), None)
+        if found is not None and slot not in self._constants:
             self._constant(found)
-            slot = self._where[_memory(found)]
-        return slot
+        elif slot is None:
+            raise _Unknown("a tensor from elsewhere")
+        return self._where[memory]
 
     def _place(self, tensor: torch.Tensor) -> tuple[int, int]:
         slot = self._slot(tensor)
@@ -493,6 +493,15 @@ def run(kernel: Kernel | Plain, operands: Sequence[torch.Tensor], outputs: Seque
 def current() -> Recorder | None:
     """The recorder of this thread."""
     return getattr(_CURRENT, "recorder", None)
+
+
+def _tensors_in(tables: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors of tables, which may be in tuples."""
+    for table in tables:
+        if isinstance(table, torch.Tensor):
+            yield table
+        elif isinstance(table, (list, tuple)):
+            yield from _tensors_in(table)
 
 
 def _memory(tensor: torch.Tensor) -> int:
