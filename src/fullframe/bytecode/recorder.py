@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from threading import local
@@ -25,7 +25,7 @@ from fullframe.bytecode.program import Bytecode, Result
 from fullframe.codegen.group import Call
 from fullframe.codegen.kernel import HostCall, Kernel, Plain
 from fullframe.codegen.loop_layout import contiguous, merged
-from fullframe.torch_compat import TorchDispatchMode, pop_mode, push_mode
+from fullframe.torch_compat import TorchDispatchMode, pop_mode, push_mode, pytree
 
 END, KERNEL, NEW, DROP, CALL, COPY, ADD, OWN, KEPT, PLUS, CLEAR = range(11)
 PLAIN, TENSOR, LIST, OPTIONAL, STRING = range(5)  # what an argument of a call is
@@ -189,7 +189,8 @@ class Recorder(TorchDispatchMode):
         memory = _memory(tensor)
         slot = self._where.get(memory)
         # A table is not noted, and may have been given the memory of what was. It lasts, so that memory is its own.
-        found = next((t for t in _tensors_in(self.tables) if _memory(t) == memory), None)
+        tables = (t for t in pytree.tree_leaves(self.tables) if isinstance(t, torch.Tensor))
+        found = next((t for t in tables if _memory(t) == memory), None)
         if found is not None and slot not in self._constants:
             self._constant(found)
         elif slot is None:
@@ -493,15 +494,6 @@ def run(kernel: Kernel | Plain, operands: Sequence[torch.Tensor], outputs: Seque
 def current() -> Recorder | None:
     """The recorder of this thread."""
     return getattr(_CURRENT, "recorder", None)
-
-
-def _tensors_in(tables: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """The tensors of tables, which may be in tuples."""
-    for table in tables:
-        if isinstance(table, torch.Tensor):
-            yield table
-        elif isinstance(table, (list, tuple)):
-            yield from _tensors_in(table)
 
 
 def _memory(tensor: torch.Tensor) -> int:

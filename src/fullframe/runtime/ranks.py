@@ -1,9 +1,9 @@
 """A run on one of several ranks: stage by stage, its own tiles, between exchanges in which all take part.
 
-Before a stage the rows that it reads beyond those at hand come from the ranks that made them, all by one exchange;
-after it the nodes of its sums go round, and each rank puts the same tree together, to the last bit the one of a
-single process. Where rows and sums are to be exchanged follows from the plan, so a rank that fails knows where the
-others will meet next, and tells them there.
+When ranks meet is in the plan (`schedule.meetings`): by one exchange come the rows that the next stages read beyond
+those at hand, from the ranks that made them, and the nodes of sums go round, of which each rank puts the same tree
+together, to the last bit the one of a single process. As this follows from the plan, a rank that fails knows where
+the others will meet next, and tells them there.
 """
 
 from __future__ import annotations
@@ -26,11 +26,8 @@ from fullframe.runtime.accumulate import Node, Place, Running, Sums, widened
 from fullframe.runtime.tasks import part_in, place_of, tiles_of
 from fullframe.runtime.workers import pool
 from fullframe.schedule.plan import Plan, Stage
-from fullframe.schedule.split import Exchange, Piece
+from fullframe.schedule.split import Exchange, Meeting, Piece
 from fullframe.storage.arena import shaped
-
-Meeting = tuple[str, int]
-"""Where all ranks meet: for ``rows`` before a stage, for its ``sums`` after it, or to ``close`` after so many."""
 
 
 class Together(Running, Protocol):
@@ -65,8 +62,8 @@ class Message(NamedTuple):
         return sum(part.nbytes for part in self.parts)
 
 
-Layout = list[Message]  # of each rank
-_LAYOUTS: WeakKeyDictionary[Plan, dict[int, Layout]] = WeakKeyDictionary()
+Layout = list[list[Message]]  # of each rank, for each stage whose sums go round in a meeting
+_LAYOUTS: WeakKeyDictionary[Plan, dict[Meeting, Layout]] = WeakKeyDictionary()
 
 
 def advance(run: Together, domain: Domain, stages: range, threads: int, multi_threaded: Sequence[bool]) -> None:
@@ -74,29 +71,13 @@ def advance(run: Together, domain: Domain, stages: range, threads: int, multi_th
     journey = _Journey(run, domain, stages)
     with journey.shared():
         for number in stages:
-            journey.rows("rows", number)
+            journey.meet(number)
             sums = run.begin(number)
             run.threads(threads if multi_threaded[number] else 1)
             _make(run, number, sums)
-            journey.sums(number, sums)
-            run.end(number, sums)
+            journey.made(number, sums)
             run.free(number)
-        journey.rows("close", stages.stop)
-
-
-def exchanges(plan: Plan, stages: range) -> list[Meeting]:
-    """Where ranks meet in these stages, in order."""
-    assert plan.share is not None
-    found: list[Meeting] = []
-    for number in stages:
-        found += [("rows", number)] * (plan.share.before[number] is not None)
-        found += [("sums", number)] * _sums_meet(plan, number)
-    return [*found, ("close", stages.stop)]
-
-
-def _sums_meet(plan: Plan, number: int) -> bool:
-    assert plan.share is not None
-    return plan.share.tiles[number] is not None and bool(plan.stages[number].section.sums)
+        journey.meet(stages.stop)
 
 
 def _make(run: Together, number: int, sums: Sums) -> None:
@@ -117,12 +98,14 @@ def _make(run: Together, number: int, sums: Sums) -> None:
 
 
 class _Journey:
-    """One run over stages: where ranks meet, and how often they have."""
+    """One run over stages: where ranks meet, how often they have, and the sums that wait for the next time."""
 
     def __init__(self, run: Together, domain: Domain, stages: range):
-        self.run, self.domain = run, domain
-        self.meetings = exchanges(run.plan, stages)
+        assert run.plan.share is not None
+        self.run, self.domain, self.stop = run, domain, stages.stop
+        self.share, self.meetings = run.plan.share, run.plan.share.meetings[stages.start]
         self.met = 0
+        self.waiting: dict[int, Sums] = {}
 
     @contextmanager
     def shared(self) -> Iterator[None]:
@@ -136,46 +119,75 @@ class _Journey:
 
     def _attend(self, meeting: Meeting, error: BaseException) -> None:
         """Take part in a meeting having failed; raises the error."""
-        what, number = meeting
-        if what == "sums":
-            layout = self._layouts.get(number)
-            if layout is None:
-                agree(self.domain, None, error)
-            else:
-                self._swap_of(layout).go(error)
+        layout = self._layouts.get(meeting) if meeting.sums else []
+        if layout is None:
+            agree(self.domain, None, error)
+        else:
+            self._swap(meeting, layout).go(error)
+
+    def made(self, number: int, sums: Sums) -> None:
+        """A stage's tiles are made. Its sums wait, if the other ranks have a part of them."""
+        if self.share.tiles[number] is not None and self.run.plan.stages[number].section.sums:
+            self.waiting[number] = sums
+        else:
+            self.run.end(number, sums)
+
+    def meet(self, number: int) -> None:
+        """Exchange what is due before a stage, or after the last."""
+        meeting = self.meetings[self.met]
+        if meeting.number != number:
             return
-        self._rows_swap(self._exchange(meeting)).go(error)
-
-    # Rows -----------------------------------------------------------------------------------------
-
-    def rows(self, what: str, number: int) -> None:
-        """Fetch the rows that are to come before a stage, or after the last."""
-        if self.meetings[self.met] != (what, number):
-            return
-        exchange = self._exchange((what, number))
-        swap = self._rows_swap(exchange)
-        for pieces, block in zip(exchange.sends, swap.outgoing, strict=True):
-            for part, view in self._views(pieces, block):
-                view.copy_(part)
-        incoming = self._go(swap)
-        for pieces, block in zip(exchange.receives, incoming, strict=True):
-            for part, view in self._views(pieces, block):
-                part.copy_(view)
-
-    def _go(self, swap: Swap) -> list[torch.Tensor]:
+        layout = self._layout(meeting)
+        swap = self._swap(meeting, layout)
+        for rank, block in enumerate(swap.outgoing):
+            if rank != self.domain.rank:
+                self._pack(meeting, rank, block)
         self.met += 1
-        return swap.go()
+        for rank, block in enumerate(swap.go()):
+            if rank != self.domain.rank:
+                self._unpack(meeting, layout, rank, block)
+        for n in meeting.sums:
+            self.run.end(n, self.waiting.pop(n))
 
-    def _exchange(self, meeting: Meeting) -> Exchange:
-        share, (what, number) = self.run.plan.share, meeting
-        assert share is not None
-        found = share.before[number] if what == "rows" else share.closing.get(number)
-        return found or Exchange(((),) * share.ranks, ((),) * share.ranks)
+    def _swap(self, meeting: Meeting, layout: Layout) -> Swap:
+        """The exchange: to each other rank its rows, and then all sums."""
+        sends, receives = ([0] * self.domain.size for _ in range(2))
+        for exchange in self._exchanges(meeting):
+            for rank in range(self.domain.size):
+                sends[rank] += sum(rounded(p.nbytes) for p in exchange.sends[rank])
+                receives[rank] += sum(rounded(p.nbytes) for p in exchange.receives[rank])
+        for rank, messages in enumerate(layout):
+            receives[rank] += sum(message.nbytes for message in messages)
+        own = sum(message.nbytes for message in layout[self.domain.rank]) if layout else 0
+        return Swap(self.domain, [n + own for n in sends], receives)
 
-    def _rows_swap(self, exchange: Exchange) -> Swap:
-        sends = [sum(rounded(p.nbytes) for p in pieces) for pieces in exchange.sends]
-        receives = [sum(rounded(p.nbytes) for p in pieces) for pieces in exchange.receives]
-        return Swap(self.domain, sends, receives)
+    def _exchanges(self, meeting: Meeting) -> list[Exchange]:
+        """The rows that move, of this rank."""
+        found = (self.share.closing.get(n) if n == self.stop else self.share.before[n] for n in meeting.rows)
+        return [exchange for exchange in found if exchange is not None]
+
+    def _pack(self, meeting: Meeting, rank: int, block: torch.Tensor) -> None:
+        at = 0
+        for exchange in self._exchanges(meeting):
+            for part, view in self._views(exchange.sends[rank], block[at:]):
+                view.copy_(part)
+            at += sum(rounded(p.nbytes) for p in exchange.sends[rank])
+        for n in meeting.sums:
+            mine = list(_parts(self.run.plan.stages[n], self.waiting[n]))
+            parts = [part for part, _ in mine]
+            for (_, tensor), view in zip(mine, _unpacked(parts, block[at:]), strict=True):
+                view.copy_(tensor)
+            at += sum(part.nbytes for part in parts)
+
+    def _unpack(self, meeting: Meeting, layout: Layout, rank: int, block: torch.Tensor) -> None:
+        at = 0
+        for exchange in self._exchanges(meeting):
+            for part, view in self._views(exchange.receives[rank], block[at:]):
+                part.copy_(view)
+            at += sum(rounded(p.nbytes) for p in exchange.receives[rank])
+        for n, message in zip(meeting.sums, layout[rank] if layout else (), strict=True):
+            self.waiting[n].join(_nodes(self.run.plan.stages[n].section.sums, message, block[at:]))
+            at += message.nbytes
 
     def _views(self, pieces: Sequence[Piece], block: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Rows as they lie here, and their place in a message, where channels are innermost, too."""
@@ -187,34 +199,20 @@ class _Journey:
             yield held if part is None else held[part], shaped(flat, box.shape_of(piece.region))
             at += rounded(piece.nbytes)
 
-    # Sums -----------------------------------------------------------------------------------------
-
     @property
-    def _layouts(self) -> dict[int, Layout]:
+    def _layouts(self) -> dict[Meeting, Layout]:
         return _LAYOUTS.setdefault(self.run.plan, {})
 
-    def sums(self, number: int, sums: Sums) -> None:
-        """Add the nodes of the other ranks to the sums of a stage, and give them those of this one."""
-        if self.meetings[self.met] != ("sums", number):
-            return
-        stage = self.run.plan.stages[number]
-        mine = list(_parts(stage, sums))
-        if number not in self._layouts:  # the same in every run, so it is told only once
-            message = Message(sorted(sums.nodes), [part for part, _ in mine])
-            self._layouts[number] = agree(self.domain, message)
-        layout = self._layouts[number]
-        swap = self._swap_of(layout)
-        for rank, block in enumerate(swap.outgoing):
-            if rank != self.domain.rank:
-                for (_, tensor), view in zip(mine, _unpacked(layout[self.domain.rank].parts, block), strict=True):
-                    view.copy_(tensor)
-        for rank, block in enumerate(self._go(swap)):
-            if rank != self.domain.rank:
-                sums.join(_nodes(stage.section.sums, layout[rank], block))
+    def _layout(self, meeting: Meeting) -> Layout:
+        """How the sums of a meeting travel: the same in every run, so it is told only once."""
+        if meeting.sums and meeting not in self._layouts:
+            mine = [self._message(n) for n in meeting.sums]
+            self._layouts[meeting] = agree(self.domain, mine)
+        return self._layouts[meeting] if meeting.sums else []
 
-    def _swap_of(self, layout: Layout) -> Swap:
-        sizes = [message.nbytes for message in layout]
-        return Swap(self.domain, [sizes[self.domain.rank]] * self.domain.size, sizes)
+    def _message(self, number: int) -> Message:
+        sums = self.waiting[number]
+        return Message(sorted(sums.nodes), [part for part, _ in _parts(self.run.plan.stages[number], sums)])
 
 
 def _parts(stage: Stage, sums: Sums) -> Iterator[tuple[Part, torch.Tensor]]:

@@ -182,7 +182,7 @@ def _cloned(
 
 def _pipelined(graph: Graph, draft: Draft, request: Request, known: Known, fixed: int) -> Plan | None:
     """A plan of the same sections with as many in work at once as fit, those of several branches in turns."""
-    if request.max_in_flight == 1:
+    if request.max_in_flight == 1 and request.split is None:
         return None
     tile_axes = draft.saved.tile_axes
 
@@ -190,7 +190,9 @@ def _pipelined(graph: Graph, draft: Draft, request: Request, known: Known, fixed
         return not any(tiled(v, tile_axes) for v in (*section.loads, *section.outputs))
 
     draft = replace(draft, stages=interleave(draft.stages, draft.early, draft.kept, draft.sizes, trivial))
-    for max_in_flight, alone in ((request.max_in_flight, NONE), (request.max_in_flight // 2, LARGE), (2, LARGE)):
+    several = (request.max_in_flight, NONE), (request.max_in_flight // 2, LARGE), (2, LARGE)
+    # Ranks make one stage after the other. What need not wait for the one before lets them meet less often.
+    for max_in_flight, alone in several if request.split is None else ((1, LARGE),):
         ways = replace(request, max_in_flight=max_in_flight, alone=alone)
         made = _finish(graph, draft, ways, known, fixed)
         if made.projected_bytes <= request.budget:
@@ -347,11 +349,8 @@ def _arranged(graph: Graph, draft: Draft, request: Request, known: Known, fixed:
 def _exchanged(shares: Shares, stages: Sequence[Stage]) -> int:
     """The most bytes that a rank sends and receives at once, and has of its inputs in the place that they take with
     the rows of others."""
-    split = shares.split
-    nodes = [2 * (len(s.grid) - 1).bit_length() or 1 for s in stages]
-    sums = [8 * n * sum(prod(op.output.shape) for op in s.section.sums) for n, s in zip(nodes, stages, strict=True)]
-    inputs = sum(shares.nbytes(v) for v, _, _ in split.inputs if v in shares.held)
-    return max(shares.exchanged(), 2 * split.ranks * max(sums, default=0)) + inputs
+    inputs = sum(shares.nbytes(v) for v, _, _ in shares.split.inputs if v in shares.held)
+    return shares.exchanged(stages) + inputs
 
 
 def _slots(

@@ -22,8 +22,9 @@ from fullframe.ir.region import Interval, Region
 from fullframe.partition.fusion import work_of
 from fullframe.partition.sections import Section
 from fullframe.partition.tile_axes import TileAxes
+from fullframe.schedule.meetings import meetings, sums_nbytes
 from fullframe.schedule.plan import Grid, Plan, Stage
-from fullframe.schedule.split import Exchange, Piece, Share, Split
+from fullframe.schedule.split import Exchange, Meeting, Piece, Share, Split
 
 Bounds = tuple[int, ...]  # where the rows of each rank begin, and the end
 Rows = list[Interval]  # disjoint, in order
@@ -35,7 +36,8 @@ class Shares:
     """What all ranks have of a plan. ``tiles``: by stage, which places along the divided axis are whose; None where
     every rank makes all. ``held``: the rows of a map that each rank has room for, ``parts`` those of an output that
     it hands out; of maps that are not here each has all. ``before``: by stage the rows that move ahead of it, and
-    ``closing``, by the number of stages done, what moves after them: (value, from, to, rows)."""
+    ``closing``, by the number of stages done, what moves after them: (value, from, to, rows). ``meetings``: when that
+    is done, by the stage with which a run begins."""
 
     split: Split
     axes: dict[Value, int] = field(default_factory=dict)
@@ -45,6 +47,7 @@ class Shares:
     given: dict[Value, Bounds] = field(default_factory=dict)
     before: list[list[tuple[Value, int, int, Interval]]] = field(default_factory=list)
     closing: dict[int, list[tuple[Value, int, int, Interval]]] = field(default_factory=dict)
+    meetings: dict[int, tuple[Meeting, ...]] = field(default_factory=dict)
 
     def region(self, value: Value, rows: Interval) -> Region:
         """These rows of a value."""
@@ -59,17 +62,33 @@ class Shares:
         most = min(rows, 1 + max(high - low for low, high in self.held[value]))
         return value.nbytes // max(1, rows) * most
 
-    def exchanged(self) -> int:
-        """The most bytes that a rank sends and receives at once."""
+    def meet(self, stages: Sequence[Stage], spans: Sequence[range]) -> None:
+        """Say when what moves does so, in runs over these spans of the stages."""
+        divided = [bounds is not None for bounds in self.tiles]
+        for span in spans:
+            moved = {n: [m[0] for m in self.before[n]] for n in span}
+            moved[span.stop] = [m[0] for m in self.closing.get(span.stop, ())]
+            self.meetings[span.start] = meetings(stages, divided, moved, span)
+
+    def exchanged(self, stages: Sequence[Stage]) -> int:
+        """The most bytes that a rank sends and receives at once, with the sums that wait for that."""
         most = 0
-        for moves in (*self.before, *self.closing.values()):
-            taken = [0] * self.split.ranks
-            for value, source, target, rows in moves:
-                n = box.size(self.region(value, rows)) * value.itemsize
-                taken[source] += n
-                taken[target] += n
-            most = max(most, *taken)
+        for found in self.meetings.values():
+            stop = found[-1].number
+            for meeting in found:
+                moves = [m for n in meeting.rows for m in (self.closing[n] if n == stop else self.before[n])]
+                sums = (2 * self.split.ranks + 1) * sum(sums_nbytes(stages[n]) for n in meeting.sums)
+                most = max(most, sums + self._moved(moves))
         return most
+
+    def _moved(self, moves: Iterable[tuple[Value, int, int, Interval]]) -> int:
+        """Bytes that come and go on the rank that has most of them."""
+        taken = [0] * self.split.ranks
+        for value, source, target, rows in moves:
+            n = box.size(self.region(value, rows)) * value.itemsize
+            taken[source] += n
+            taken[target] += n
+        return max(taken)
 
     def of(self, rank: int) -> Share:
         """What one rank has to know."""
@@ -80,7 +99,7 @@ class Shares:
         tiles = tuple(None if b is None else (b[rank], b[rank + 1]) for b in self.tiles)
         before = tuple(self._exchange(moves, rank) for moves in self.before)
         closing = {at: self._exchange(moves, rank) for at, moves in self.closing.items()}
-        return Share(rank, self.split, tiles, held, room, parts, given, before, closing)
+        return Share(rank, self.split, tiles, held, room, parts, given, before, closing, self.meetings)
 
     def _room(self, value: Value, rows: Interval) -> tuple[int, ...]:
         axis = self.axes[value]
@@ -114,6 +133,8 @@ def shares_of(graph: Graph, stages: Sequence[Stage], early: int, tile_axes: Tile
     last = {v for v in graph.outputs[first:] if v is not None}
     wanted = _wanted(graph, tile_axes, split, graph.outputs)
     walk.close(len(stages), {v: where for v, where in wanted.items() if v in last})
+    spans = [range(early), range(early, len(stages))] if graph.late else [range(len(stages))]
+    walk.shares.meet(stages, spans)
     return walk.shares
 
 

@@ -62,6 +62,15 @@ class Exchange:
     receives: tuple[tuple[Piece, ...], ...]
 
 
+class Meeting(NamedTuple):
+    """What ranks exchange at once, before the stage of a ``number`` or behind the last: the ``rows`` that these
+    stages read, the closing ones under the number of stages done, and the ``sums`` of these."""
+
+    number: int
+    rows: tuple[int, ...]
+    sums: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Share:
     """What one rank has of a plan.
@@ -70,6 +79,7 @@ class Share:
     rank does. ``held``: the region that it has room for, of maps that it does not have in full. ``parts``: the
     region of an output that it hands out, ``given`` that of an input which it is given. ``before``: by stage what is
     exchanged ahead of it, and ``closing``, by the number of stages done, after them; None where nothing moves.
+    ``meetings``: when that is done, by the stage with which a run begins.
     """
 
     rank: int
@@ -81,6 +91,7 @@ class Share:
     given: Mapping[Value, Region]
     before: tuple[Exchange | None, ...]
     closing: Mapping[int, Exchange | None]
+    meetings: Mapping[int, tuple[Meeting, ...]]
 
     @property
     def ranks(self) -> int:
