@@ -55,6 +55,7 @@ def statistics() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 RIGHT: dict[str, Callable[[torch.Tensor], Any]] = {
+    "stack of types": lambda x: torch.stack([x.float(), x, (x > 0).long()], 1).sum(1),
     "negative divisors": lambda x: (
         F.avg_pool2d(x, 2, divisor_override=-3),
         F.avg_pool2d(x, 3, 1, divisor_override=-1),
@@ -144,6 +145,46 @@ def test_what_cannot_be_recorded_is_refused_by_name(name):
     function, words = REFUSED[name]
     with pytest.raises(fullframe.CaptureError, match=words):
         fullframe.tile(Net(function), tile=4)(torch.randn(2, 3, 8, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, F.smooth_l1_loss, F.l1_loss, F.kl_div])
+@pytest.mark.parametrize("kinds", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_losses_of_several_types_are_as_in_plain_pytorch(loss: Any, kinds: tuple[torch.dtype, torch.dtype]) -> None:
+    """A target of NumPy's is float64 where nobody has converted it."""
+    net, x, y = (
+        nn.Conv2d(3, 2, 1).to(kinds[0]),
+        torch.randn(1, 3, 8, 8).to(kinds[0]),
+        torch.rand(1, 2, 8, 8).to(kinds[1]),
+    )
+    found = []
+    for made in (loss(net(x), y), fullframe.tile(net, loss=loss, tile=4)(x, y)):
+        net.zero_grad()
+        made.backward()
+        found.append([made.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)])
+    for ours, plain in zip(found[1], found[0], strict=True):
+        assert ours.dtype == plain.dtype and torch.allclose(ours, plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (F.huber_loss, "huber_loss.* several types.* convert one"),
+        (F.binary_cross_entropy_with_logits, None),
+        (
+            lambda x, y: F.cross_entropy(x, y[:, :2].argmax(1), weight=y.new_ones(2)),
+            "weights of torch.float64 for scores",
+        ),
+        (lambda x, y: F.binary_cross_entropy(x.sigmoid(), y), "binary_cross_entropy.* refuses them"),
+    ],
+)
+def test_losses_that_do_not_take_several_types_say_so(loss: Any, words: str | None) -> None:
+    step = fullframe.tile(nn.Conv2d(3, 2, 1), loss=loss, tile=4)
+    x, y = torch.randn(1, 3, 8, 8), torch.rand(1, 2, 8, 8, dtype=torch.float64)
+    if words is None:
+        step(x, y)
+        return
+    with pytest.raises(fullframe.CaptureError, match=words):
+        step(x, y)
 
 
 def test_another_shape_than_pytorchs_rule_says_is_refused_by_name():

@@ -91,7 +91,8 @@ def drawn(seed: int) -> Asked | None:
         return t.detach().to(dtype, copy=True).requires_grad_(t.requires_grad) if floating else t
 
     input, target = (pytree.tree_map(made, value) for value in (case.input, case.target))
-    return Asked(case.net.to(dtype), input, target, case.loss, 1 + seed % 2)
+    loss = case.loss.to(dtype) if isinstance(case.loss, nn.Module) else case.loss
+    return Asked(case.net.to(dtype), input, target, loss, 1 + seed % 2)
 
 
 def tiled(asked: Asked, budget: int) -> Any:

@@ -65,6 +65,7 @@ def cat(b: Builder, xs: Sequence[Value], dim: int = 0) -> Value:
 @decomposes("stack")
 def stack(b: Builder, xs: Sequence[Value], dim: int = 0) -> Value:
     dim = dim % len(b.meta_shape)
+    xs = [cast(b, x, b.meta_dtype) for x in xs]
     return b.cat([b.reshape(x, (*x.shape[:dim], 1, *x.shape[dim:])) for x in xs], dim)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fullframe.errors import CaptureError
 from fullframe.ir.graph import Value
 from fullframe.ops.builder.builder import Builder
 from fullframe.ops.builder.registry import cast, decomposes, wide
@@ -52,6 +53,8 @@ def _class_axis(b: Builder, scores: Value, target: Value) -> tuple[Value, int]:
 
 @decomposes("nll_loss2d_forward", "nll_loss_forward")
 def nll_forward(b: Builder, scores: Value, target: Value, weight: Any, reduction: int, ignore: int) -> list[Value]:
+    if weight is not None and weight.dtype != scores.dtype:
+        raise _mixed(b, f"plain PyTorch refuses weights of {weight.dtype} for scores of {scores.dtype}")
     labels, axis = _class_axis(b, scores, target)
     kind, axes = wide(scores.dtype), tuple(range(len(labels.shape)))
     table = () if weight is None else (weight,)
@@ -126,8 +129,32 @@ def _taken_apart(b: Builder, given: tuple[Any, ...]) -> tuple[tuple[Any, ...], i
     return tuple(full[:at]), full[at], tuple(full[at + 1 :])
 
 
+def _made_type(b: Builder, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> torch.dtype:
+    """The type of what a call makes of tensors of several types, which torch's recording does not always know.
+
+    Raises CaptureError where plain PyTorch refuses them when it runs.
+    """
+    if len({t.dtype for t in tensors if t is not None}) == 1:
+        return b.meta_dtype
+    ones = [None if t is None else torch.ones(1, dtype=t.dtype) for t in tensors]
+    try:
+        return b.call(*ones, 0, *numbers).dtype
+    except RuntimeError as error:
+        raise _mixed(b, f"plain PyTorch refuses them: {error}") from error
+
+
+def _mixed(b: Builder, why: str) -> CaptureError:
+    return CaptureError(
+        f"in {b.path or 'the step'}, {b.target} of tensors of several types: {why}; convert one to the type of the "
+        "other"
+    )
+
+
 def forward(b: Builder, *given: Any, **_: Any) -> Value:
     tensors, reduction, numbers = _taken_apart(b, given)
+    kind = _made_type(b, tensors, numbers)
+    if kind != b.meta_dtype:
+        raise _mixed(b, f"plain PyTorch makes {kind}, which torch's own recording takes for {b.meta_dtype}")
     shape = torch.broadcast_shapes(*(t.shape for t in tensors if t is not None))
     each = _each(b, tensors, numbers, shape, b.meta_dtype)
     if reduction == 0:
@@ -142,7 +169,8 @@ def backward(b: Builder, *given: Any, **_: Any) -> Value:
     (g, *tensors), reduction, numbers = _taken_apart(b, given)
     if reduction == 1:
         g = b.aten(aten.div.Scalar, g, prod(b.meta_shape))
-    return _each(b, (g, *tensors), numbers, b.meta_shape, b.meta_dtype)
+    each = _each(b, (g, *tensors), numbers, b.meta_shape, _made_type(b, (g, *tensors), numbers))
+    return cast(b, each, b.meta_dtype)
 
 
 for _loss in _EACH:
