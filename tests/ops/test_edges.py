@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fullframe
 from fullframe.ops.numerics import interpolate as taps
+from fullframe.ops.primitives.resize import RULES, Resample
 
 L = torch.linalg
 
@@ -267,6 +268,32 @@ def test_gradients_of_few_from_many_are_sums_of_windows(mode: str) -> None:
                 if low <= index < high:
                     wanted[:, index - low] += weight * g[:, out]
         assert torch.allclose(made, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        taps.Spec("linear", 700, 2000), taps.Spec("linear", 2000, 700), taps.Spec("linear", 5, 2000),
+        taps.Spec("cubic", 700, 2000), taps.Spec("nearest", 700, 1999), taps.Spec("adaptive", 2000, 700),
+        taps.Spec("reflect", 2000, 2010, padding=5), taps.Spec("linear-aa", 2000, 500),
+    ],
+)  # fmt: skip
+def test_what_tables_keep_is_counted(spec: taps.Spec) -> None:
+    """Places and weights of all taps, within a tenth and what is at the ends."""
+    device = torch.device("cpu")
+    for name, make, extent in (
+        ("tile.resample", taps.forward_table, spec.target), ("tile.resample_grad", taps.backward_table, spec.source),
+    ):  # fmt: skip
+        rule = RULES[name]
+        assert isinstance(rule, Resample)
+        low, high = extent // 4, extent // 4 + max(1, extent // 2)
+        table = make(spec, low, high, torch.float32, device)
+        if isinstance(table, taps.Table):
+            there = sum(len(index) for index in table.where)
+        else:
+            there = sum(0 if w.weight is None else len(w.weight) for w in table)
+        counted = rule.taps(spec, low, high)
+        assert counted >= 0.6 * there - 10 and counted <= 2 * there + 10
 
 
 def test_tables_take_little_while_they_are_made() -> None:

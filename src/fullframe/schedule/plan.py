@@ -70,7 +70,8 @@ class Grid:
 class Stage:
     """One section with its tiles, and the stored values that are not needed after it. ``window``: bytes of windows of
     a tile; ``sums``: bytes of sums in progress; ``reversed``: whether the last tile is made first; ``kinds``: how
-    many of its tiles are unlike each other, about, so that each has a task of its own."""
+    many of its tiles are unlike each other, about, so that each has a task of its own; ``tables``: bytes of the
+    numbers that its ops keep for them."""
 
     section: Section
     groups: tuple[FusionGroup, ...]
@@ -81,6 +82,7 @@ class Stage:
     parallel: bool
     reversed: bool = False
     kinds: int = 1
+    tables: int = 0
 
 
 @dataclass(frozen=True)
@@ -367,6 +369,19 @@ def kinds_of(section: Section, groups: Sequence[FusionGroup], tile_axes: TileAxe
     return prod(min(n, UNLIKE) if along else n for n, along in zip(counts, whole, strict=True))
 
 
+def tables_of(section: Section, groups: Sequence[FusionGroup], tile_axes: TileAxes, grid: Grid) -> int:
+    """Bytes of the tables that the ops of a stage keep, as if all tiles were like one from the middle."""
+    counts = grid.counts()
+    tile = grid.tile(tuple((n - 1) // 2 for n in counts))
+    pieces = {tile_axis: n for (tile_axis, _, _), n in zip(grid.axes, counts, strict=True)}
+    total = 0
+    for work in work_of(groups, section.saves, frozenset(section.sums), tile_axes, tile)[0]:
+        for op in work.group.ops:
+            cut = [1 if axis is None else pieces.get(axis, 1) for axis in tile_axes[op.output]]
+            total += op.rule.kept(op, work.region, cut)
+    return total
+
+
 KEPT = 1 << 14  # tiles of a plan that are scheduled outside of Python in any case, and tasks that are kept;
 NBYTES = 2 << 10  # bytes of each such tile,
 JOB = 2 << 10  # of each job of a task, with its bytecode,
@@ -374,10 +389,10 @@ TASK = 16 << 10  # and of a task, about
 
 
 def bookkeeping(stages: Sequence[Stage]) -> int:
-    """Bytes of the tasks and the bytecode of a plan, and of what is scheduled."""
+    """Bytes of the tasks and the bytecode of a plan, of what is scheduled, and of tables."""
     tasks, kinds = 0, 0
     for stage in stages:
         kept = min(stage.kinds, KEPT - kinds)
         kinds += kept
         tasks += kept * (1 + len(stage.groups)) * JOB
-    return tasks + NBYTES * min(KEPT, sum(len(s.grid) for s in stages))
+    return tasks + NBYTES * min(KEPT, sum(len(s.grid) for s in stages)) + sum(s.tables for s in stages)

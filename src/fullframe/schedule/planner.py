@@ -19,7 +19,7 @@ from fullframe.schedule.cost import spent
 from fullframe.schedule.memory import Lifetimes, lifetimes, place, rounded
 from fullframe.schedule.order import interleave, orders
 from fullframe.schedule.placement import spill
-from fullframe.schedule.plan import Bytes, Plan, Stage, arithmetic, bookkeeping, kinds_of, runs_whole
+from fullframe.schedule.plan import Bytes, Plan, Stage, arithmetic, bookkeeping, kinds_of, runs_whole, tables_of
 from fullframe.schedule.request import LARGE, Request
 from fullframe.schedule.saved_plan import Limits
 from fullframe.schedule.shares import Shares, shares_of
@@ -408,7 +408,8 @@ def _stage(section: Section, tile_axes: TileAxes, request: Request, offloaded: f
     held = 8 * (waiting + running)
     sums = sum(prod(op.output.shape) * (held if len(grid) > 1 else _result_bytes(op)) for op in section.sums)
     kinds = kinds_of(section, groups, tile_axes, grid)
-    return Stage(section, groups, grid, (), window, sums, len(grid) > 1, kinds=kinds)
+    tables = tables_of(section, groups, tile_axes, grid)
+    return Stage(section, groups, grid, (), window, sums, len(grid) > 1, kinds=kinds, tables=tables)
 
 
 def _result_bytes(op: Op) -> int:

@@ -61,6 +61,12 @@ def blocks(spec: Spec) -> int:
     return spec.kernel if spec.mode == "average" and whole and spec.divisor in (0, 1) else 0
 
 
+def _some(low: int, high: int) -> range:
+    """A few positions from the middle of an interval."""
+    middle = (low + high) // 2
+    return range(middle, min(middle + 8, high))
+
+
 class Resample(Aligned):
     """``tile.resample(x, specs)``: one `Spec` per spatial axis."""
 
@@ -110,6 +116,12 @@ class Resample(Aligned):
             return tuple(r[0] - self.interval(s, *r)[0] * factor(s) for s, r in zip(specs, spatial, strict=True))
         return () if all(map(blocks, specs)) and len(specs) > 1 else region
 
+    def by_kernel(self, op: Op) -> bool:
+        """Whether ATen's own kernel makes it, and no table is needed."""
+        specs = op.args[1]
+        stretched = all(map(factor, specs)) and _kernel(specs) is not None
+        return stretched or (all(map(blocks, specs)) and len(specs) > 1)
+
     def by_taps(self, op: Op, region: Region, x: torch.Tensor) -> torch.Tensor:
         """The window axis by axis, the one that shrinks most first."""
         lead, specs = self.lead(op), op.args[1]
@@ -127,6 +139,22 @@ class Resample(Aligned):
 
     def after(self, y: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval]) -> torch.Tensor:
         return interpolate.divided(y, specs, region)
+
+    def taps(self, spec: Spec, low: int, high: int) -> int:
+        """Of all outputs in an interval: each has room for as many as one that has the most."""
+        if self.wide(spec):
+            return 0
+        return (high - low) * max(len(interpolate.taps_at(spec, k)) for k in _some(low, high))
+
+    def kept(self, op: Op, region: Region, pieces: Sequence[int]) -> int:
+        total, item = 0, 8 + max(4, op.inputs[0].itemsize)  # of a place and a weight
+        if self.by_kernel(op):
+            return 0
+        for axis, spec in enumerate(op.args[1], self.lead(op)):
+            low, high = region[axis]
+            if high > low and not self.skips(spec):
+                total += pieces[axis] * (item * self.taps(spec, low, high) + TENSOR)
+        return total
 
     def cost(self, op: Op, elements: int) -> int:
         return 8 * elements
@@ -170,6 +198,18 @@ class ResampleGrad(Resample):
 
     def wide(self, spec: Spec) -> bool:
         return interpolate.widely_read(spec)
+
+    def by_kernel(self, op: Op) -> bool:
+        specs = op.args[1]
+        whole = all(s.target * blocks(s) >= s.source for s in specs)
+        return (all(map(factor, specs)) and _kernel(specs) is not None) or (super().by_kernel(op) and whole)
+
+    def taps(self, spec: Spec, low: int, high: int) -> int:
+        first, last = users(spec, low, high)
+        if self.wide(spec):
+            return 2 * (last - first)
+        found = (users(spec, k, k + 1) for k in _some(low, high))
+        return (high - low) * max(last - first for first, last in found)
 
     def table(
         self, spec: Spec, region: Interval, dtype: torch.dtype, device: torch.device

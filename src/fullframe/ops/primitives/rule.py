@@ -56,6 +56,11 @@ class BaseRule:
         """A copy of all that it reads and makes, as of another layout; the ops that move numbers make none."""
         return 0 if self.kind == "layout" else nbytes_of(op, self.footprint(op, region)) + made_of(op, region)
 
+    def kept(self, op: Op, region: Region, pieces: Sequence[int]) -> int:
+        """Bytes of tables that stay when its tiles are made: as many unlike each other along each axis of the output
+        as it is cut into ``pieces``, each of about a ``region``."""
+        return 0
+
     def selects(self, op: Op) -> bool:
         return False
 
