@@ -22,6 +22,7 @@ from disks import folder_on_disk
 from torch import nn
 
 import fullframe
+from fullframe.bytecode.libtorch import bytecode_available
 from fullframe.compiler import agreement
 from fullframe.frontend.inputs import Call, Pair
 from fullframe.runtime import executor
@@ -448,7 +449,7 @@ def test_one_thread_at_a_time_reads_an_object_unless_it_says_otherwise(network, 
     assert image.most == 1
     image.thread_safe = True
     results(step, network, image, labels())
-    assert image.most > 1
+    assert image.most > 1 or not bytecode_available()  # without a compiler tiles are made one after the other
 
 
 def test_an_object_has_one_lock_whoever_reads_it():

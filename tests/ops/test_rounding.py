@@ -10,6 +10,7 @@ import fullframe
 from fullframe import torch_compat
 from fullframe.codegen import group as kernels
 from fullframe.codegen.kernel import build
+from fullframe.native.loader import own
 from fullframe.ops.numerics import convolve
 
 
@@ -133,6 +134,8 @@ def test_means_of_windows_round_without_a_bias():
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_a_weight_gradient_of_a_constant_image_has_no_bias(kernel):
     # Float32 sums of equal terms round the same way each time: a long one is wrong by 2e-5, where 2e-6 is usual.
+    if own("gradient") is None:
+        pytest.skip("no compiler: the library's sums are longer")
     torch.manual_seed(0)
     x = torch.randn(1, 16, 1, 1).expand(1, 16, 96, 256).contiguous(memory_format=torch.channels_last)
     net = nn.Conv2d(16, 3, kernel)
