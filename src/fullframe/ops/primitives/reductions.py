@@ -11,7 +11,7 @@ from fullframe.ir import region as box
 from fullframe.ir.graph import Link, Op
 from fullframe.ir.region import Region
 from fullframe.native.moments import combine_moments
-from fullframe.ops.primitives.rule import Reduction
+from fullframe.ops.primitives.rule import Reduction, made_of
 
 
 class OverAxes(Reduction):
@@ -94,6 +94,10 @@ class Moments(OverAxes):
         mean = about(x, first, lambda d: d.mean(axes, keepdim=True))
         square = (x - mean).square_().sum(axes, keepdim=True)
         return torch.stack([torch.full_like(mean, count), mean, square])
+
+    def scratch(self, op: Op, region: Region) -> int:
+        """In float64 what it reads, and the distances from the mean."""
+        return 16 * box.size(self.footprint(op, region)[0]) + 2 * made_of(op, region)
 
     def combine(self, op: Op, total: torch.Tensor, partial: torch.Tensor) -> None:
         combine_moments(total, partial)
