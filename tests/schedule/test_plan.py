@@ -191,3 +191,13 @@ def test_weights_are_laid_out_when_they_are_needed():
     net = nn.Sequential(*[nn.Conv2d(64, 64, 3, padding=1) for _ in range(8)])
     plan = fullframe.tile(net, loss=F.mse_loss).plan(torch.zeros(1, 64, 64, 64), torch.zeros(1, 64, 64, 64))
     assert plan.bytes.untiled < 4 * net[0].weight.nbytes
+
+
+def test_a_sum_much_larger_than_its_map_is_made_in_one_tile() -> None:
+    """Each tile would have one of its own: the weight's gradient of a linear layer behind a small map."""
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64 * 64, 256))
+    step = fullframe.tile(net, loss=F.mse_loss, budget="2 GB", workers=2)
+    plan = step.plan(torch.randn(8, 1, 64, 64), torch.randn(8, 256))
+    weight = net[3].weight
+    sums = [(s, op) for s in plan.stages for op in s.section.sums if op.output.nbytes >= weight.nbytes]
+    assert sums and all(len(stage.grid) == 1 for stage, _ in sums)

@@ -39,7 +39,7 @@ REPEATS = 3  # times that the room for maps is estimated, which depends on the w
 Known = dict[tuple[Section, int, frozenset[Value] | None], Stage]
 PER_BYTE = 250_000  # operations, at 250 GFLOP/s, in the time in which a disk of a million bytes a second moves a byte
 DEAR = 1.05  # times the price of the arithmetic alone, from which on it may pay to store less on a disk
-NONE = 1 << 62  # bytes: no stage is made alone
+LARGEST = 16 << 20  # bytes of untiled values, from which on copies cost more than a stage made alone
 STREAMS = 3  # tiles in work where maps live in a second tier: one is fetched, one computed, one put back
 
 
@@ -160,7 +160,7 @@ def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
             if over(found.plan) > 0:
                 raise _refusal(min(smallest, found.plan, key=over), request)
             draft, made, request = found.draft, found.plan, replace(request, most=found.most)
-    found = _roomy(_pipelined(graph, draft, request, stages, fixed) or made, request)
+    found = _pipelined(graph, draft, request, stages, fixed) or _roomy(made, request)
     return replace(found, fastest=fastest)
 
 
@@ -181,7 +181,8 @@ def _cloned(
 
 
 def _pipelined(graph: Graph, draft: Draft, request: Request, known: Known, fixed: int) -> Plan | None:
-    """A plan of the same sections with as many in work at once as fit, those of several branches in turns."""
+    """A plan of the same sections with as many in work at once as fit, those of several branches in turns; rather
+    fewer at once than that the C library is to give back all that is free."""
     if request.max_in_flight == 1 and request.split is None:
         return None
     tile_axes = draft.saved.tile_axes
@@ -190,14 +191,18 @@ def _pipelined(graph: Graph, draft: Draft, request: Request, known: Known, fixed
         return not any(tiled(v, tile_axes) for v in (*section.loads, *section.outputs))
 
     draft = replace(draft, stages=interleave(draft.stages, draft.early, draft.kept, draft.sizes, trivial))
-    several = (request.max_in_flight, NONE), (request.max_in_flight // 2, LARGE), (2, LARGE)
+    found: Plan | None = None
+    several = (request.max_in_flight, LARGEST), (request.max_in_flight // 2, LARGE), (2, LARGE)
     # Ranks make one stage after the other. What need not wait for the one before lets them meet less often.
     for max_in_flight, alone in several if request.split is None else ((1, LARGE),):
         ways = replace(request, max_in_flight=max_in_flight, alone=alone)
         made = _finish(graph, draft, ways, known, fixed)
         if made.projected_bytes <= request.budget:
-            return made
-    return None
+            made = _roomy(made, request)
+            if not made.tight:
+                return made
+            found = found or made
+    return found
 
 
 def _roomy(plan: Plan, request: Request) -> Plan:

@@ -20,6 +20,9 @@ LEAST = 1 << 19  # maps smaller than this are not worth cutting,
 DENSE = 1 << 9  # unless so many operations are spent on each byte of them
 
 
+SUMS = 4  # times the bytes of a map: sums that are larger are made in one tile
+
+
 ROWS = 8  # nor are strips of fewer rows, mostly halo,
 # or, where there are many, of fewer than these: wide ones are rather cut along another axis, too
 THICK = 16
@@ -75,6 +78,8 @@ def choose_grid(section: Section, tile_axes: TileAxes, request: Request) -> Grid
     root = _root(section, tile_axes)
     if root is None or _whole(section, tile_axes):
         return Grid()
+    if request.tile is None and any(op.output.nbytes > SUMS * root.nbytes for op in section.sums):
+        return Grid()  # each tile would have such a sum of its own
     axes = [(tile_axis, n) for tile_axis, n in zip(tile_axes[root], root.shape, strict=True) if tile_axis is not None]
     if request.tile is not None:
         return _forced(axes, tile_axes, request)
