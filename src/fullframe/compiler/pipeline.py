@@ -47,7 +47,7 @@ from fullframe.schedule.planner import FIXED, IMPORTS
 from fullframe.schedule.request import Request
 from fullframe.torch_compat import FakeTensorMode, TorchDispatchMode, dispatch_functionalize, fx_traceback, make_fx
 
-# steps that may be in flight: two or three sections of each of two branches, and small ones between
+# stages that may be in flight: some sections of each of a few branches, and small ones between, as weights laid out
 MAX_IN_FLIGHT = 16
 
 

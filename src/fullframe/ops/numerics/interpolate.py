@@ -287,14 +287,17 @@ def wide(spec: Spec) -> bool:
     """
     if spec.mode not in MEANS:
         return False
-    inputs = spec.kernel if spec.mode == "average" else spec.source // spec.target
-    return spec.target * inputs.bit_length() < inputs
+    return _few(spec.target, spec.kernel if spec.mode == "average" else spec.source // spec.target)
 
 
 def widely_read(spec: Spec) -> bool:
     """The same of the transposed map, whose outputs are the inputs."""
-    outputs = spec.target // max(spec.source, 1)
-    return spec.source * outputs.bit_length() < outputs
+    return _few(spec.source, spec.target // max(spec.source, 1))
+
+
+def _few(sums: int, terms: int) -> bool:
+    """Whether so many sums of so many terms are made by fewer calls one after the other, each by halves."""
+    return sums * terms.bit_length() < terms
 
 
 @table
