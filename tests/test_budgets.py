@@ -42,7 +42,7 @@ def test_the_smallest_budget_is_kept_and_needed(make, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5_000, 5_030))
+@pytest.mark.parametrize("seed", [210, *range(5_000, 5_030)])  # 210: long rows, which the library prepares for
 def test_random_networks_keep_their_smallest_budget(seed, tmp_path):
     path = tmp_path / "network.pt"
     try:
