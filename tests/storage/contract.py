@@ -140,6 +140,36 @@ class StoreContract:
             for band in bands[turn:]:
                 assert same(store.fetch(slot, band), whole[box.slices(band)])
 
+    def test_tiles_are_cut_along_both_axes(self):
+        """Put in rows of tiles by two threads, some fetched before their row is there; then fetched with a halo."""
+        (slot,) = slots_of(((2, 3, 40, 36), torch.float32))
+        store = self.make(slot.nbytes)
+        spans = [[(low, min(low + 10, n)) for low in range(0, n, 10)] for n in slot.shape[2:]]
+        tiles = [((image, image + 1), (0, 3), *both) for image in range(2) for both in product(*spans)]
+        halos = [(n, c, *((max(0, a - 2), min(m, b + 2)) for (a, b), m in zip(both, (40, 36), strict=True)))
+                 for n, c, *both in tiles]  # fmt: skip
+        for turn in range(3):
+            store.open(slot)
+            whole = numbers(slot.shape, slot.dtype, self.device)
+
+            def put(k: int, whole: torch.Tensor = whole, turn: int = turn) -> None:
+                store.put(slot, tiles[k], whole[box.slices(tiles[k])])
+                if turn == 1 and k % 3 == 0:  # somebody reads while others are still putting
+                    store.expect(slot, tiles[k])
+                    assert same(store.fetch(slot, tiles[k]), whole[box.slices(tiles[k])])
+
+            def fetch(k: int, whole: torch.Tensor = whole) -> None:
+                for region in (*halos[k + 2 : k + 3], *tiles[k + 1 : k + 2]):
+                    store.expect(slot, region)
+                for region in (halos[k], tiles[k]):
+                    assert same(store.fetch(slot, region), whole[box.slices(region)])
+
+            with ThreadPoolExecutor(2) as threads:
+                list(threads.map(put, range(len(tiles))))
+                list(threads.map(fetch, range(len(tiles))))
+            assert same(store.fetch(slot, box.full(slot.shape)), whole)
+            store.close(slot)
+
     def test_the_place_of_a_closed_slot_is_anothers(self):
         first = Slot(0, PAGE, (1, 2, 8, 8), torch.float32, 4)
         second = Slot(128, PAGE, (31,), torch.int64, 8)

@@ -22,8 +22,8 @@ from test_plan import Residual, gradients
 
 import fullframe
 from fullframe.schedule import planner, tiling
-from fullframe.schedule.plan import arithmetic
-from fullframe.storage import disk, unnamed_file
+from fullframe.schedule.plan import arithmetic, banded
+from fullframe.storage import disk, protocol, unnamed_file
 from fullframe.storage.unnamed_file import disk_folder
 
 GB = 10**9
@@ -210,6 +210,20 @@ def test_what_the_budget_leaves_is_for_reading_ahead(forced):
         assert plan.projected_bytes <= budget + more and plan.bytes.disk
         found.append(plan.bytes.spare)
     assert found[0] == 0 < found[1]
+
+
+def test_bands_are_counted(forced, monkeypatch):
+    """Where maps on a disk are cut along both axes, what is kept of their rows in full width is part of the budget."""
+    net, image, label = case()
+    image, label = image[:1, :, :1, :1].expand(1, 1, 1200, 900), label[:1, :1, :1].expand(1, 1200, 900)
+    found, budget = [], least(net, image, label, tile=60, workers=1) + 80_000_000
+    for run in (1 << 30, 1):
+        monkeypatch.setattr(protocol, "BAND_RUN", run)
+        plan = fullframe.tile(net, loss=loss, budget=budget, disk="1 GB", tile=60, workers=1).plan(image, label)
+        assert plan.projected_bytes <= budget and plan.bytes.disk
+        found.append(plan.bytes.spare)
+        assert (banded(plan, plan.offloaded) > 0) is (run > 1) and found[-1] > banded(plan, plan.offloaded)
+    assert found[0] > found[1]
 
 
 @pytest.mark.rest

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import PAGE, StoreContract
+from contract import PAGE, StoreContract, same, slots_of
 from disks import folder_on_disk
 from test_plan import Residual, gradients
 
@@ -17,7 +17,7 @@ import fullframe
 from fullframe.compiler import pipeline
 from fullframe.ir import region as box
 from fullframe.schedule import tiling
-from fullframe.storage import pool, unnamed_file
+from fullframe.storage import pool, protocol, unnamed_file
 from fullframe.storage.arena import Arena, shaped
 from fullframe.storage.disk import Disk
 from fullframe.storage.in_flight import THREADS
@@ -90,6 +90,40 @@ class TestDiskWithLittleToSpare(StoreContract):
     def make(self, nbytes):
         store = Disk(nbytes, self.device, folder_on_disk())
         store.spare = 2 * THREADS * DISK_BUFFER + 700
+        return store
+
+
+class TestDiskInBands(TestDiskAhead):
+    """All that is cut within a row goes there and comes back in rows of full width."""
+
+    @pytest.fixture(autouse=True)
+    def wide(self, monkeypatch):
+        monkeypatch.setattr(protocol, "BAND_RUN", 1 << 30)
+
+    def test_a_band_is_moved_once(self, monkeypatch):
+        (slot,) = slots_of(((1, 3, 40, 36), torch.float32))
+        store, whole = self.make(slot.nbytes), torch.randn(slot.shape)
+        moved = []
+        for name in ("read", "write"):
+            call = getattr(store.file, name)
+            monkeypatch.setattr(store.file, name, lambda runs, call=call, name=name: (moved.append(name), call(runs)))
+        tiles = [((0, 1), (0, 3), (r, r + 10), (c, c + 6)) for r in range(0, 40, 10) for c in range(0, 36, 6)]
+        store.open(slot)
+        for tile in tiles:
+            store.put(slot, tile, whole[box.slices(tile)])
+        for tile in tiles:
+            assert same(store.fetch(slot, tile), whole[box.slices(tile)])
+        assert sorted(moved) == ["read"] * 4 + ["write"] * 4
+
+
+class TestDiskInFewBands(TestDiskInBands):
+    """There is room for one band at a time, if that."""
+
+    test_a_band_is_moved_once = None
+
+    def make(self, nbytes):
+        store = Disk(nbytes, self.device, folder_on_disk())
+        store.spare = 2 * THREADS * DISK_BUFFER + 5000
         return store
 
 

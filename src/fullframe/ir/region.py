@@ -46,6 +46,11 @@ def union(a: Region, b: Region) -> Region:
     return tuple((min(p[0], q[0]), max(p[1], q[1])) for p, q in zip(a, b, strict=True))
 
 
+def overlap(a: Region, b: Region) -> bool:
+    """Whether two regions of one map have an element in common."""
+    return all(low < stop and start < high for (low, high), (start, stop) in zip(a, b, strict=True))
+
+
 def contains(outer: Region, inner: Region) -> bool:
     """Whether ``outer`` holds ``inner``; an empty ``inner`` is held by anything."""
     if is_empty(inner):

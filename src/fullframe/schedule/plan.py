@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from fullframe.ir import region as box
 from fullframe.ir.graph import Graph, Value
+from fullframe.ir.region import Region
 from fullframe.partition.fusion import FusionGroup, Work, work_of
 from fullframe.partition.sections import Section
 from fullframe.partition.tile_axes import Span, Tile, TileAxes, tiled
@@ -19,7 +20,7 @@ from fullframe.schedule import saved_plan
 from fullframe.schedule.request import LARGE
 from fullframe.schedule.saved_plan import Limits
 from fullframe.schedule.split import Share
-from fullframe.storage.protocol import DEVICE, DISK, HOST, Slot
+from fullframe.storage.protocol import BANDS, DEVICE, DISK, HOST, Slot, band_of
 
 
 @dataclass(frozen=True)
@@ -294,7 +295,7 @@ def halo(plan: Plan, stage: Stage) -> float:
 
 def arithmetic(plan: Plan) -> float:
     """Operations of expensive ops, halo included, as if all tiles were like one from the middle."""
-    return sum((operations(_middle(plan, stage)) * len(stage.grid) for stage in plan.stages), 0.0)
+    return sum((operations(_middle(plan, stage)[0]) * len(stage.grid) for stage in plan.stages), 0.0)
 
 
 POINTWISE = 50  # operations of a convolution that are made in the time of one elsewhere, where memory is the limit
@@ -302,16 +303,16 @@ POINTWISE = 50  # operations of a convolution that are made in the time of one e
 
 def stage_cost(plan: Plan, stage: Stage) -> float:
     """Operations of a stage, halo included; those of cheap ops count as much as the time that they take, about."""
-    works = _middle(plan, stage)
+    works = _middle(plan, stage)[0]
     cheap = sum(box.size(w.region) * (not op.rule.heavy) for w in works for op in (*w.group.ops, *w.group.sums))
     return (operations(works) + POINTWISE * cheap) * len(stage.grid)
 
 
-def _middle(plan: Plan, stage: Stage) -> Sequence[Work]:
-    """What a tile from the middle does."""
+def _middle(plan: Plan, stage: Stage) -> tuple[Sequence[Work], Mapping[Value, Region]]:
+    """What a tile from the middle does, and the regions that it reads."""
     section = stage.section
     tile = stage.grid.tile(tuple((n - 1) // 2 for n in stage.grid.counts()))
-    return work_of(stage.groups, section.saves, frozenset(section.sums), plan.tile_axes, tile)[0]
+    return work_of(stage.groups, section.saves, frozenset(section.sums), plan.tile_axes, tile)
 
 
 def operations(works: Sequence[Work]) -> float:
@@ -335,6 +336,24 @@ def traffic(plan: Plan, there: Collection[Value]) -> Traffic:
             regions = work_of(stage.groups, section.saves, frozenset(section.sums), plan.tile_axes, tile)[1]
             read += count * sum(box.size(regions[v]) * v.itemsize for v in loads if v in regions)
     return Traffic(read, written)
+
+
+def banded(plan: Plan, there: Collection[Value]) -> int:
+    """Bytes of the bands that a stage keeps at most, of maps on a disk that it cuts along both axes."""
+    most = 0
+    for stage in plan.stages:
+        maps = [v for v in (*stage.section.loads, *stage.section.saves) if v in there]
+        if not maps:
+            continue
+        works, regions = _middle(plan, stage)
+        made = {op.output: work.region for work in works for op in work.group.ops}
+        total = 0
+        for v in maps:
+            region = regions.get(v) or made[v]
+            band = band_of(v.shape, region, v.itemsize)
+            total += BANDS * box.size(band) * v.itemsize if band else 0
+        most = max(most, total)
+    return most
 
 
 EDGE = 4  # tiles at each end of an axis of the grid that may be unlike those between them

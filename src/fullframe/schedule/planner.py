@@ -19,7 +19,17 @@ from fullframe.schedule.cost import spent
 from fullframe.schedule.memory import Lifetimes, lifetimes, place, rounded
 from fullframe.schedule.order import interleave, orders
 from fullframe.schedule.placement import spill
-from fullframe.schedule.plan import Bytes, Plan, Stage, arithmetic, bookkeeping, kinds_of, runs_whole, tables_of
+from fullframe.schedule.plan import (
+    Bytes,
+    Plan,
+    Stage,
+    banded,
+    bookkeeping,
+    kinds_of,
+    runs_whole,
+    stage_cost,
+    tables_of,
+)
 from fullframe.schedule.request import LARGE, Request
 from fullframe.schedule.saved_plan import Limits
 from fullframe.schedule.shares import Shares, shares_of
@@ -38,7 +48,7 @@ LITTLE = 0.02  # of all that a step takes: stored maps that are no more are not 
 REPEATS = 3  # times that the room for maps is estimated, which depends on the windows of what is on disk
 Known = dict[tuple[Section, int, frozenset[Value] | None], Stage]
 PER_BYTE = 250_000  # operations, at 250 GFLOP/s, in the time in which a disk of a million bytes a second moves a byte
-DEAR = 1.05  # times the price of the arithmetic alone, from which on it may pay to store less on a disk
+DEAR = 1.05  # times the price of the ops alone, from which on it may pay to store less on a disk
 LARGEST = 16 << 20  # bytes of untiled values, from which on copies cost more than a stage made alone
 STREAMS = 3  # tiles in work where maps live in a second tier: one is fetched, one computed, one put back
 
@@ -89,8 +99,13 @@ def _tiers(request: Request) -> list[Request]:
 
 
 def price(plan: Plan, rate: int) -> float:
-    """What a step costs, in operations: its expensive ops, and the bytes that a disk of this rate moves."""
-    return arithmetic(plan) + PER_BYTE / rate * sum(plan.disk_traffic) if plan.bytes.disk else arithmetic(plan)
+    """What a step costs, in operations: its ops, and the bytes that a disk of this rate moves."""
+    return computed(plan) + (PER_BYTE / rate * sum(plan.disk_traffic) if plan.bytes.disk else 0)
+
+
+def computed(plan: Plan) -> float:
+    """Operations of a step, those of cheap ops as much as the time that they take, about."""
+    return sum((stage_cost(plan, stage) for stage in plan.stages), 0.0)
 
 
 def _plan(graph: Graph, request: Request) -> Plan:
@@ -144,7 +159,7 @@ def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
 
     made, cost = finish(draft, 0), partial(price, rate=request.rate)
     if over(made) <= 0:
-        if made.bytes.disk and cost(made) > DEAR * arithmetic(made):
+        if made.bytes.disk and cost(made) > DEAR * computed(made):
             found = cheapest(graph, draft, finish, over, cost)
             if found is not None and cost(found.plan) < cost(made):
                 draft, made, request = found.draft, found.plan, replace(request, most=found.most)
@@ -264,9 +279,10 @@ def _finish(graph: Graph, draft: Draft, request: Request, known: Known, fixed: i
         return _arranged(graph, draft, request, known, fixed, frozenset())
     lives = draft.lifetimes()
 
-    def spilled(room: int, spare: int = 0) -> Plan:
+    def spilled(room: int, spare: int = 0, bands: bool = False) -> Plan:
         far = spill(draft.stages, lives, maps, room, request.disk)
         made = _arranged(graph, draft, request, known, fixed, far)
+        spare += banded(made, far) if bands else 0
         return replace(made, bytes=replace(made.bytes, spare=spare if far else 0))
 
     if request.host:
@@ -275,8 +291,11 @@ def _finish(graph: Graph, draft: Draft, request: Request, known: Known, fixed: i
     largest = _arranged(graph, draft, request, known, fixed, frozenset(maps))
     room = request.budget - largest.bytes.total
     ahead = largest.bytes.scratch // KEPT + 4 * DISK_BUFFER
-    made = _filled(request, room - ahead, lambda room: spilled(room, ahead))
-    return made if made.bytes.total <= request.budget else _filled(request, room, spilled)
+    for spare, bands in (ahead, True), (ahead, False):
+        made = _filled(request, room - spare, partial(spilled, spare=spare, bands=bands))
+        if made.bytes.total <= request.budget:
+            return made
+    return _filled(request, room, spilled)
 
 
 def _filled(request: Request, room: int, spilled: Callable[[int], Plan]) -> Plan:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from functools import partial
 from math import prod
 
 import torch
@@ -17,8 +18,9 @@ from fullframe.device import CPU, device_of
 from fullframe.ir import region as box
 from fullframe.ir.region import Region
 from fullframe.storage.arena import dense, empty_map
+from fullframe.storage.bands import Bands
 from fullframe.storage.in_flight import THREADS, InFlight
-from fullframe.storage.protocol import DISK_BUFFER, Slot
+from fullframe.storage.protocol import DISK_BUFFER, Slot, band_of, inner
 from fullframe.storage.unnamed_file import Run, UnnamedFile, disk_folder
 
 SHORT = 4096  # bytes of a run below which more is read than is asked for,
@@ -40,18 +42,24 @@ class Disk:
         self.fetched = self.stored = 0  # bytes of regions so far
         self._lock = threading.Lock()
         self._in_flight: InFlight | None = None
+        self._bands: Bands | None = None
 
     def open(self, slot: Slot) -> None:
         """As `Store.open`."""
-        if self._in_flight is not None:
+        if self._under_way() is not None:
+            assert self._in_flight is not None and self._bands is not None
             self._in_flight.forget(slot)
             self._in_flight.settle(slot)  # or what is under way to its bytes would come later than its own
+            self._bands.open(slot)
 
     def expect(self, slot: Slot, region: Region) -> None:
         """As `Store.expect`."""
         nbytes = box.size(region) * slot.itemsize
         in_flight = self._under_way() if nbytes else None
-        if in_flight is not None:
+        if in_flight is not None and self._bands is not None:
+            band = band_of(slot.shape, region, slot.itemsize)
+            if self._bands.unsettled(slot) or (band is not None and self._bands.expect(slot, band)):
+                return
             file = self.file
             in_flight.read(slot, region, nbytes, self._allowed, lambda: _fetched(file, slot, region))
 
@@ -59,8 +67,9 @@ class Disk:
         """As `Store.fetch`: a copy, channels innermost for images and volumes."""
         self.file.check_owner()
         made = None
-        if self._in_flight is not None:
-            made = self._in_flight.found(slot, region)
+        if self._in_flight is not None and self._bands is not None:
+            made = self._bands.fetch(slot, band_of(slot.shape, region, slot.itemsize), region)
+            made = self._in_flight.found(slot, region) if made is None else made
             if made is None:
                 self._in_flight.settle(slot, region)
         made = _fetched(self.file, slot, region) if made is None else made
@@ -76,18 +85,28 @@ class Disk:
         if in_flight is not None:
             in_flight.forget(slot)
             in_flight.settle(slot, region)
+        band = band_of(slot.shape, region, slot.itemsize)
+        if self._bands is not None and self._bands.put(slot, band, region, window):
+            self._count(window)
+            return
         if in_flight is not None and window.numel() and in_flight.reserved(window.nbytes, self._allowed):
             file, kept = self.file, empty_map(window.shape, window.dtype, CPU).copy_(window)
             in_flight.write(slot, region, window.nbytes, lambda: _put(file, slot, region, kept))
         else:
             _put(self.file, slot, region, window)
-        with self._lock:
-            self.stored += window.nbytes
+        if self._bands is not None:
+            self._bands.wrote(slot, window)
+        self._count(window)
 
     def close(self, slot: Slot) -> None:
         """As `Store.close`."""
-        if self._in_flight is not None:
+        if self._in_flight is not None and self._bands is not None:
             self._in_flight.forget(slot)
+            self._bands.close(slot)
+
+    def _count(self, window: torch.Tensor) -> None:
+        with self._lock:
+            self.stored += window.nbytes
 
     def release(self) -> None:
         """As `Store.release`: its file is gone."""
@@ -105,7 +124,12 @@ class Disk:
         if self._allowed <= 0 or self._in_flight is not None:
             return self._in_flight
         with self._lock:
-            self._in_flight = self._in_flight or InFlight()
+            if self._in_flight is None:
+                file = self.file
+                moves = partial(_fetched, file), partial(_put, file)
+                in_flight = InFlight()
+                self._bands = Bands(in_flight, lambda: self._allowed, *moves)
+                self._in_flight = in_flight
             return self._in_flight
 
 
@@ -133,15 +157,9 @@ def _put(file: UnnamedFile, slot: Slot, region: Region, window: torch.Tensor) ->
         file.write(list(_runs(slot, part, piece.data_ptr())))
 
 
-def _inner(shape: tuple[int, ...]) -> list[int]:
-    """Axes in the order in which they lie, the outermost first."""
-    axes = list(range(len(shape)))
-    return [axes[0], *axes[2:], 1] if len(axes) in (4, 5) else axes
-
-
 def _runs(slot: Slot, region: Region, address: int) -> Iterator[Run]:
     """The runs of bytes of a region in the order of the file; in memory they follow each other from an address on."""
-    axes = _inner(slot.shape)
+    axes = inner(len(slot.shape))
     sizes, spans = [slot.shape[a] for a in axes], [region[a] for a in axes]
     nbytes = prod(high - low for low, high in spans) * slot.itemsize
     if not nbytes:
@@ -166,7 +184,7 @@ def _widened(slot: Slot, region: Region) -> Region:
     """The region with those of its inner axes in full whose parts would be very short runs: channels of many."""
     spans = list(region)
     run = slot.itemsize
-    for axis in reversed(_inner(slot.shape)):
+    for axis in reversed(inner(len(slot.shape))):
         low, high = region[axis]
         run *= high - low
         if run >= SHORT or (high - low) * WIDER < slot.shape[axis]:
@@ -179,7 +197,7 @@ def _widened(slot: Slot, region: Region) -> Region:
 def _parts(region: Region, itemsize: int) -> Iterator[Region]:
     """A region as parts in the order of the file, each of no more than a buffer's bytes where one row is not."""
     nbytes = box.size(region) * itemsize
-    axes = [a for a in _inner(box.shape_of(region)) if region[a][1] - region[a][0] > 1]
+    axes = [a for a in inner(len(region)) if region[a][1] - region[a][0] > 1]
     if nbytes <= DISK_BUFFER or not axes:
         yield region
         return

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from fullframe.ir import region as box
 from fullframe.ir.region import Region
 from fullframe.storage.protocol import Slot
 
@@ -64,6 +65,11 @@ class InFlight:
         with self._lock:
             if (slot, region) in self._reads or not self.reserved(nbytes, allowed):
                 return
+            self._reads[slot, region] = _Read(nbytes, self.after(slot, region, work))
+
+    def after(self, slot: Slot, region: Region, work: Callable[[], torch.Tensor]) -> Future[torch.Tensor]:
+        """Begin a read, for which bytes are reserved, after the writes that it overlaps."""
+        with self._lock:
             before = self._overlapping(slot, region)
 
             def made() -> torch.Tensor:
@@ -71,7 +77,7 @@ class InFlight:
                     write.result()
                 return work()
 
-            self._reads[slot, region] = _Read(nbytes, self._threads.submit(made))
+            return self._threads.submit(made)
 
     def found(self, slot: Slot, region: Region) -> torch.Tensor | None:
         """What was read ahead of this region, once; None where nothing was."""
@@ -82,7 +88,7 @@ class InFlight:
         try:
             return read.done.result()
         finally:
-            self._give_back(read.nbytes)
+            self.give_back(read.nbytes)
 
     def settle(self, slot: Slot, region: Region | None = None) -> None:
         """Wait for the writes that overlap a region; those to any of a slot's bytes, whoever's, where none is given.
@@ -98,7 +104,7 @@ class InFlight:
             for key in [key for key in self._reads if key[0] is slot]:
                 read = self._reads.pop(key)
                 read.done.cancel()
-                self._give_back(read.nbytes)
+                self.give_back(read.nbytes)
 
     def stop(self) -> None:
         """Begin nothing more, and wait for what has begun."""
@@ -107,22 +113,19 @@ class InFlight:
     def _overlapping(self, slot: Slot, region: Region | None) -> list[Future[None]]:
         with self._lock:
             if region is not None:
-                return [w.done for w in self._writes if w.slot is slot and _overlap(w.region, region)]
+                return [w.done for w in self._writes if w.slot is slot and box.overlap(w.region, region)]
             stop = slot.offset + slot.nbytes
             near = (w for w in self._writes if w.slot.offset < stop)
             return [w.done for w in near if slot.offset < w.slot.offset + w.slot.nbytes]
 
-    def _give_back(self, nbytes: int) -> None:
+    def give_back(self, nbytes: int) -> None:
+        """So many bytes are no longer taken."""
         with self._lock:
             self._taken -= nbytes
 
     def _finished(self, done: Future[None], nbytes: int) -> None:
         error = None if done.cancelled() else done.exception()
         with self._lock:
-            self._give_back(nbytes)
+            self.give_back(nbytes)
             self._writes = [w for w in self._writes if w.done is not done]
             self._failed = self._failed or error
-
-
-def _overlap(a: Region, b: Region) -> bool:
-    return all(low < stop and start < high for (low, high), (start, stop) in zip(a, b, strict=True))

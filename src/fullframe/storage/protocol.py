@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Protocol
 
+from fullframe.ir import region as box
 from fullframe.ir.region import Region
 
 if TYPE_CHECKING:
@@ -20,6 +21,35 @@ DEVICE, HOST, DISK = "device", "host", "disk"
 """The names of the memories that there are: the device's own, that of the processor beside it, and a disk."""
 DISK_BUFFER = 1 << 20
 """Bytes by which each thread reads and writes maps on a disk."""
+
+BAND_RUN = 1 << 16
+"""Bytes of a run of a tile's part of a map on a disk, below which the part is moved within a band."""
+BANDS = 2
+"""Bands of a map that are kept at once: tiles of one row of tiles are not done when the next row begins."""
+
+
+def inner(rank: int) -> list[int]:
+    """Axes of a map of this rank in the order in which they lie, the outermost first: channels are innermost where
+    there are two or three spatial axes."""
+    axes = list(range(rank))
+    return [axes[0], *axes[2:], 1] if rank in (4, 5) else axes
+
+
+def band_of(shape: tuple[int, ...], region: Region, itemsize: int) -> Region | None:
+    """The rows of a region in full width, where its own runs of bytes would be short; None where they are not."""
+    axes, run = inner(len(shape)), itemsize
+    spans = list(region)
+    for position, axis in reversed([*enumerate(axes)]):
+        low, high = region[axis]
+        run *= high - low
+        if high - low == shape[axis]:
+            continue
+        if run >= BAND_RUN or position <= 1 or len(axes) < 4:
+            break
+        spans[axis] = (0, shape[axis])
+        run = run // max(1, high - low) * shape[axis]
+    found = tuple(spans)
+    return None if found == region or box.is_empty(region) else found
 
 
 @dataclass(frozen=True, eq=False)
