@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from fuzzing import PLENTY, away, judged
+from fuzz_plans import PLENTY, away
+from fuzzing import judged
 from randomnets import draw
 from test_plan import Residual
 from torch import nn

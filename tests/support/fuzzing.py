@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fuzz_plans import PLENTY, abreast, away, in_bands, on_disk
 from randomnets import Case, draw
 from torch import nn
 from torch.utils import _pytree as pytree
 
 import fullframe
-from fullframe.compiler.pipeline import MAX_IN_FLIGHT, request_for
+from fullframe.compiler.pipeline import request_for
 from fullframe.compiler.program import Program
 from fullframe.frontend.inputs import Call
-from fullframe.ir.graph import Graph
 from fullframe.oracle import drawn
 from fullframe.runtime import executor
 from fullframe.runtime import fused as fused
@@ -41,7 +41,6 @@ TOLERANCE = 1e-9
 NOISE = 1e-14  # relative change of every weight that an oracle has to bear
 DRAWS = 6  # of that change, where a network is to be found wrong
 MARGIN = 30  # and how far beyond its effect a difference is wrong all the same
-PLENTY = 1 << 40
 FLOOR = 1e-6  # of numbers that are all zero but for rounding, as the mean of what a norm made
 OUTCOMES = ("right", "wrong", "refused", "ill-conditioned", "PyTorch wrong")
 Results = dict[str, dict[str, "torch.Tensor | None"]]
@@ -64,6 +63,7 @@ class Record:
     whole: list[str] = field(default_factory=list)
     recorded: int = 0  # classes of tiles that ran from what was noted of them
     replayed: int = 0  # steps that ran outside of Python
+    spilled: int = 0  # maps that lay on a disk in one of its plans
 
 
 # One step, either way ------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def planned(case: Case) -> tuple[Tiled, Any, Program, planner.Request]:
     if case.tight < 1:
         request = replace(request, budget=budget)
         program = replace(program, plan=planner.plan(program.graph, request))
-    return step, (program.reads, call.key(program.reads), program.answers), program, request
+    return step, _key(call, program), program, request
 
 
 # One network ---------------------------------------------------------------------------------------
@@ -329,17 +329,21 @@ def _tiled_sides(case: Case, state: State, expected: Results, record: Record) ->
         if worst > _order(case):
             record.outcome, record.detail = "wrong", f"two workers give other bits: {worst:.2g} at {where}"
     elif record.seed % 3 == 1:
-        programs[key] = replace(program, plan=away(program.graph, request))
-        worst, where = worst_of(found, run_steps(case, state, tiled_run(case, step)))
-        if not worst <= TOLERANCE:
-            bad = not worst <= MARGIN * _own(case, state, expected)
-            record.outcome = "wrong" if bad else "ill-conditioned"
-            record.detail = f"maps in the second tier differ: {worst:.2g} at {where}"
+        for tier, made in (("the second tier", away), ("a disk", on_disk)):
+            programs[key] = replace(program, plan=made(program.graph, request))
+            record.spilled = len(programs[key].plan.offloaded)
+            with in_bands(record.seed % 2 == 0):
+                worst, where = worst_of(found, run_steps(case, state, tiled_run(case, step)))
+            if not worst <= TOLERANCE:
+                bad = not worst <= MARGIN * _own(case, state, expected)
+                record.outcome = "wrong" if bad else "ill-conditioned"
+                record.detail = f"maps in {tier} differ: {worst:.2g} at {where}"
+                return
 
 
 def _key(call: Call, program: Program) -> Any:
     call.take_snapshot(program.reads)
-    return program.reads, call.key(program.reads)
+    return program.reads, call.key(program.reads), program.answers
 
 
 def _own(case: Case, state: State, expected: Results) -> float:
@@ -382,16 +386,6 @@ def _order(case: Case) -> float:
     return 1e-12 if any(p.is_cuda for p in case.net.parameters()) else 0.0
 
 
-def abreast(graph: Graph, request: planner.Request) -> fullframe.Plan:
-    """A plan of which several steps may be in work at the same time, if the budget has room for that."""
-    return planner.plan(graph, replace(request, max_in_flight=MAX_IN_FLIGHT))
-
-
-def away(graph: Graph, request: planner.Request) -> fullframe.Plan:
-    """A plan whose stored maps live in the second tier, whether they would fit in the first or not."""
-    return planner._plan(graph, replace(request, budget=PLENTY, host=PLENTY, workers=planner.STREAMS))
-
-
 # Many networks -------------------------------------------------------------------------------------
 
 
@@ -418,6 +412,9 @@ class Tally:
         replayed = sum(r.replayed for r in self.records)
         lines += [
             f"  of {len(recorded)} networks {sum(recorded)} classes of tiles ran from bytecode, and {replayed} steps outside of Python"
+        ]
+        lines += [
+            f"  of {sum(r.spilled > 0 for r in self.records)} networks {sum(r.spilled for r in self.records)} maps lay on a disk"
         ]
         lines += [f"  refused {n}: {why}" for why, n in Counter(r.detail for r in self.of("refused")).most_common()]
         lines += [f"  run whole {n}: {op}" for op, n in self.whole().most_common()]

@@ -15,7 +15,7 @@ from fullframe.ir.graph import Graph, Value
 from fullframe.ir.region import Region
 from fullframe.partition.fusion import FusionGroup, Work, work_of
 from fullframe.partition.sections import Section
-from fullframe.partition.tile_axes import Span, Tile, TileAxes, tiled
+from fullframe.partition.tile_axes import Span, Tile, TileAxes, own_region, tiled
 from fullframe.schedule import saved_plan
 from fullframe.schedule.request import LARGE
 from fullframe.schedule.saved_plan import Limits
@@ -311,8 +311,11 @@ def stage_cost(plan: Plan, stage: Stage) -> float:
 def _middle(plan: Plan, stage: Stage) -> tuple[Sequence[Work], Mapping[Value, Region]]:
     """What a tile from the middle does, and the regions that it reads."""
     section = stage.section
-    tile = stage.grid.tile(tuple((n - 1) // 2 for n in stage.grid.counts()))
-    return work_of(stage.groups, section.saves, frozenset(section.sums), plan.tile_axes, tile)
+    return work_of(stage.groups, section.saves, frozenset(section.sums), plan.tile_axes, _middle_tile(stage))
+
+
+def _middle_tile(stage: Stage) -> Tile:
+    return stage.grid.tile(tuple((n - 1) // 2 for n in stage.grid.counts()))
 
 
 def operations(works: Sequence[Work]) -> float:
@@ -342,17 +345,13 @@ def banded(plan: Plan, there: Collection[Value]) -> int:
     """Bytes of the bands that a stage keeps at most, of maps on a disk that it cuts along both axes."""
     most = 0
     for stage in plan.stages:
-        maps = [v for v in (*stage.section.loads, *stage.section.saves) if v in there]
-        if not maps:
-            continue
-        works, regions = _middle(plan, stage)
-        made = {op.output: work.region for work in works for op in work.group.ops}
-        total = 0
-        for v in maps:
-            region = regions.get(v) or made[v]
-            band = band_of(v.shape, region, v.itemsize)
-            total += BANDS * box.size(band) * v.itemsize if band else 0
-        most = max(most, total)
+        moved = [v for v in (*stage.section.loads, *stage.section.saves) if v in there]
+        if moved:
+            read, tile = _middle(plan, stage)[1], _middle_tile(stage)
+            parts = {v: own_region(v, plan.tile_axes, tile) for v in stage.section.saves}
+            parts |= {v: read[v] for v in stage.section.loads if v in read}
+            bands = ((v, band_of(v.shape, parts[v], v.itemsize)) for v in moved if v in parts)
+            most = max(most, sum(BANDS * box.size(band) * v.itemsize for v, band in bands if band))
     return most
 
 

@@ -1,0 +1,39 @@
+"""Plans of a random network other than its own: of many stages at once, and with maps in other memories."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import fullframe
+from fullframe.compiler.pipeline import MAX_IN_FLIGHT
+from fullframe.ir.graph import Graph
+from fullframe.schedule import planner
+from fullframe.storage import protocol
+
+PLENTY = 1 << 40
+ROOM = 32 << 20  # bytes for what is read ahead and written behind
+
+
+def abreast(graph: Graph, request: planner.Request) -> fullframe.Plan:
+    """A plan of which several steps may be in work at the same time, if the budget has room for that."""
+    return planner.plan(graph, replace(request, max_in_flight=MAX_IN_FLIGHT))
+
+
+def away(graph: Graph, request: planner.Request) -> fullframe.Plan:
+    """A plan whose stored maps live in the second tier, whether they would fit in the first or not."""
+    return planner._plan(graph, replace(request, budget=PLENTY, host=PLENTY, workers=planner.STREAMS))
+
+
+def on_disk(graph: Graph, request: planner.Request) -> fullframe.Plan:
+    """A plan whose stored maps live on a disk, whether they would fit in memory or not, with room to read ahead."""
+    everything = mock.patch.object(planner, "spill", lambda stages, lives, maps, room, limit: frozenset(maps))
+    with everything, mock.patch.object(planner, "PER_BYTE", 0):
+        found = planner._plan(graph, replace(request, budget=PLENTY, disk=PLENTY, workers=2))
+    return replace(found, bytes=replace(found.bytes, spare=ROOM if found.bytes.disk else 0))
+
+
+def in_bands(all_of_them: bool) -> Any:
+    """What is cut within a row is moved in rows of full width, however long its own runs are."""
+    return mock.patch.object(protocol, "BAND_RUN", 1 << 30 if all_of_them else protocol.BAND_RUN)
