@@ -35,5 +35,5 @@ def on_disk(graph: Graph, request: planner.Request) -> fullframe.Plan:
 
 
 def in_bands(all_of_them: bool) -> Any:
-    """What is cut within a row is moved in rows of full width, however long its own runs are."""
-    return mock.patch.object(protocol, "BAND_RUN", 1 << 30 if all_of_them else protocol.BAND_RUN)
+    """What is cut within a row is moved in rows of full width, however long its own runs are; or nothing is."""
+    return mock.patch.object(protocol, "BAND_RUN", 1 << 30 if all_of_them else 0)

@@ -75,6 +75,8 @@ class InFlight:
             def made() -> torch.Tensor:
                 for write in before:
                     write.result()
+                if self._failed is not None:  # what is read may be what was not written
+                    raise self._failed
                 return work()
 
             return self._threads.submit(made)
