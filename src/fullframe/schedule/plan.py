@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -72,7 +72,7 @@ class Stage:
     """One section with its tiles, and the stored values that are not needed after it. ``window``: bytes of windows of
     a tile; ``sums``: bytes of sums in progress; ``reversed``: whether the last tile is made first; ``kinds``: how
     many of its tiles are unlike each other, about, so that each has a task of its own; ``tables``: bytes of the
-    numbers that its ops keep for them."""
+    numbers that its ops keep for them, each kept once in a plan."""
 
     section: Section
     groups: tuple[FusionGroup, ...]
@@ -83,7 +83,7 @@ class Stage:
     parallel: bool
     reversed: bool = False
     kinds: int = 1
-    tables: int = 0
+    tables: Mapping[Hashable, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -387,17 +387,19 @@ def kinds_of(section: Section, groups: Sequence[FusionGroup], tile_axes: TileAxe
     return prod(min(n, UNLIKE) if along else n for n, along in zip(counts, whole, strict=True))
 
 
-def tables_of(section: Section, groups: Sequence[FusionGroup], tile_axes: TileAxes, grid: Grid) -> int:
-    """Bytes of the tables that the ops of a stage keep, as if all tiles were like one from the middle."""
+def tables_of(
+    section: Section, groups: Sequence[FusionGroup], tile_axes: TileAxes, grid: Grid
+) -> Mapping[Hashable, int]:
+    """Bytes of each table that the ops of a stage keep, as if all tiles were like one from the middle."""
     counts = grid.counts()
     tile = grid.tile(tuple((n - 1) // 2 for n in counts))
     pieces = {tile_axis: n for (tile_axis, _, _), n in zip(grid.axes, counts, strict=True)}
-    total = 0
+    found: dict[Hashable, int] = {}
     for work in work_of(groups, section.saves, frozenset(section.sums), tile_axes, tile)[0]:
         for op in work.group.ops:
             cut = [1 if axis is None else pieces.get(axis, 1) for axis in tile_axes[op.output]]
-            total += op.rule.kept(op, work.region, cut)
-    return total
+            found |= op.rule.kept(op, work.region, cut)
+    return found
 
 
 KEPT = 1 << 14  # tiles of a plan that are scheduled outside of Python in any case, and tasks that are kept;
@@ -409,8 +411,10 @@ TASK = 16 << 10  # and of a task, about
 def bookkeeping(stages: Sequence[Stage]) -> int:
     """Bytes of the tasks and the bytecode of a plan, of what is scheduled, and of tables."""
     tasks, kinds = 0, 0
+    tables: dict[Hashable, int] = {}  # stages share them
     for stage in stages:
+        tables |= stage.tables
         kept = min(stage.kinds, KEPT - kinds)
         kinds += kept
         tasks += kept * (1 + len(stage.groups)) * JOB
-    return tasks + NBYTES * min(KEPT, sum(len(s.grid) for s in stages)) + sum(s.tables for s in stages)
+    return tasks + NBYTES * min(KEPT, sum(len(s.grid) for s in stages)) + sum(tables.values())

@@ -6,7 +6,7 @@ of one spatial axis is (kernel, stride, padding, dilation).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -118,13 +118,16 @@ class Conv(BaseRule):
         weight = op.inputs[1]
         return not suits(weight.shape, weight.dtype, op.args[6])
 
-    def kept(self, op: Op, region: Region, pieces: Sequence[int]) -> int:
+    def kept(self, op: Op, region: Region, pieces: Sequence[int]) -> Mapping[Hashable, int]:
         """What the library prepares once for each size of window, and remembers (measured of oneDNN 3.12)."""
         *rows, row = self.axes(op)
         if not self.calls(op) or op.inputs[0].itemsize == 8 or all(a.kernel == 1 for a in (*rows, row)):
-            return 0
+            return {}
+        unlike = [min(n, WIDTHS) for n in pieces[2:]]
         low, high = region[-1]
-        return COLUMN * (high - low) * min(2, prod(a.kernel for a in rows)) * prod(min(n, WIDTHS) for n in pieces[2:])
+        nbytes = COLUMN * (high - low) * min(2, prod(a.kernel for a in rows)) * prod(unlike)
+        shapes = (box.shape_of(region), op.inputs[1].shape, op.inputs[0].itemsize, *unlike)
+        return {(self.kind, str(op.args), shapes): nbytes}
 
 
 class Winograd(Conv):

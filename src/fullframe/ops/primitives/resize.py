@@ -6,7 +6,7 @@ gives the same numbers (whole factors), it is called and its result cropped: it 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -146,15 +146,17 @@ class Resample(Aligned):
             return 0
         return (high - low) * max(len(interpolate.taps_at(spec, k)) for k in _some(low, high))
 
-    def kept(self, op: Op, region: Region, pieces: Sequence[int]) -> int:
-        total, item = 0, 8 + max(4, op.inputs[0].itemsize)  # of a place and a weight
+    def kept(self, op: Op, region: Region, pieces: Sequence[int]) -> Mapping[Hashable, int]:
+        found: dict[Hashable, int] = {}
+        item = 8 + max(4, op.inputs[0].itemsize)  # of a place and a weight
         if self.by_kernel(op):
-            return 0
+            return found
         for axis, spec in enumerate(op.args[1], self.lead(op)):
             low, high = region[axis]
             if high > low and not self.skips(spec):
-                total += pieces[axis] * (item * self.taps(spec, low, high) + TENSOR)
-        return total
+                nbytes = pieces[axis] * (item * self.taps(spec, low, high) + TENSOR)
+                found[self.kind, spec, high - low, pieces[axis], item] = nbytes
+        return found
 
     def cost(self, op: Op, elements: int) -> int:
         return 8 * elements

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -56,10 +56,10 @@ class BaseRule:
         """A copy of all that it reads and makes, as of another layout; the ops that move numbers make none."""
         return 0 if self.kind == "layout" else nbytes_of(op, self.footprint(op, region)) + made_of(op, region)
 
-    def kept(self, op: Op, region: Region, pieces: Sequence[int]) -> int:
+    def kept(self, op: Op, region: Region, pieces: Sequence[int]) -> Mapping[Hashable, int]:
         """Bytes of tables that stay when its tiles are made: as many unlike each other along each axis of the output
-        as it is cut into ``pieces``, each of about a ``region``."""
-        return 0
+        as it is cut into ``pieces``, each of about a ``region``. What has one key is kept once, whoever asks."""
+        return {}
 
     def selects(self, op: Op) -> bool:
         return False
