@@ -17,6 +17,7 @@ MORE = {"check.check": 1, "native.weight_gradient.weight_grad": 1, "tiled.tile":
 # Folders and modules that may say `Any`, each with what it meets there that has no type.
 ANY = {
     "autograd": "the contexts of torch's autograd functions, and what a caller's module returns",
+    "bytecode.calls": "calls as torch's dispatcher hands them on",
     "bytecode.recorder": "calls as torch's dispatcher hands them on",
     "capture": "calls as torch's modes hand them on, and objects of the caller's modules",
     "check": "inputs, targets and outputs of the caller's",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import fullframe
 from fullframe import torch_compat
 from fullframe.bytecode.libtorch import bytecode_available
-from fullframe.bytecode.recorder import Recorder
+from fullframe.bytecode.recorder import WORKSPACE, Recorder
 from fullframe.codegen.group import Group, Operand, Reduction, Ref
 from fullframe.codegen.kernel import build
 
@@ -54,6 +54,22 @@ def test_a_table_is_not_taken_for_what_was_where_it_lies() -> None:
     assert bytecode is not None
     again = bytecode.run([0, x.data_ptr()])
     assert again is not None and torch.equal(again[0], made)
+
+
+def test_new_arrays_lie_in_one_workspace_where_others_were() -> None:
+    x = torch.randn(100, 100)
+    recorder = Recorder([torch.empty(0), x])
+    made = x
+    with torch.no_grad(), recorder:
+        for _ in range(10):
+            made = F.pad(made, (1, 0, 1, 0))
+    bytecode = recorder.finish([made])
+    assert bytecode is not None
+    code, nbytes = bytecode.words[:2]
+    assert code == WORKSPACE and nbytes <= 2 * made.nbytes + 128
+    for _ in range(2):
+        again = bytecode.run([0, x.data_ptr()])
+        assert again is not None and torch.equal(again[0], made)
 
 
 def _packed(*shape):

@@ -4,6 +4,7 @@
 // caller gives, then what the instructions make. A view is a place with type, extents and strides, as the library
 // wants them. The library is reached through the C functions that it keeps stable, whose addresses the caller gives.
 
+#include <atomic>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -32,8 +33,41 @@ struct Library {
 typedef int (*Kernel)(const int64_t *geometry, void *const *tensors, double *partials);
 typedef int (*Own)(const int64_t *words, void *const *tensors);
 
-enum Code { END, KERNEL, NEW, DROP, CALL, COPY, ADD, OWN, KEPT, PLUS, CLEAR };
+enum Code { END, KERNEL, NEW, DROP, CALL, COPY, ADD, OWN, KEPT, PLUS, CLEAR, WORKSPACE };
 enum Argument { PLAIN, TENSOR, LIST, OPTIONAL, STRING };
+
+// Where tiles have what they make on the way, kept from tile to tile: what the C library is given back and asked for
+// again comes from the system page by page where it may keep little. Each begins with its size.
+static std::atomic<char *> workspaces[64];
+constexpr int64_t HEAD = 64;
+
+static char *take_workspace(int64_t bytes) {
+    for (auto &kept : workspaces) {
+        char *block = kept.exchange(nullptr);
+        if (!block) continue;
+        const int64_t size = *(int64_t *)block;
+        if (bytes <= size && size <= bytes + bytes / 4 + (1 << 20)) return block;
+        free(block);  // another stage's: together they would be more than is counted
+        break;
+    }
+    void *block = nullptr;
+    if (posix_memalign(&block, HEAD, HEAD + bytes)) return nullptr;
+    *(int64_t *)block = bytes;
+    return (char *)block;
+}
+
+static void keep_workspace(char *block) {
+    for (auto &kept : workspaces) {
+        char *none = nullptr;
+        if (kept.compare_exchange_strong(none, block)) return;
+    }
+    free(block);
+}
+
+// Gives back those that no tile has.
+extern "C" void fullframe_release() {
+    for (auto &kept : workspaces) free(kept.exchange(nullptr));
+}
 
 struct Slot {
     char *at;
@@ -45,7 +79,11 @@ struct Frame {
     const int64_t *next;
     Slot *slots;
     const Library &library;
+    char *workspace = nullptr;
 
+    ~Frame() {
+        if (workspace) keep_workspace(workspace);
+    }
     int64_t take() { return *next++; }
     char *place() {
         const int64_t slot = take(), offset = take();
@@ -173,11 +211,28 @@ struct Wide {  // an element of sixteen bytes
     uint64_t halves[2];
 };
 
+// Rows of so many bytes, which the compiler knows: the few channels of each pixel.
+template <int64_t BYTES>
+static void copy_rows(char *to, const char *from, const Plane &p) {
+    for (int64_t row = 0; row < p.rows; row++, to += p.to_row, from += p.from_row) memcpy(to, from, BYTES);
+}
+
 template <typename T>
 static void copy_plane(char *to, const char *from, const Plane &p) {
+    if (p.to_step == sizeof(T) && p.from_step == sizeof(T)) {
+        const int64_t bytes = p.count * sizeof(T);
+        switch (bytes) {
+        case 8: return copy_rows<8>(to, from, p);
+        case 16: return copy_rows<16>(to, from, p);
+        case 32: return copy_rows<32>(to, from, p);
+        case 64: return copy_rows<64>(to, from, p);
+        case 128: return copy_rows<128>(to, from, p);
+        }
+        for (int64_t row = 0; row < p.rows; row++, to += p.to_row, from += p.from_row) memcpy(to, from, bytes);
+        return;
+    }
     for (int64_t row = 0; row < p.rows; row++, to += p.to_row, from += p.from_row)
-        if (p.to_step == sizeof(T) && p.from_step == sizeof(T)) memcpy(to, from, p.count * sizeof(T));
-        else for (int64_t k = 0; k < p.count; k++) memcpy(to + k * p.to_step, from + k * p.from_step, sizeof(T));
+        for (int64_t k = 0; k < p.count; k++) memcpy(to + k * p.to_step, from + k * p.from_step, sizeof(T));
 }
 
 static void copy(Frame &frame) {
@@ -239,14 +294,17 @@ static bool execute(Frame &frame, int64_t code) {
     case KERNEL: return kernel(frame);
     case NEW: {
         const int64_t slot = frame.take(), bytes = frame.take(), size = frame.take(), pattern = frame.take();
+        const int64_t offset = frame.take();  // in the workspace; less than 0 for a block of its own
         void *block = nullptr;
-        if (posix_memalign(&block, 64, bytes ? bytes : 1)) return false;
-        if (size && !pattern) memset(block, 0, bytes);
+        if (offset < 0 && posix_memalign(&block, 64, bytes ? bytes : 1)) return false;
+        char *at = block ? (char *)block : frame.workspace + HEAD + offset;
+        if (size && !pattern) memset(at, 0, bytes);
         else if (size)
-            for (int64_t k = 0; k < bytes; k += size) memcpy((char *)block + k, &pattern, size);
-        frame.slots[slot] = {(char *)block, nullptr, block};
+            for (int64_t k = 0; k < bytes; k += size) memcpy(at + k, &pattern, size);
+        frame.slots[slot] = {at, nullptr, block};
         return true;
     }
+    case WORKSPACE: return (frame.workspace = take_workspace(frame.take())) != nullptr;
     case KEPT: {
         const int64_t slot = frame.take();
         frame.slots[slot] = {(char *)frame.take(), nullptr, nullptr};

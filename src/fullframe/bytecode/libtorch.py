@@ -41,6 +41,7 @@ class Entries(NamedTuple):
     scheduler_run: Callable[..., int]
     scheduler_fail: Callable[..., int]
     scheduler_delete: Callable[..., int]
+    release: Callable[..., int]
     library: ctypes.Array[ctypes.c_void_p]
 
 
@@ -60,10 +61,17 @@ def entries() -> Entries | None:
     except (compiler.BuildError, OSError, AttributeError) as error:
         fall_back(f"tiles are not replayed from bytecode, each runs op by op in Python, which is slower: {error}")
         return None
-    interpret, new, run, fail, delete = made
+    interpret, new, run, fail, delete, give_back = made
     new.restype = ctypes.c_void_p  # type: ignore[attr-defined]
     addresses = (ctypes.c_void_p * len(named))(*(ctypes.cast(f, ctypes.c_void_p) for f in named))
-    return Entries(interpret, new, run, fail, delete, addresses)
+    return Entries(interpret, new, run, fail, delete, give_back, addresses)
+
+
+def release() -> None:
+    """Give back the workspaces of tiles that are done."""
+    found = entries()
+    if found is not None:
+        found.release()
 
 
 def _torch() -> ctypes.CDLL:

@@ -20,15 +20,18 @@ from typing import Any
 import torch
 
 from fullframe import torch_compat
+from fullframe.bytecode.calls import flat, looks, memory_of, plain
 from fullframe.bytecode.libtorch import FORMATS, codes
 from fullframe.bytecode.program import Bytecode, Result
 from fullframe.codegen.group import Call
 from fullframe.codegen.kernel import HostCall, Kernel, Plain
 from fullframe.codegen.loop_layout import contiguous, merged
+from fullframe.storage.packing import Piece, pack
 from fullframe.torch_compat import TorchDispatchMode, pop_mode, push_mode, pytree
 
-END, KERNEL, NEW, DROP, CALL, COPY, ADD, OWN, KEPT, PLUS, CLEAR = range(11)
+END, KERNEL, NEW, DROP, CALL, COPY, ADD, OWN, KEPT, PLUS, CLEAR, WORKSPACE = range(12)
 PLAIN, TENSOR, LIST, OPTIONAL, STRING = range(5)  # what an argument of a call is
+ALIGN = 64  # bytes of the widest vector
 MOST, AXES, ARGUMENTS = 64, 8, 16  # tensors of a kernel, axes of a copy, arguments of a call, as the source has them
 HELD = 1 << 16  # bytes of a constant
 ATEN: Any = torch.ops.aten
@@ -73,9 +76,9 @@ class Recorder(TorchDispatchMode):
         self._held: list[Any] = []
         self.tables: Sequence[Any] = ()  # which may be read too, and are the same in every run
         for k, tensor in enumerate(bases):
-            if _memory(tensor) in self._where:
+            if memory_of(tensor) in self._where:
                 self.refused = "arrays that share memory"
-            self._where[_memory(tensor)] = k
+            self._where[memory_of(tensor)] = k
             self._origin[k] = tensor.data_ptr() - (starts[k] if starts else 0)
 
     def mark(self) -> None:
@@ -104,7 +107,7 @@ class Recorder(TorchDispatchMode):
             self._new(made, MADE[func])
         elif func in CALLS:
             CALLS[func](self, made, *args, **kwargs)
-        elif not _looks(func, args, made):
+        elif not looks(func, args, made):
             self._called(func, args, kwargs, made)
 
     def kernel(self, call: Call, tensors: Sequence[torch.Tensor], places: Sequence[int],
@@ -122,7 +125,7 @@ class Recorder(TorchDispatchMode):
             if 0 not in call.geometry.extents:
                 self._kernel(call, tensors, places)
         for tensor in sums[:1]:  # the others lie behind it
-            self._partials[_memory(tensor)] = self._size
+            self._partials[memory_of(tensor)] = self._size
         self._size += 8 * call.geometry.offsets[-1]
 
     def _kernel(self, call: HostCall, tensors: Sequence[torch.Tensor], places: Sequence[int]) -> None:
@@ -164,17 +167,29 @@ class Recorder(TorchDispatchMode):
         if self.refused:
             return None
         last = {slot: k for k, slots in enumerate(self._used) for slot in slots}
-        words: list[int] = []
+        words = self._workspace(last)
         marks = []
         for k in range(len(self._work) + 1):
             for _ in range(self._marks.count(k)):
                 words += (END,) if marks else ()
-                marks.append(len(words))
+                marks.append(len(words) if marks else 0)
             if k < len(self._work):
                 words += self._work[k]
                 for slot in dict.fromkeys(self._used[k]):
                     words += (DROP, slot) if last[slot] == k and self._gives_back(slot) else ()
         return Bytecode([*words, END], marks, self._slots, self._size, results, self._held)
+
+    def _workspace(self, last: dict[int, int]) -> list[int]:
+        """The instruction that takes a workspace for all that is new, whose places in it are noted; none where parts
+        of the bytecode run one by one, and what is new lives from one to another."""
+        made = {words[1]: k for k, words in enumerate(self._work) if words[0] == NEW}
+        if len(self._marks) > 1 or not made:
+            return []
+        sizes = {slot: -(-max(1, self._work[k][2]) // ALIGN) * ALIGN for slot, k in made.items()}
+        offsets, nbytes = pack({slot: Piece(k, last[slot], sizes[slot]) for slot, k in made.items()})
+        for slot, k in made.items():
+            self._work[k][-1] = offsets[slot]
+        return [WORKSPACE, nbytes]
 
     def _gives_back(self, slot: int) -> bool:
         return slot > self._results or self._first <= slot < self._results
@@ -186,11 +201,11 @@ class Recorder(TorchDispatchMode):
         self._used.append([*slots])
 
     def _slot(self, tensor: torch.Tensor) -> int:
-        memory = _memory(tensor)
+        memory = memory_of(tensor)
         slot = self._where.get(memory)
         # A table is not noted, and may have been given the memory of what was. It lasts, so that memory is its own.
         tables = (t for t in pytree.tree_leaves(self.tables) if isinstance(t, torch.Tensor))
-        found = next((t for t in tables if _memory(t) == memory), None)
+        found = next((t for t in tables if memory_of(t) == memory), None)
         if found is not None and slot not in self._constants:
             self._constant(found)
         elif slot is None:
@@ -208,8 +223,8 @@ class Recorder(TorchDispatchMode):
 
     def _make(self, tensor: torch.Tensor) -> int:
         slot, self._slots = self._slots, self._slots + 1
-        self._partials.pop(_memory(tensor), None)  # of sums that nobody has kept
-        self._where[_memory(tensor)] = slot
+        self._partials.pop(memory_of(tensor), None)  # of sums that nobody has kept
+        self._where[memory_of(tensor)] = slot
         self._origin[slot] = tensor.data_ptr()
         return slot
 
@@ -221,7 +236,7 @@ class Recorder(TorchDispatchMode):
             size, pattern = len(one), int.from_bytes(one, "little", signed=True)
             if size > 8:
                 raise _Unknown(f"numbers of {made.dtype}")
-        self._add([NEW, slot, made.untyped_storage().nbytes(), size, pattern], [slot])
+        self._add([NEW, slot, made.untyped_storage().nbytes(), size, pattern, -1], [slot])
 
     def _constant(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor that is the same whenever the bytecode runs."""
@@ -235,9 +250,9 @@ class Recorder(TorchDispatchMode):
         """Note a call of an op that makes tensors of tensors, whatever it is."""
         func = AS_TENSOR.get(func, func)
         given = func._schema.arguments
-        if len(given) > ARGUMENTS or not _plain(func):
+        if len(given) > ARGUMENTS or not plain(func):
             raise _Unknown(str(func))
-        if not any(isinstance(a, torch.Tensor) for a in _flat(args)):
+        if not any(isinstance(a, torch.Tensor) for a in flat(args)):
             if made.nbytes > HELD:
                 raise _Unknown(f"{func}, a large constant")
             held = self._constant(made.clone())
@@ -253,8 +268,8 @@ class Recorder(TorchDispatchMode):
                 raise _Unknown(f"{func} with a {argument.type}")
             words += found
         results = made if isinstance(made, (list, tuple)) else [made]
-        given_memory = {_memory(a) for a in _flat(args) if isinstance(a, torch.Tensor)}
-        if not func._schema.is_mutable and any(r is not None and _memory(r) in given_memory for r in results):
+        given_memory = {memory_of(a) for a in flat(args) if isinstance(a, torch.Tensor)}
+        if not func._schema.is_mutable and any(r is not None and memory_of(r) in given_memory for r in results):
             raise _Unknown(f"{func}, of whose results only some are new")
         if func._schema.is_mutable and used[0] in self._constants:
             raise _Unknown(f"{func} of a number")
@@ -402,9 +417,9 @@ class Recorder(TorchDispatchMode):
     def _result(self, made: torch.Tensor) -> Result:
         if made.itemsize > 8:
             raise _Unknown(f"a sum of {made.dtype}")
-        start = self._partials.get(_memory(made))
+        start = self._partials.get(memory_of(made))
         if start is not None:
-            at = start + made.data_ptr() - _memory(made)
+            at = start + made.data_ptr() - memory_of(made)
             return Result(made.dtype, tuple(made.shape), made.stride(), at // made.itemsize)
         # In the layout it has, if that leaves no gaps: how it is added up depends on it.
         span = 1 + sum((n - 1) * step for n, step in zip(made.shape, made.stride(), strict=True))
@@ -415,32 +430,8 @@ class Recorder(TorchDispatchMode):
         return result
 
 
-def _looks(func: Any, args: Any, made: Any) -> bool:
-    """Whether a call has made views of its arguments, and no copy, whatever it says of itself."""
-    if func._schema.is_mutable or func is ATEN.lift_fresh.default:
-        return False
-    given = {_memory(a) for a in _flat(args) if isinstance(a, torch.Tensor)}
-    views = made if isinstance(made, (list, tuple)) else [made]
-    return all(isinstance(view, torch.Tensor) and _memory(view) in given for view in views)
-
-
 class _Unknown(Exception):
     """A call that has no instruction."""
-
-
-TAGS = {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-
-
-def _plain(func: Any) -> bool:
-    """Whether an op makes new tensors of its arguments, or only changes its first; always the same of the same."""
-    schema = func._schema
-    if not TAGS.isdisjoint(func.tags):
-        return False
-    if schema.is_mutable:
-        first, *rest = (a.alias_info for a in schema.arguments)
-        return first is not None and not any(rest) and len(schema.returns) == 1
-    fresh = (r.alias_info is None and r.type.kind() == "TensorType" for r in schema.returns)
-    return bool(schema.returns) and all(fresh)
 
 
 def _form(made: torch.Tensor) -> tuple[int, ...]:
@@ -448,11 +439,6 @@ def _form(made: torch.Tensor) -> tuple[int, ...]:
     if made.dtype not in codes():
         raise _Unknown(f"an array of {made.dtype}")
     return (codes()[made.dtype], made.dim(), *made.stride())
-
-
-def _flat(args: Sequence[Any]) -> Iterator[Any]:
-    for a in args:
-        yield from a if isinstance(a, (list, tuple)) else (a,)
 
 
 @cache
@@ -494,7 +480,3 @@ def run(kernel: Kernel | Plain, operands: Sequence[torch.Tensor], outputs: Seque
 def current() -> Recorder | None:
     """The recorder of this thread."""
     return getattr(_CURRENT, "recorder", None)
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from fullframe.bytecode.libtorch import bytecode_available
+from fullframe.bytecode.libtorch import bytecode_available, release
 from fullframe.capture.threads import ForkSafeLock
 from fullframe.device import BYTECODE, device_of
 from fullframe.distributed.mesh import Domain
@@ -170,6 +170,8 @@ class Run:
                     self._one_by_one(stages, threads)
             finally:
                 self.threads(threads)
+                if self.runtime.records:
+                    release()
         self.position = end
 
     def _one_by_one(self, stages: range, threads: int) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from fullframe.ir.graph import Value
 from fullframe.partition.sections import Section
+from fullframe.storage.packing import Piece, pack
 
 ALIGN = 4096
 
@@ -64,37 +64,5 @@ def lifetimes(stages: Sequence[Section], kept: Iterable[Value]) -> Lifetimes:
 
 
 def place(lives: Lifetimes, sizes: dict[Value, int]) -> tuple[dict[Value, int], int]:
-    """Offsets in one arena such that values alive together do not overlap, and the arena's size.
-
-    Largest first, each at the lowest gap among the values that it overlaps in time; of those of one size the first to
-    be made, the last to be read or the longest alive, whichever needs the least.
-    """
-    found: tuple[dict[Value, int], int] | None = None
-    mapped = [v for v in lives.first if v in sizes]
-    least = max(lives.usage(1 + max(lives.last.values(), default=0), sizes), default=0)
-    for rank in (lives.first.__getitem__, lambda v: -lives.last[v], lambda v: lives.first[v] - lives.last[v]):
-        made = _in_order(sorted(mapped, key=lambda v: (-sizes[v], rank(v))), lives, sizes)
-        found = made if found is None or made[1] < found[1] else found
-        if found[1] == least:
-            break
-    assert found is not None
-    return found
-
-
-def _in_order(order: Sequence[Value], lives: Lifetimes, sizes: dict[Value, int]) -> tuple[dict[Value, int], int]:
-    placed: list[tuple[int, int, Value]] = []  # (offset, end, value), sorted by offset
-    offsets: dict[Value, int] = {}
-    top = 0
-    for value in order:
-        first, last, size = lives.first[value], lives.last[value], sizes[value]
-        at = 0
-        for offset, end, other in placed:
-            if lives.first[other] > last or lives.last[other] < first:
-                continue
-            if offset - at >= size:
-                break
-            at = max(at, end)
-        offsets[value] = at
-        top = max(top, at + size)
-        insort(placed, (at, at + size, value), key=lambda p: p[0])
-    return offsets, top
+    """Offsets in one arena such that values alive together do not overlap, and the arena's size."""
+    return pack({v: Piece(lives.first[v], lives.last[v], sizes[v]) for v in lives.first if v in sizes})
