@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 
-from fullframe.schedule import planner, tiling, within
+from fullframe.schedule import plan, planner, tiling, within
 from fullframe.schedule.rematerialize import Stages
 
 
@@ -31,7 +31,7 @@ def storing(share: float, *, join: bool, fill: float = 0.0, window: int = 20_000
         mock.patch.object(planner, "_fit", fit),
         mock.patch.object(tiling, "WINDOW", window),
         mock.patch.object(tiling, "LEAST", 1 << 12),
-        mock.patch.object(tiling, "CALL", 0),
+        mock.patch.object(plan, "CALL", 0),
         mock.patch.object(within, "WINDOW", window),
     ):
         yield

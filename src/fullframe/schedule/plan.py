@@ -299,13 +299,18 @@ def arithmetic(plan: Plan) -> float:
 
 
 POINTWISE = 50  # operations of a convolution that are made in the time of one elsewhere, where memory is the limit
+CALL = 400_000  # and while an op or a fused group is called
 
 
 def stage_cost(plan: Plan, stage: Stage) -> float:
-    """Operations of a stage, halo included; those of cheap ops count as much as the time that they take, about."""
-    works = _middle(plan, stage)[0]
+    """Operations of a stage, halo included; cheap ops and calls count as much as the time that they take, about."""
+    return tile_cost(_middle(plan, stage)[0]) * len(stage.grid)
+
+
+def tile_cost(works: Sequence[Work]) -> float:
+    """Operations of a tile, and what its cheap ops and its calls take, counted in operations."""
     cheap = sum(box.size(w.region) * (not op.rule.heavy) for w in works for op in (*w.group.ops, *w.group.sums))
-    return (operations(works) + POINTWISE * cheap) * len(stage.grid)
+    return operations(works) + POINTWISE * cheap + CALL * len(works)
 
 
 def _middle(plan: Plan, stage: Stage) -> tuple[Sequence[Work], Mapping[Value, Region]]:

@@ -171,7 +171,7 @@ def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
         elif made.bytes.arena + offloaded < LITTLE * (made.bytes.total + offloaded):
             raise _refusal(smallest, request)
         else:
-            found = within(graph, draft, made, finish, over)
+            found = within(graph, draft, made, finish, over, cost)
             if over(found.plan) > 0:
                 raise _refusal(min(smallest, found.plan, key=over), request)
             draft, made, request = found.draft, found.plan, replace(request, most=found.most)

@@ -11,7 +11,7 @@ from fullframe.ir.region import Region
 from fullframe.partition.fusion import FusionGroup, Work, work_of
 from fullframe.partition.sections import Section
 from fullframe.partition.tile_axes import Tile, TileAxes, tiled
-from fullframe.schedule.plan import Grid, operations
+from fullframe.schedule.plan import Grid, tile_cost
 from fullframe.schedule.request import Request
 
 WINDOW = 1_400_000  # bytes of the largest window of a tile: about the second-level cache of one core,
@@ -155,7 +155,6 @@ def _alignment(section: Section, tile_axes: TileAxes, extents: dict[int, int]) -
 
 SIZES = (-4, -2, -1, 0, 1, 2, 3, 4, 6, 8)  # powers of two times `WINDOW` that the largest window of a tile may have
 SLOWER = 0.08  # of the time is added by each doubling of windows beyond the cache
-CALL = 400_000  # operations that could be done while an op is called
 
 
 def deep_grid(
@@ -186,8 +185,7 @@ def deep_grid(
             tile = found.tile(tuple((n - 1) // 2 for n in found.counts()))
             made = work_of(groups, section.saves, frozenset(section.sums), tile_axes, tile)
             window = _most(section, *made, request.external) * min(workers, len(found))
-            spent = operations(made[0]) * (1 + SLOWER * max(0, power))
-            time = (spent + CALL * len(groups)) * len(found)
+            time = tile_cost(made[0]) * (1 + SLOWER * max(0, power)) * len(found)
             over = float(max(0, window - request.most))
             if best is None or (over, time) < best[:2]:
                 best = over, time, found

@@ -29,18 +29,31 @@ MANY = 400  # stages, beyond which joining them is not tried: a search that is l
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """A draft, the bytes that its windows may take, the plan of both, and the operations that it counts for."""
+    """A state of stages, its draft, the bytes that its windows may take, and the plan of these."""
 
+    stages: Stages
+    state: Search
     draft: Draft
     most: int
     plan: Plan
-    cost: float
+
+    @property
+    def cost(self) -> float:
+        """Operations, as the search counts them."""
+        return self.state.total
 
 
 Finish = Callable[[Draft, int], Plan]
 
 
-def within(graph: Graph, draft: Draft, base: Plan, finish: Finish, over: Callable[[Plan], int]) -> Found:
+def within(
+    graph: Graph,
+    draft: Draft,
+    base: Plan,
+    finish: Finish,
+    over: Callable[[Plan], int],
+    price: Callable[[Plan], float],
+) -> Found:
     """What fits, as fast as was found; the smallest plan there is where none does. ``over`` says by how many bytes a
     plan does not fit."""
     both = _both(graph, draft)
@@ -66,6 +79,27 @@ def within(graph: Graph, draft: Draft, base: Plan, finish: Finish, over: Callabl
             if abs(following - limit) < CLOSE * limit:
                 break
             limit = following
+    return _roomier(best, finish, over, price)
+
+
+def _roomier(found: Found, finish: Finish, over: Callable[[Plan], int], price: Callable[[Plan], float]) -> Found:
+    """With larger windows, and less stored to make room for them, where that is cheaper: small tiles are mostly halo
+    and calls."""
+    best, lowest = found, price(found.plan)
+    for most in MOST:
+        if most <= found.most:
+            break
+        state = found.state.copy()
+        limit, made = max(state.profile(), default=0), _made(found.stages, state, most, finish)
+        for _ in range(TRIES):
+            excess = over(made.plan)
+            limit -= excess
+            if excess <= 0 or not state.drop(limit):
+                break
+            state.fill(limit, state.visits[0] + FILLING)
+            made = _made(found.stages, state, most, finish)
+        if over(made.plan) <= 0 and price(made.plan) < lowest:
+            best, lowest = made, price(made.plan)
     return best
 
 
@@ -135,7 +169,7 @@ def _ladder(both: list[Stages], base: Plan, finish: Finish, over: Callable[[Plan
 
 def _made(stages: Stages, state: Search, most: int, finish: Finish) -> Found:
     made = stages.draft(state)
-    return Found(made, most, finish(made, most), state.total)
+    return Found(stages, state.copy(), made, most, finish(made, most))
 
 
 def best_of(start: Search, limit: float) -> Search | None:
