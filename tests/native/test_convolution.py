@@ -65,7 +65,6 @@ def _like(spatial):
 def test_exact_for_integers(case, layout, ordered, dtype):
     _known(dtype)
     out, deep, pixels, kernel, stride, padding, dilation = case
-    deep += deep % 2 * (dtype == torch.bfloat16)
     torch.manual_seed(0)
     x = torch.randint(-3, 4, (2, deep, *pixels)).to(dtype)
     weight, bias = torch.randint(-3, 4, (out, deep, *kernel)).to(dtype), torch.randint(-9, 9, (out,)).to(dtype)
@@ -170,7 +169,6 @@ def test_what_is_not_its_business_is_left_to_the_library():
     same = ((9, 9), (1, 1), (1, 1), (1, 1))
     assert _made(x, weight[:, :8], None, *same, 2) is None
     assert _made(x.double(), weight.double(), None, *same, 1) is None
-    assert _made(x[:, :15].bfloat16(), weight[:, :15].bfloat16(), None, *same, 1) is None, "no pairs of channels"
     assert _made(x, weight.bfloat16(), None, *same, 1) is None
     assert _made(x, torch.randn(16, 16, 1, 1), None, (9, 9), (1, 1), (0, 0), (1, 1), 1) is None
     assert _made(x[:0], weight, None, *same, 1) is None

@@ -67,6 +67,8 @@ def convolution(
     function = _kernel(x.dtype)
     if function is None:
         return None
+    if alone(weight.shape, weight.dtype):
+        x, weight = paired(x), paired(weight)
     x, made = innermost(x), outputs(x, weight.shape[0], axes)
     geometry = geometry_of(axes, x, weight.shape[2:])
     words = _words((x.shape[0], *weight.shape[:2]), geometry, x.stride(), made.stride(), weight.stride())
@@ -97,8 +99,20 @@ def suits(shape: Sequence[int], dtype: torch.dtype, groups: int) -> bool:
     wide = groups == 1 and prod(taps) > 1 and shape[0] >= LEAST and prod(taps[:-1]) <= ROWS
     if not wide or len(taps) not in (2, 3):
         return False
-    # Halves go by pairs of input channels. Whether there is a kernel for them is the processor's.
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and shape[1] % 2 == 0 and _kernel(dtype) is not None)
+    # Whether there is a kernel for halves is the processor's.
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and _kernel(dtype) is not None)
+
+
+def alone(shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether the last input channel of a weight of this ``shape`` gets another of zeros: halves go by pairs."""
+    return dtype == torch.bfloat16 and shape[1] % 2 == 1
+
+
+def paired(x: torch.Tensor) -> torch.Tensor:
+    """A copy with a channel of zeros behind the others, channels innermost."""
+    made = x.new_zeros((x.shape[0], *x.shape[2:], x.shape[1] + 1)).movedim(-1, 1)
+    made[:, :-1].copy_(x)
+    return made
 
 
 def _kernel(dtype: torch.dtype) -> Callable[..., int] | None:

@@ -137,6 +137,7 @@ struct Arena {  // scratch of one call, for arrays of elements of at most 8 byte
 template <class T> INLINE void copy_row(T *to, const T *from, int64_t n) {
     int64_t c = 0;
     for (; c + 16 <= n; c += 16) memcpy(to + c, from + c, 16 * sizeof(T));
+    for (; c + 8 <= n; c += 8) memcpy(to + c, from + c, 8 * sizeof(T));
     for (; c + 4 <= n; c += 4) memcpy(to + c, from + c, 4 * sizeof(T));
     for (; c < n; c++) to[c] = from[c];
 }

@@ -16,7 +16,7 @@ from fullframe.ir import region as box
 from fullframe.ir.graph import Kind, Link, Op
 from fullframe.ir.region import Interval, Region
 from fullframe.native.convolution import Axis as Placed
-from fullframe.native.convolution import convolution, suits
+from fullframe.native.convolution import alone, convolution, suits
 from fullframe.native.weight_gradient import suits_gradient, weight_grad
 from fullframe.native.winograd import winograd
 from fullframe.ops.numerics.convolve import DOT, EVEN, Axis, convolve, geometry, in_pieces, pad_window, spread
@@ -108,9 +108,10 @@ class Conv(BaseRule):
         return 2 * elements * prod(op.inputs[1].shape[1:])
 
     def scratch(self, op: Op, region: Region) -> int:
+        read, weight = self.footprint(op, region)[0], op.inputs[1]
         if not self.calls(op) and bytecode_available():
-            return 0
-        read = self.footprint(op, region)[0]
+            more = box.size(read) // max(1, weight.shape[1]) * (weight.shape[1] + 1)
+            return more * weight.itemsize if alone(weight.shape, weight.dtype) else 0
         copies = 2 * box.size(read) * op.inputs[0].itemsize + made_of(op, region)  # padded, and in another layout
         return copies + _library(op, self.axes(op), read, region, op.inputs[1].shape[2:])
 

@@ -7,12 +7,14 @@ gives the same numbers (whole factors), it is called and its result cropped: it 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import product
 from math import prod
 
 import torch
 import torch.nn.functional as F
 
 from fullframe import torch_compat
+from fullframe.device import device_of
 from fullframe.ir import region as box
 from fullframe.ir.graph import Kind, Op
 from fullframe.ir.region import Interval, Region
@@ -22,6 +24,7 @@ from fullframe.ops.primitives.rule import Aligned, BaseRule, made_of, nbytes_of
 
 TENSOR = 900  # bytes of a tensor's own, about, with what holds it
 TAP = 100  # and of the taps of what is read by few, with those in the making: places and weights
+COPIES = 16  # of each pixel, up to which they are made one by one
 NO_CHANGE = ("nearest", "nearest-exact", "adaptive")  # others multiply by 0, which shows where numbers are infinite
 
 
@@ -267,10 +270,26 @@ def enlarged(x: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval])
     call, rest = kernel
     factors = [factor(s) for s in specs]
     lead = x.dim() - len(specs)
-    made = call(packed(x), [n * f for n, f in zip(x.shape[lead:], factors, strict=True)], *rest, *map(float, factors))
+    made = repeated(x, factors) if specs[0].mode == "nearest" else None
+    if made is None:
+        sizes = [n * f for n, f in zip(x.shape[lead:], factors, strict=True)]
+        made = call(packed(x), sizes, *rest, *map(float, factors))
     for k, (spec, f, (low, high)) in enumerate(zip(specs, factors, region, strict=True)):
         start = low - sources(spec, low, high)[0] * f
         made = made.narrow(lead + k, start, high - low)
+    return made
+
+
+def repeated(x: torch.Tensor, factors: Sequence[int]) -> torch.Tensor | None:
+    """A window with neighbouring channels, each pixel as often as the factors say along the last axes; None where
+    ATen's kernel is to do that: it goes pixel by pixel, of which a copy for each place of a repetition is faster."""
+    some = x.dim() == len(factors) + 2 and x.stride(1) == 1 < x.shape[1] and prod(factors) <= COPIES
+    if not some or not device_of(x.device).on_host:
+        return None
+    shape = [n * f for n, f in zip(x.shape[2:], factors, strict=True)]
+    made = x.new_empty((x.shape[0], *shape, x.shape[1])).movedim(-1, 1)
+    for place in product(*map(range, factors)):
+        made[(..., *(slice(k, None, f) for k, f in zip(place, factors, strict=True)))].copy_(x)
     return made
 
 
@@ -308,10 +327,10 @@ def spread_out(g: torch.Tensor, specs: Sequence[Spec], region: Sequence[Interval
         return None
     divisor = prod(s.divisor or n for s, n in zip(specs, sizes, strict=True))
     call = torch.ops.aten.upsample_nearest2d if len(specs) == 2 else torch.ops.aten.upsample_nearest3d
-    lead = g.dim() - len(specs)
-    made = call.default(
-        packed(batched(g / divisor, len(specs))), [n * f for n, f in zip(g.shape[lead:], sizes, strict=True)]
-    )
+    lead, each = g.dim() - len(specs), batched(g / divisor, len(specs))
+    made = repeated(each, sizes)
+    if made is None:
+        made = call.default(packed(each), [n * f for n, f in zip(g.shape[lead:], sizes, strict=True)])
     made = made if made.dim() == g.dim() else made[0]
     for k, (n, (low, high)) in enumerate(zip(sizes, region, strict=True)):
         made = made.narrow(lead + k, low % n, high - low)
