@@ -37,23 +37,37 @@ enum Code { END, KERNEL, NEW, DROP, CALL, COPY, ADD, OWN, KEPT, PLUS, CLEAR, WOR
 enum Argument { PLAIN, TENSOR, LIST, OPTIONAL, STRING };
 
 // Where tiles have what they make on the way, kept from tile to tile: what the C library is given back and asked for
-// again comes from the system page by page where it may keep little. Each begins with its size.
+// again comes from the system page by page where it may keep little. Each begins with its size. They do not lie among
+// the C library's blocks, where one that stays keeps those below it from being given back.
 static std::atomic<char *> workspaces[64];
 constexpr int64_t HEAD = 64;
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/mman.h>
+static void *from_system(int64_t bytes) {
+    void *block = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return block == MAP_FAILED ? nullptr : block;
+}
+static void give_back(char *block) { munmap(block, HEAD + *(int64_t *)block); }
+#else
+static void *from_system(int64_t bytes) {
+    void *block = nullptr;
+    return posix_memalign(&block, HEAD, bytes) ? nullptr : block;
+}
+static void give_back(char *block) { free(block); }
+#endif
 
 static char *take_workspace(int64_t bytes) {
     for (auto &kept : workspaces) {
         char *block = kept.exchange(nullptr);
         if (!block) continue;
-        const int64_t size = *(int64_t *)block;
-        if (bytes <= size && size <= bytes + bytes / 4 + (1 << 20)) return block;
-        free(block);  // another stage's: together they would be more than is counted
+        if (bytes <= *(int64_t *)block) return block;
+        give_back(block);
         break;
     }
-    void *block = nullptr;
-    if (posix_memalign(&block, HEAD, HEAD + bytes)) return nullptr;
-    *(int64_t *)block = bytes;
-    return (char *)block;
+    char *block = (char *)from_system(HEAD + bytes);
+    if (block) *(int64_t *)block = bytes;
+    return block;
 }
 
 static void keep_workspace(char *block) {
@@ -61,12 +75,17 @@ static void keep_workspace(char *block) {
         char *none = nullptr;
         if (kept.compare_exchange_strong(none, block)) return;
     }
-    free(block);
+    give_back(block);
 }
 
-// Gives back those that no tile has.
-extern "C" void fullframe_release() {
-    for (auto &kept : workspaces) free(kept.exchange(nullptr));
+// Gives those back that no tile has and that are larger than so many bytes.
+extern "C" void fullframe_release(int64_t most) {
+    for (auto &kept : workspaces) {
+        char *block = kept.exchange(nullptr);
+        if (!block) continue;
+        if (*(int64_t *)block > most) give_back(block);
+        else keep_workspace(block);
+    }
 }
 
 struct Slot {

@@ -67,11 +67,11 @@ def entries() -> Entries | None:
     return Entries(interpret, new, run, fail, delete, give_back, addresses)
 
 
-def release() -> None:
-    """Give back the workspaces of tiles that are done."""
+def release(most: int) -> None:
+    """Give back the workspaces of tiles that are done, but for those of at most so many bytes."""
     found = entries()
     if found is not None:
-        found.release()
+        found.release(ctypes.c_int64(most))
 
 
 def _torch() -> ctypes.CDLL:

@@ -34,7 +34,7 @@ from fullframe.runtime.workers import pool
 from fullframe.schedule.dependencies import dependencies_of, is_expensive
 from fullframe.schedule.plan import Plan
 from fullframe.storage.arena import empty_output, strides_as
-from fullframe.storage.heap import HeapTrimmer, keep, mapped
+from fullframe.storage.heap import LARGEST, HeapTrimmer, keep, mapped
 from fullframe.storage.pool import Stores
 from fullframe.storage.protocol import StoredMap
 
@@ -171,7 +171,7 @@ class Run:
             finally:
                 self.threads(threads)
                 if self.runtime.records:
-                    release()
+                    release(0 if self.plan.tight else LARGEST)
         self.position = end
 
     def _one_by_one(self, stages: range, threads: int) -> None:
