@@ -10,8 +10,10 @@ from fuzzing import uncompiled
 from torch import nn
 
 import fullframe
+from fullframe.compiler import kept_plans
 from fullframe.ir.graph import Graph
 from fullframe.partition.saved_values import choose_saved_values
+from fullframe.schedule import within
 from fullframe.schedule.plan import Plan, arithmetic
 
 
@@ -134,6 +136,29 @@ def test_what_a_rung_leaves_of_the_budget_is_used():
     for share in (0.7, 0.5, 0.35):
         first = planned(int(share * everything))
         assert arithmetic(planned(first.projected_bytes + 1)) < 1.1 * arithmetic(first)
+
+
+@pytest.mark.rest
+def test_windows_are_larger_where_that_is_cheaper(monkeypatch):
+    """What is found within a budget is never dearer than what the first state that fits had."""
+    net, image = Net(8), torch.zeros(()).expand(1, 1, 4096, 4096)
+    label = torch.zeros((), dtype=torch.long).expand(1, 4096, 4096)
+    roomier, seen = within._roomier, []
+
+    def noting(found, finish, over, price):
+        made = roomier(found, finish, over, price)
+        seen.append((found.most, price(found.plan), made.most, price(made.plan), over(made.plan)))
+        return made
+
+    monkeypatch.setattr(within, "_roomier", noting)
+    monkeypatch.setattr(kept_plans, "ON", False)
+    with pytest.raises(fullframe.BudgetError) as caught:
+        fullframe.tile(net, loss=F.cross_entropy, budget=1).plan(image, label)
+    for more in (1.02, 1.1):
+        fullframe.tile(net, loss=F.cross_entropy, budget=int(more * caught.value.smallest)).plan(image, label)
+    assert seen
+    for most, before, larger, after, over in seen:
+        assert over <= 0 and larger >= most and (after < before or larger == most)
 
 
 @pytest.mark.rest
