@@ -110,8 +110,8 @@ class Conv(BaseRule):
     def scratch(self, op: Op, region: Region) -> int:
         read, weight = self.footprint(op, region)[0], op.inputs[1]
         if not self.calls(op) and bytecode_available():
-            more = box.size(read) // max(1, weight.shape[1]) * (weight.shape[1] + 1)
-            return more * weight.itemsize if alone(weight.shape, weight.dtype) else 0
+            both = (box.size(read) + prod(weight.shape)) // max(1, weight.shape[1]) * (weight.shape[1] + 1)
+            return both * weight.itemsize if alone(weight.shape, weight.dtype) else 0
         copies = 2 * box.size(read) * op.inputs[0].itemsize + made_of(op, region)  # padded, and in another layout
         return copies + _library(op, self.axes(op), read, region, op.inputs[1].shape[2:])
 

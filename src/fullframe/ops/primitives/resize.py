@@ -158,7 +158,7 @@ class Resample(Aligned):
             low, high = region[axis]
             if high > low and not self.skips(spec):
                 nbytes = pieces[axis] * (item * self.taps(spec, low, high) + TENSOR)
-                found[self.kind, spec, high - low, pieces[axis], item] = nbytes
+                found[op.target, spec, high - low, pieces[axis], item] = nbytes
         return found
 
     def cost(self, op: Op, elements: int) -> int:
