@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import ClassMethodDescriptorType
 from typing import Any
 
 
@@ -47,6 +48,16 @@ if hasattr(os, "register_at_fork"):
 RECORDING = ForkSafeLock()
 
 
+def _of_class(method: Any) -> Callable[..., Any]:
+    """A class method, in Python or in C (as that of autograd's functions from torch 2.14 on), as a function of the
+    class first."""
+    return (
+        method.__func__
+        if isinstance(method, classmethod)
+        else lambda cls, *a, **k: method.__get__(None, cls)(*a, **k)
+    )
+
+
 @contextmanager
 def replaced(owners: Sequence[Any], name: str, make: Callable[[Callable[..., Any]], Any]) -> Iterator[None]:
     """Inside, this thread finds under a name of the owners what ``make`` makes of what is there.
@@ -54,8 +65,8 @@ def replaced(owners: Sequence[Any], name: str, make: Callable[[Callable[..., Any
     Other threads go on as before. A class is given a class method, and ``make`` a function of the class first.
     """
     old, me = vars(owners[0])[name], threading.get_ident()
-    bound = isinstance(old, classmethod)
-    before: Callable[..., Any] = old.__func__ if isinstance(old, classmethod) else old
+    bound = isinstance(old, (classmethod, ClassMethodDescriptorType))
+    before = _of_class(old) if bound else old
     after = make(before)
 
     def either(*args: Any, **kwargs: Any) -> Any:
