@@ -42,9 +42,9 @@ class Row(NamedTuple):
     above: tuple[float, ...]
 
 
-def looked_at(seed: int, noted_: list) -> Row | None:
+def looked_at(seed: int, graphs: list) -> Row | None:
     """A row of the table; None where there is nothing to decide, or too much to look at."""
-    graph, draft = max(noted_, key=lambda pair: len(pair[0].ops))
+    graph, draft = max(graphs, key=lambda pair: len(pair[0].ops))
     starts = searched(graph, draft)
     try:
         optima = [Optimum(start) for start in starts]

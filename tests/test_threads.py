@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 import fullframe
+from fullframe.capture.threads import replaced
 
 D = torch.float64
 
@@ -282,3 +283,15 @@ def test_workers_of_a_data_loader():
     plain = copy.deepcopy(net)
     for x in DataLoader(Images(), batch_size=2, num_workers=1, multiprocessing_context="fork"):
         close(tiled(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    "method", [dict.__dict__["fromkeys"], classmethod(lambda cls, keys: cls((k, None) for k in keys))]
+)
+def test_class_methods_of_python_and_of_c_are_replaced_and_put_back(method):
+    """That of autograd's functions is C's in some releases of torch."""
+    owner = type("Owner", (dict,), {"fromkeys": method})
+    with replaced([owner], "fromkeys", lambda own: lambda cls, keys: own(cls, [*keys, "more"])):
+        made = owner.fromkeys("ab")
+    assert type(made) is owner and [*made] == ["a", "b", "more"]
+    assert vars(owner)["fromkeys"] is method and [*owner.fromkeys("ab")] == ["a", "b"]

@@ -14,11 +14,9 @@ import torch
 from torch import nn
 
 import fullframe
-from fullframe.schedule import planner
+from fullframe.schedule import planner, within
 from fullframe.schedule.cost import bits_of
-from fullframe.schedule.rematerialize import Stages
 from fullframe.schedule.search import Search
-from fullframe.schedule.within import best_of
 
 WINDOW = 20_000  # bytes of the largest window of a tile: maps of these graphs are small
 MOST = 400_000  # ways from the states of a stage to those of the next, of all stages
@@ -85,14 +83,13 @@ def plan_of(seed: int) -> tuple[list, fullframe.Plan]:
 
 def searched(graph: Any, draft: Any) -> list[Search]:
     """The states with everything stored that the planner begins with."""
-    both = [Stages(graph, draft, WINDOW, join=join) for join in (False, True)]
-    usable = both[:1] + [both[1]] * any(not (s.wanted or s.offers) for s in both[1].stages)
-    return [stages.search for stages in usable]
+    with mock.patch.object(within, "WINDOW", WINDOW):
+        return [stages.search for stages in within._both(graph, draft)]
 
 
 def best(starts: Sequence[Search], limit: float) -> float:
     """What the planner's search finds; infinite where it finds nothing."""
-    states = [best_of(start, limit) for start in starts]
+    states = [within.best_of(start, limit) for start in starts]
     return min((state.total for state in states if state is not None), default=inf)
 
 
