@@ -15,6 +15,7 @@ Example
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Callable
 from functools import cache, partial
@@ -151,10 +152,16 @@ def onednn_convolution_added() -> Callable[..., torch.Tensor] | None:
 
 @cache
 def has_bfloat16() -> bool:
-    """Whether oneDNN has bfloat16 arithmetic on this processor; where it does not say, no: it is then computed in
-    float32 and rounded once, which is slower on processors that have it."""
+    """Whether oneDNN multiplies bfloat16 on this processor; where it does not say, no: it is then computed in float32
+    and rounded once, which is slower on processors that have it.
+
+    With AVX-512 oneDNN says so also of processors that have no such instruction, where it converts on the way.
+    """
     asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return asked is not None and bool(asked())
+    if asked is None or not asked():
+        return False
+    instruction = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return platform.machine() not in ("x86_64", "AMD64") or instruction is None or bool(instruction())
 
 
 def cudnn_enabled(on: bool) -> bool:

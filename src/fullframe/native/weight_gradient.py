@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
 import torch
 
-from fullframe import torch_compat
 from fullframe.device import CXX, device_of
 from fullframe.native.convolution import innermost
 from fullframe.native.loader import Words, own, run
@@ -52,11 +51,12 @@ def weight_grad(
     """
     if not _suits(g, x, shape, groups):
         return None
-    function = _of_halves() if g.dtype == torch.bfloat16 else None
-    if function is None:
-        few = min(shape[0] // groups, shape[1])
-        couples = by_couples(shape, stride, dilation) and few >= LEAST and prod(shape[2:-1]) * few >= PRODUCTS
-        function, g, x = own("winograd_gradient" if couples else "gradient", "gradient"), g.float(), x.float()
+    few = min(shape[0] // groups, shape[1])
+    couples = by_couples(shape, stride, dilation) and few >= LEAST and prod(shape[2:-1]) * few >= PRODUCTS
+    if g.dtype == torch.bfloat16:
+        function = of_halves()
+    else:
+        function = own("winograd_gradient" if couples else "gradient", "gradient")
     if function is None:
         return None
     g, x = innermost(g), innermost(x)
@@ -107,7 +107,8 @@ def _form(g: _Layout, x: _Layout, geometry: tuple[tuple[int, ...], ...], channel
 def suits_gradient(shape: Sequence[int], dtype: torch.dtype, groups: int) -> bool:
     """Whether the kernel is better than the library for a weight of this ``shape``, on a processor."""
     wide = max(shape[0] // groups, shape[1]) >= LEAST
-    return wide and len(shape) in (4, 5) and (dtype == torch.float32 or _wanted(dtype))
+    halves = dtype == torch.bfloat16 and of_halves() is not None
+    return wide and len(shape) in (4, 5) and (dtype == torch.float32 or halves)
 
 
 def _suits(g: torch.Tensor, x: torch.Tensor, shape: Sequence[int], groups: int) -> bool:
@@ -115,17 +116,6 @@ def _suits(g: torch.Tensor, x: torch.Tensor, shape: Sequence[int], groups: int) 
     return known and suits_gradient(shape, g.dtype, groups)
 
 
-def _wanted(dtype: torch.dtype) -> bool:
-    """Whether it is worth it in bfloat16: the processor has products of it, or the library is slow, which computes
-    in float32 then."""
-    return dtype == torch.bfloat16 and (_of_halves() is not None or _slow())
-
-
-@cache
-def _slow() -> bool:
-    return not torch_compat.has_bfloat16()
-
-
-def _of_halves() -> Callable[..., int] | None:
-    """The kernel for bfloat16; None on a processor without its products."""
+def of_halves() -> Callable[..., int] | None:
+    """The kernel for bfloat16; None on a processor without its products, where bfloat16 is cast before it."""
     return own("gradient_of_halves", "gradient")

@@ -218,11 +218,7 @@ def _beyond(padding: Sequence[int], kernel: Sequence[int], dilation: Sequence[in
 
 def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *geometry: Any) -> torch.Tensor:
     """`torch.convolution`, its outputs added up in an order that depends on neither their place nor the window's
-    size, and in bfloat16 also on a processor without such arithmetic.
-
-    There it adds up in float32 and rounds once, as processors that have it do; the library's way takes ten to thirty
-    times as long.
-    """
+    size."""
     stride, padding, dilation, transposed, more, groups = geometry
     if device_of(x.device).on_host and x.numel():
         stride, padding, dilation = (spread(n, x.dim() - 2) for n in (stride, padding, dilation))
@@ -234,10 +230,7 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *
             return (_by_phases if transposed else _in_chains)(x, weight, bias, how)
         if x.dtype == torch.float64:
             return _by_product(x, weight, bias, how)
-    if x.dtype != torch.bfloat16 or not device_of(x.device).on_host or torch_compat.has_bfloat16():
-        return torch.convolution(x, weight, bias, *geometry)
-    wide = convolve(x.float(), weight.float(), None if bias is None else bias.float(), *geometry)
-    return wide.to(torch.bfloat16)
+    return torch.convolution(x, weight, bias, *geometry)
 
 
 class Axis(NamedTuple):

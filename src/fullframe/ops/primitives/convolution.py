@@ -13,7 +13,7 @@ import torch
 
 from fullframe.bytecode.libtorch import bytecode_available
 from fullframe.ir import region as box
-from fullframe.ir.graph import Kind, Link, Op
+from fullframe.ir.graph import Kind, Link, Op, Value
 from fullframe.ir.region import Interval, Region
 from fullframe.native.convolution import Axis as Placed
 from fullframe.native.convolution import alone, convolution, suits
@@ -40,7 +40,7 @@ def _library(op: Op, axes: Sequence[Axis], x: Region, g: Region, kernel: Sequenc
     In float32 and below these are copies in its own layout; what it makes by a matrix product, as float64 and weight
     gradients of small windows and batches, has a column for each pixel.
     """
-    item = op.inputs[0].itemsize
+    item = op.inputs[1].itemsize if op.rule.kind == "window" else op.output.itemsize
     sizes = [high - low for low, high in g]
     plain = all(a.stride == a.dilation == 1 for a in axes)
     small = op.rule.kind == "reduce" and max(kernel[-2:]) <= 3 and sizes[0] < 16 and plain
@@ -53,6 +53,12 @@ def _library(op: Op, axes: Sequence[Axis], x: Region, g: Region, kernel: Sequenc
         pixels = [(box.size(r) // max(1, r[1][1] - r[1][0]), r[1][1] - r[1][0]) for r in (x, g)]
         blocked = sum(n * -(-c // BLOCK) * BLOCK * 4 for n, c in pixels)
     return max(columns, blocked)
+
+
+def widened(op: Op, products: Value, *regions: Region) -> int:
+    """Bytes of regions cast to the type of the products, where that of the picture has fewer bits."""
+    narrow = op.inputs[0].itemsize < products.itemsize
+    return products.itemsize * sum(map(box.size, regions)) if narrow else 0
 
 
 class Conv(BaseRule):
@@ -82,8 +88,13 @@ class Conv(BaseRule):
         return [(region[0], (0, shape[1]), *spatial), *(box.full(v.shape) for v in op.inputs[1:])]
 
     def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
-        x, weight = windows[0], windows[1]
-        bias = windows[2] if len(windows) > 2 else None
+        """In the weight's type, which may have more bits than what is read and made."""
+        x, weight = windows[0].to(windows[1].dtype), windows[1]
+        made = self.convolved(op, region, x, weight, windows[2] if len(windows) > 2 else None)
+        return made.to(op.output.dtype)
+
+    def convolved(self, op: Op, region: Region, x: torch.Tensor, weight: torch.Tensor,
+                  bias: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
         _, _, _, stride, _, dilation, groups = op.args
         pads, axes = self.placed(op, region)
         made = convolution(x, weight, bias, axes, groups)
@@ -109,11 +120,12 @@ class Conv(BaseRule):
 
     def scratch(self, op: Op, region: Region) -> int:
         read, weight = self.footprint(op, region)[0], op.inputs[1]
+        cast = widened(op, weight, read, region)
         if not self.calls(op) and bytecode_available():
             both = (box.size(read) + prod(weight.shape)) // max(1, weight.shape[1]) * (weight.shape[1] + 1)
-            return both * weight.itemsize if alone(weight.shape, weight.dtype) else 0
-        copies = 2 * box.size(read) * op.inputs[0].itemsize + made_of(op, region)  # padded, and in another layout
-        return copies + _library(op, self.axes(op), read, region, op.inputs[1].shape[2:])
+            return both * weight.itemsize if alone(weight.shape, weight.dtype) else cast
+        copies = 2 * box.size(read) * weight.itemsize + made_of(op, region)  # padded, and in another layout
+        return cast + copies + _library(op, self.axes(op), read, region, op.inputs[1].shape[2:])
 
     def calls(self, op: Op) -> bool:
         weight = op.inputs[1]
@@ -141,9 +153,9 @@ class Winograd(Conv):
         *axes, row = super().axes(op)
         return [*axes, row._replace(kernel=row.kernel - 1)]
 
-    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
-        bias = windows[2] if len(windows) > 2 else None
-        return winograd(windows[0], windows[1], bias, self.placed(op, region)[1], region[-1][0])
+    def convolved(self, op: Op, region: Region, x: torch.Tensor, weight: torch.Tensor,
+                  bias: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
+        return winograd(x, weight, bias, self.placed(op, region)[1], region[-1][0])
 
     def position(self, op: Op, region: Region) -> Hashable:
         """With whether it begins at an even column: outputs are made in couples."""
@@ -171,9 +183,8 @@ class ConvTranspose(Conv):
         ]
         return [(region[0], (0, shape[1]), *spatial), *(box.full(v.shape) for v in op.inputs[1:])]
 
-    def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
-        x, weight = windows[0], windows[1]
-        bias = windows[2] if len(windows) > 2 else None
+    def convolved(self, op: Op, region: Region, x: torch.Tensor, weight: torch.Tensor,
+                  bias: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
         _, _, _, stride, _, dilation, groups = op.args
         read = self.footprint(op, region)[0]
         if box.is_empty(read):
@@ -209,7 +220,8 @@ class ConvTranspose(Conv):
         read = self.footprint(op, region)[0]
         pixels = prod(high - low for low, high in read[2:])
         columns = pixels * prod(op.inputs[1].shape[1:]) * 8 if op.inputs[0].itemsize == 8 else 0
-        return 2 * (box.size(read) * op.inputs[0].itemsize + made_of(op, region)) + columns
+        copies = 2 * (box.size(read) + box.size(region)) * op.inputs[1].itemsize
+        return widened(op, op.inputs[1], read, region) + copies + columns
 
     def calls(self, op: Op) -> bool:
         return True
@@ -258,7 +270,7 @@ class ConvWeightGrad(Reduction):
         return [region, (region[0], (0, shape[1]), *spatial)]
 
     def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
-        g, x = windows
+        g, x = (window.to(op.output.dtype) for window in windows)  # which may have more bits, as a weight
         stride, padding, dilation, groups = op.args[2:]
         pads = outside(self.reads(op, region), op.inputs[1].shape[2:])
         axes = self.axes(op)
@@ -288,13 +300,14 @@ class ConvWeightGrad(Reduction):
         return 2 * elements * prod(op.output.shape[1:])
 
     def scratch(self, op: Op, region: Region) -> int:
-        if not self.calls(op) and bytecode_available():
-            return 0
         g, x = self.footprint(op, region)
-        return nbytes_of(op, (g, x)) + _library(op, self.axes(op), x, g, op.output.shape[2:])
+        cast = widened(op, op.output, g, x)
+        if not self.calls(op) and bytecode_available():
+            return cast
+        return cast + nbytes_of(op, (g, x)) + _library(op, self.axes(op), x, g, op.output.shape[2:])
 
     def calls(self, op: Op) -> bool:
-        return not suits_gradient(op.output.shape, op.inputs[0].dtype, op.args[5])
+        return not suits_gradient(op.output.shape, op.output.dtype, op.args[5])
 
 
 RULES: dict[str, BaseRule] = {
