@@ -57,25 +57,32 @@ static void *from_system(int64_t bytes) {
 static void give_back(char *block) { free(block); }
 #endif
 
-static char *take_workspace(int64_t bytes) {
-    for (auto &kept : workspaces) {
-        char *block = kept.exchange(nullptr);
-        if (!block) continue;
-        if (bytes <= *(int64_t *)block) return block;
-        give_back(block);
-        break;
-    }
-    char *block = (char *)from_system(HEAD + bytes);
-    if (block) *(int64_t *)block = bytes;
-    return block;
-}
-
 static void keep_workspace(char *block) {
     for (auto &kept : workspaces) {
         char *none = nullptr;
         if (kept.compare_exchange_strong(none, block)) return;
     }
     give_back(block);
+}
+
+// One that is large enough, or a new one in place of another: so they are no more than tiles in work, and of the large
+// ones no more than tiles in work that need such.
+static char *take_workspace(int64_t bytes) {
+    char *small = nullptr;
+    for (auto &kept : workspaces) {
+        char *block = kept.exchange(nullptr);
+        if (!block) continue;
+        if (bytes <= *(int64_t *)block) {
+            if (small) keep_workspace(small);
+            return block;
+        }
+        if (small) keep_workspace(small);
+        small = block;
+    }
+    if (small) give_back(small);
+    char *block = (char *)from_system(HEAD + bytes);
+    if (block) *(int64_t *)block = bytes;
+    return block;
 }
 
 // Gives those back that no tile has and that are larger than so many bytes.
