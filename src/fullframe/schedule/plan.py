@@ -189,7 +189,10 @@ def human(nbytes: float) -> str:
 
 
 def describe(plan: Plan) -> str:
-    """The whole plan as text: totals, then each section with what it loads, saves and sums."""
+    """The whole plan as text: totals, then each section with what it loads, saves and sums.
+
+    ``tiles 40x2 of 32x1024``: so many along each axis that is cut, of so many pixels.
+    """
     b = plan.bytes
     tiled_stages = [s for s in plan.stages if _is_tiled(plan, s)]
     saved = [v for s in plan.stages for v in s.section.saves if tiled(v, plan.tile_axes)]
@@ -274,6 +277,7 @@ def _line(plan: Plan, k: int, stage: Stage) -> str:
     sums = " ".join(f"{op.output.name}" for op in s.sums) or "-"
     mark = "again " if s.clone else f"again {s.recompute} " if s.recompute else ""
     tiles = "x".join(map(str, stage.grid.counts())) or "1"
+    tiles += f" of {'x'.join(str(pixels) for _, _, pixels in stage.grid.axes)}" * bool(stage.grid.axes)
     frees = " ".join(v.name for v in stage.frees if tiled(v, plan.tile_axes)) or "-"
     work = f"{len(s.ops)} ops, tiles {tiles}, halo {halo(plan, stage):.0%}"
     return f"  {k:4d} {mark}load {loads} | {work} | save {saves} | sum {sums} | free {frees}"
