@@ -23,6 +23,7 @@ from cosmictagger.report import SCORES
 from cosmictagger.runs import recorded
 from cosmictagger.session import SHOWN, WEIGHTS, Showing, report_run, simulate_file, train_with_report
 from cosmictagger.weights import Origin, load_origin, load_weights
+from cosmictagger.world import World, joined
 
 app = App(
     name="cosmictagger",
@@ -153,7 +154,8 @@ def train_command(
 ) -> None:
     """Train a network on events with truth.
 
-    Leaves its settings, a log, a checkpoint, the weights and, with validation events, report.html.
+    Leaves its settings, a log, a checkpoint, the weights and, with validation events, report.html. Started by
+    torchrun, the processes make each step together, each with its rows of every image and a budget of its own.
 
     Parameters
     ----------
@@ -169,8 +171,24 @@ def train_command(
     source = kept if file.config is None and kept is not None and kept.is_file() else file.config
     settings = {} if source is None else read(source)
     run = run_of(overridden(settings, options, file.set))
-    print(run.text(), flush=True)
-    print(train_with_report(run, resume=resume))
+    with joined() as world:
+        run = replace(run, running=together(run.running, world))
+        if world.first:
+            print(run.text(), flush=True)
+        outcome = train_with_report(run, resume=resume)
+        if world.first:
+            print(outcome)
+
+
+def together(running: Running, world: World) -> Running:
+    """How each of the processes that train together runs. Raises DataError for what they cannot do."""
+    if world.size == 1:
+        return running
+    if running.budget is None:
+        raise DataError(f"{world.size} processes train together: name the budget of each, e.g. --budget '4 GB'")
+    if running.device.type != "cpu":
+        raise DataError(f"{world.size} processes train together on processors alone; leave --device out")
+    return replace(running, world=world)
 
 
 @app.command(name="evaluate")
@@ -359,7 +377,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command line. Whatever the user can put right is one line on standard error and status 2."""
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-    except (CycloptsError, ValueError, ArithmeticError, OSError, MemoryError) as error:
+    except (CycloptsError, ValueError, ArithmeticError, OSError, MemoryError, fullframe.RankError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"cosmictagger: {text}", file=sys.stderr)
         return 2

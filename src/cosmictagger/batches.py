@@ -1,5 +1,6 @@
 """From events to tensors: which events make a batch, and the batch itself."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,11 @@ class Batch:
     label: Tensor | None
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.image.to(device), None if self.label is None else self.label.to(device))
+        return self.divided(lambda tensor: tensor.to(device))
+
+    def divided(self, part: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same part of image and label."""
+        return Batch(part(self.image), None if self.label is None else part(self.label))
 
 
 @dataclass(frozen=True)

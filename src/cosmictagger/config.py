@@ -184,7 +184,7 @@ def _kinds() -> dict[str, Any]:
     }
     out |= {key: kind for key, kind in recipe.items() if not key.endswith("_arguments") and key not in out}
     out |= {"loss": LOSSES, "optimizer": tuple(optimizer_names()), "schedule": tuple(schedule_names())}
-    out |= {key: kind for key, kind in running.items() if key != "device"}
+    out |= {key: kind for key, kind in running.items() if key not in ("device", "world")}
     return out | {"precision": ("float32", "bfloat16"), "downsample": (0, 1), "device": ("cpu", "cuda"),
                   "tensorboard": bool}  # fmt: skip
 

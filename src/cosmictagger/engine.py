@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 import fullframe
 
@@ -24,9 +25,15 @@ class Step(Protocol):
     def plan(self, image: Tensor, target: Target) -> Plan: ...
 
 
-def training_step(net: nn.Module, criterion: nn.Module, budget: str | None, threads: int | None = None) -> Step:
-    """A training step within the budget; see `fullframe.tile`."""
-    return fullframe.tile(net, loss=criterion, budget=budget, workers=threads)
+def training_step(
+    net: nn.Module,
+    criterion: nn.Module,
+    budget: str | None,
+    threads: int | None = None,
+    mesh: DeviceMesh | None = None,
+) -> Step:
+    """A training step within the budget, divided over the processes of a mesh; see `fullframe.tile`."""
+    return fullframe.tile(net, loss=criterion, budget=budget, workers=threads, mesh=mesh)
 
 
 def tiled(net: nn.Module, budget: str | None, threads: int | None = None) -> nn.Module:

@@ -17,6 +17,7 @@ from cosmictagger.metrics import CLASSES, Scores, confusion, scores
 from cosmictagger.model import UResNet, check_image_shape
 from cosmictagger.objective import tags_of
 from cosmictagger.progress import Say, silent
+from cosmictagger.world import World, processors
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,13 @@ class Running:
     downsample: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     threads: int | None = None
+    world: World = field(default_factory=World)
+    """The processes that train together."""
+
+    @property
+    def workers(self) -> int | None:
+        """Threads of this process; None: one per core."""
+        return self.threads or processors()
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
@@ -75,7 +83,7 @@ class Tagger:
     def __init__(self, net: UResNet, running: Running) -> None:
         self.running = running
         self._net = net.to(running.device)
-        self._tiled: nn.Module = engine.tiled(net, running.budget, running.threads)
+        self._tiled: nn.Module = engine.tiled(net, running.budget, running.workers)
 
     def __enter__(self) -> "Tagger":
         self._was_training = self._net.training
@@ -109,24 +117,27 @@ Also = Callable[[Event, tuple[Pixels, ...], tuple[Pixels, ...]], None]
 def evaluate(
     tagger: Tagger, events: Events, say: Say = silent, *, first: int | None = None, also: Also | None = None
 ) -> Evaluation:
-    """Score every event, or the `first` so many, and tell `also` of each. Raises DataError without labels."""
+    """Score every event, or the `first` so many, and tell `also` of each. Raises DataError without labels.
+
+    Processes that train together each score some of them, and have the same scores then.
+    """
     count = len(events) if first is None else min(first, len(events))
-    counts, gated, baseline = [], [], []
-    with tagger, closing(ahead(events.__getitem__, range(count))) as found:
-        for index, event in enumerate(found):
+    world = tagger.running.world
+    indices, found_here = world.dealt(range(count)), []
+    with tagger, closing(ahead(events.__getitem__, indices)) as found:
+        for index, event in zip(indices, found, strict=True):
             _check_labelled(events, event)
             batch = batch_of([event], downsample=tagger.running.downsample, device=tagger.running.device)
             assert batch.label is not None
             tags, probable = (tagger(batch.image), None) if also is None else tagger.probable(batch.image)
-            counts.append(confusion(tags, batch.label))
             mine = pixel_tags(event, tags[0], tagger.running.downsample)
-            gated.append(stored_counts(event, mine))
-            baseline.append(stored_counts(event, _all_cosmic(event)))
+            kinds = stored_counts(event, mine), stored_counts(event, _all_cosmic(event))
+            found_here.append((confusion(tags, batch.label), *kinds))
             if also is not None and probable is not None:
                 also(event, mine, _pixel_classes(event, probable[0], tagger.running.downsample))
-            say(index + 1, count, "")
-    network, base = scores(torch.cat(gated)), scores(torch.cat(baseline))
-    return Evaluation(count, network, base, scores(torch.cat(counts)))
+            say(min(index + world.size, count), count, "")
+    counts, gated, baseline = (torch.cat(of) for of in zip(*world.gathered(found_here), strict=True))
+    return Evaluation(count, scores(gated), scores(baseline), scores(counts))
 
 
 def evaluate_tags(events: Events, say: Say = silent) -> Evaluation:

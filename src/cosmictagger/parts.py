@@ -47,13 +47,13 @@ class Part:
 
 
 def part_of(number: int, recipe: Recipe, events: Events, running: Running) -> Part:
-    """Part `number` of a training, `recipe.accumulate` of which make a step."""
+    """Part `number` of a training, `recipe.accumulate` of which make a step; of it this process's rows."""
     step, position = divmod(number, recipe.accumulate)
     first = position * recipe.batch
     indices = indices_of_step(step, recipe.batch * recipe.accumulate, len(events), recipe.seed)
     mine = range(first, first + recipe.batch)
     found = [_event(recipe, step, k, indices[k], events) for k in mine]
-    batch = batch_of(found, downsample=running.downsample, device=running.device)
+    batch = batch_of(found, downsample=running.downsample, device=running.device).divided(running.world.rows)
     if recipe.accumulate == 1 or position or recipe.loss == "focal":
         return Part(batch)
     counts = _counts(found, running.downsample)
@@ -100,7 +100,8 @@ class Steps:
         self._totals = self._made(FocalTotals()) if several and recipe.loss == "focal" else None
 
     def _made(self, criterion: nn.Module) -> engine.Step:
-        return engine.training_step(self._net, criterion, self._running.budget, self._running.threads)
+        running = self._running
+        return engine.training_step(self._net, criterion, running.budget, running.workers, running.world.mesh)
 
     def plan(self, part: Part) -> tuple[str, int | None]:
         """The printed plan of a part and the bytes it promises. Raises ValueError if the budget is too small."""
@@ -139,7 +140,7 @@ class Steps:
                 value.backward()
             added = peak.added if k == 0 else added
             loss += value.item()
-            counts.append(confusion(tags, part.label))
+            counts.append(self._running.world.total(confusion(tags, part.label)))
         return Taken(loss, torch.cat(counts), added)
 
     def _target(self, part: Part, weights: tuple[Tensor, Tensor] | None) -> engine.Target:

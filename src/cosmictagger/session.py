@@ -1,6 +1,6 @@
 """A training with its report, and the demonstration made of the same parts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cosmictagger.config import NAME, Run
@@ -10,12 +10,13 @@ from cosmictagger.evaluate import Running, Tagger, check_suits
 from cosmictagger.files import Events, open_events
 from cosmictagger.findings import Findings, look
 from cosmictagger.model import UResNet, count_parameters
-from cosmictagger.progress import progress
+from cosmictagger.progress import progress, silent
 from cosmictagger.report import Report, name_of, verdict, write_report
 from cosmictagger.runs import cost, logged, recorded, text
 from cosmictagger.simulate import Detector, simulate_numbered
 from cosmictagger.train import Beside, Trained, train
 from cosmictagger.weights import load_weights
+from cosmictagger.world import World
 
 WEIGHTS = "weights.safetensors"
 SHOWN = 3
@@ -25,21 +26,23 @@ SHOWN = 3
 def train_with_report(run: Run, *, resume: bool = False, shown: int = SHOWN, note: str = "") -> str:
     """Train, and write `report.html` if there are validation events, `shown` of them as pictures, and `note`.
 
-    Returns one line that says what came of it. Raises as `train` does.
+    Returns one line that says what came of it, in the first of the processes that train together; in others nothing.
+    Raises as `train` does.
     """
-    out = run.files.out
+    out, first = run.files.out, run.running.world.first
     with open_events(run.files.events) as events:
         if run.files.validation is None:
             _train(run, events, None, resume)
-            return f"{_steps(out)}; weights in {out / WEIGHTS}"
+            return f"{_steps(out)}; weights in {out / WEIGHTS}" if first else ""
         with open_events(run.files.validation) as validation:
             _train(run, events, validation, resume)
-            return report_run(out, out / WEIGHTS, validation, run.running, Showing(shown, note))
+            alone = replace(run.running, world=World())
+            return report_run(out, out / WEIGHTS, validation, alone, Showing(shown, note)) if first else ""
 
 
 def _train(run: Run, events: Events, validation: Events | None, resume: bool) -> Trained:
     with progress("training") as say:
-        beside = Beside(say, {NAME: run.text()}, run.tensorboard)
+        beside = Beside(say if run.running.world.first else silent, {NAME: run.text()}, run.tensorboard)
         return train(
             run.recipe, events, run.files.out, run.running, validation=validation, resume=resume, beside=beside
         )

@@ -104,7 +104,7 @@ def train(
     if out.exists() and not out.is_dir():
         raise DataError(f"{out}: is not a folder")
     with ExitStack() as held:
-        if out.exists():
+        if out.exists() and running.world.first:
             held.enter_context(locked(out))
         return _train(recipe, (events, validation, out), running, resume, beside, held)
 
@@ -132,19 +132,21 @@ def _train(
     if state.rates.follows_scores and validation is None:
         raise ValueError(f"schedule {recipe.schedule} follows the scores of validations: name validation events")
     steps = Steps(state.net, recipe, running)
+    # Processes that train together agree on the plan here, so that all have looked at the folder before one writes.
     plan, projected = steps.plan(part_of(0, recipe, events, running))
-    if not out.exists():
-        out.mkdir(parents=True)
-        held.enter_context(locked(out))
-    _write(out / "recipe.json", json.dumps(described, indent=2) + "\n")
-    _write(out / "plan.txt", plan + "\n")
-    for name, text in beside.files.items():
-        _write(out / name, text)
     promised = Memory(running.budget, projected, None)
-    _write_cost(out, promised, events)
+    if running.world.first:
+        if not out.exists():
+            out.mkdir(parents=True)
+            held.enter_context(locked(out))
+        texts = {"recipe.json": json.dumps(described, indent=2) + "\n", "plan.txt": plan + "\n", **beside.files}
+        for name, text in texts.items():
+            _write(out / name, text)
+        _write_cost(out, promised, events)
     seconds, measured = _loop(recipe, state, steps, files, running, beside, held)
     memory = replace(promised, measured=measured)
-    _write_cost(out, memory, events)
+    if running.world.first:
+        _write_cost(out, memory, events)
     return Trained(state.step, seconds, memory)
 
 
@@ -164,26 +166,31 @@ def _loop(
     """Take the steps; returns seconds, and the bytes that the first step added."""
     events, validation, out = files
     origin = Origin(running.downsample, running.precision, events.fingerprint())
-    board = held.enter_context(Board(out, state.step)) if beside.tensorboard else None
-    log = _Log(out / "log.jsonl", state.step, board)
+    world = running.world
+    board = held.enter_context(Board(out, state.step)) if beside.tensorboard and world.first else None
+    log = _Log(out / "log.jsonl", state.step, board) if world.first else _NoLog()
     best = max((v["network"]["mean_iou"] for v in log.validations()), default=-1.0)
 
     tagger = Tagger(state.net, running) if validation is not None else None
     if tagger is not None and validation is not None and recipe.validate_first and state.step == 0:
         log.add({"step": 0, "validation": evaluate(tagger, validation, first=recipe.validation_events).as_dict()})
     start, measured, late = time.monotonic(), None, False
+
+    def spent() -> float:
+        return world.agreed(time.monotonic() - start)
+
     load = partial(part_of, recipe=recipe, events=events, running=replace(running, device=torch.device("cpu")))
     numbers = steps.numbers(state.step, recipe.steps)
     # nothing is read during the first part that is learned from, so that its memory is its own
     coming = _Coming(held.enter_context(closing(ahead(load, numbers, alone=steps.before + 1))), running.device)
     while state.step < recipe.steps and not late:
-        state.rates.before(state.step, time.monotonic() - start)
+        state.rates.before(state.step, spent())
         line, added = _one_step(steps, state, coming, measured is None)
         measured = added if measured is None else measured
         log.add(line)
         text = f"loss {line['loss']:.4f}  mIoU {line['train']['mean_iou']:.3f}  {line['seconds']:.1f} s/step"
         beside.say(state.step, recipe.steps, text)
-        late = recipe.minutes is not None and time.monotonic() - start > 60 * recipe.minutes
+        late = recipe.minutes is not None and spent() > 60 * recipe.minutes
         if late or state.step % recipe.validate_every == 0 or state.step == recipe.steps:
             if tagger is not None and validation is not None:
                 found = evaluate(tagger, validation, first=recipe.validation_events).as_dict()
@@ -192,10 +199,11 @@ def _loop(
                     state.rates.scored(found["network"]["mean_iou"])
                 if found["network"]["mean_iou"] > best:
                     best = found["network"]["mean_iou"]
-                    save_weights(state.net, out / BEST, origin)
-            _save(state, out, origin)
+                    if world.first:
+                        save_weights(state.net, out / BEST, origin)
+            _save(state, out, origin, world.first)
         elif recipe.saves(state.step):
-            _save(state, out, origin)
+            _save(state, out, origin, world.first)
     return time.monotonic() - start, measured
 
 
@@ -325,11 +333,13 @@ def _check_described(asked: dict, out: Path) -> None:
             raise DataError(f"{out}: was trained with {key} = {before.get(key)}, not {value}")
 
 
-def _save(state: _State, out: Path, origin: Origin) -> None:
+def _save(state: _State, out: Path, origin: Origin, writes: bool) -> None:
     """Checkpoint and weights; an interruption leaves the ones before, and so do weights that are not numbers."""
     problem = not_finite(state.net.state_dict())
     if problem:
         raise ArithmeticError(f"{problem} after step {state.step}; resume with a smaller learning rate")
+    if not writes:
+        return
     save_checkpoint(out / CHECKPOINT, state.net, state.optimizer, state.step, state.rates.state())
     save_weights(state.net, out / "weights.safetensors", origin)
 
@@ -357,6 +367,16 @@ class _Log:
             file.write(json.dumps(line) + "\n")
         if self._board is not None:
             self._board.add(line)
+
+
+class _NoLog:
+    """Of a process that leaves writing to another."""
+
+    def validations(self) -> list[dict]:
+        return []
+
+    def add(self, line: dict) -> None:
+        pass
 
 
 def _step_of(line: str) -> float:
