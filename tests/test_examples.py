@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
 import runpy
+import socket
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -38,6 +41,42 @@ def test_each_says_how_it_is_run_and_asserts_what_it_says():
         text = script.read_text()
         assert re.search(rf"^    python examples/{script.name}", text, re.MULTILINE), script.name
         assert "assert" in text, f"{script.name} holds nothing against plain PyTorch, or against what is known"
+
+
+@pytest.mark.parametrize("more", [[], ["--accelerate"]], ids=["by hand", "Accelerate"])
+def test_replicas_of_two_processes_each(more: list[str]):
+    if more:
+        pytest.importorskip("accelerate")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    ran = subprocess.run([*launcher, str(FOLDER / "replicas.py"), *more], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert "2 images, 2 processes each" in ran.stdout
+
+
+def test_the_script_for_a_cluster_starts_a_process_on_each_node(tmp_path: Path):
+    """With stand-ins for SLURM's commands, whose two nodes are this machine."""
+    for name, does in {"scontrol": "echo localhost", "srun": '"$@" & "$@"; wait $!'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\nset -e\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    paths = [str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]
+    given = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "1", "PORT": str(port)}
+    command = [
+        "bash",
+        str(FOLDER / "ranks.slurm"),
+        str(FOLDER / "ranks.py"),
+        "--rows=32",
+        "--columns=32",
+        "--steps=1",
+    ]
+    ran = subprocess.run(
+        command, env={**os.environ, **given, "PATH": os.pathsep.join(paths)},
+        capture_output=True, text=True, timeout=300, cwd=tmp_path,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "rank 0 of 2" in ran.stdout
 
 
 def test_a_notebooks_cells_run_again_and_let_go_of_the_step_before():
