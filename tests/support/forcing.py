@@ -16,8 +16,8 @@ def storing(share: float, *, join: bool, fill: float = 0.0, window: int = 20_000
     """Inside, plans drop gaps down to this share, and fill again up to another; the largest window of a tile has
     about so many bytes."""
 
-    def fit(graph, draft, request):
-        steps: planner.Steps = {}
+    def fit(begun, request):
+        graph, draft = begun.graph, begun.draft
         stages = Stages(graph, draft, window, join=join)
         state = stages.search.copy()
         top = max(state.profile(), default=0)
@@ -25,7 +25,7 @@ def storing(share: float, *, join: bool, fill: float = 0.0, window: int = 20_000
         if fill > share:
             state.fill(top * fill)
         made = stages.draft(state)
-        return planner._finish(graph, made, replace(request, max_in_flight=1, most=10 * window), steps, 0)
+        return planner._finish(graph, made, replace(request, max_in_flight=1, most=10 * window), {}, 0)
 
     with (
         mock.patch.object(planner, "_fit", fit),

@@ -23,15 +23,19 @@ def abreast(graph: Graph, request: planner.Request) -> fullframe.Plan:
 
 def away(graph: Graph, request: planner.Request) -> fullframe.Plan:
     """A plan whose stored maps live in the second tier, whether they would fit in the first or not."""
-    return planner._plan(graph, replace(request, budget=PLENTY, host=PLENTY, workers=planner.STREAMS))
+    return _planned(graph, replace(request, budget=PLENTY, host=PLENTY, workers=planner.STREAMS))
 
 
 def on_disk(graph: Graph, request: planner.Request) -> fullframe.Plan:
     """A plan whose stored maps live on a disk, whether they would fit in memory or not, with room to read ahead."""
     everything = mock.patch.object(planner, "spill", lambda stages, lives, maps, room, limit: frozenset(maps))
     with everything, mock.patch.object(planner, "PER_BYTE", 0):
-        found = planner._plan(graph, replace(request, budget=PLENTY, disk=PLENTY, workers=2))
+        found = _planned(graph, replace(request, budget=PLENTY, disk=PLENTY, workers=2))
     return replace(found, bytes=replace(found.bytes, spare=ROOM if found.bytes.disk else 0))
+
+
+def _planned(graph: Graph, request: planner.Request) -> fullframe.Plan:
+    return planner._Begun(graph, request).plan(request)
 
 
 def in_bands(all_of_them: bool) -> Any:

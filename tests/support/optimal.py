@@ -31,9 +31,9 @@ def noted(found: list[tuple[Any, Any]]) -> Iterator[None]:
     """Inside, graphs that are planned and their drafts are noted."""
     fit = planner._fit
 
-    def noting(graph: Any, draft: Any, request: Any) -> Any:
-        found.append((graph, draft))
-        return fit(graph, draft, request)
+    def noting(begun: Any, request: Any) -> Any:
+        found.append((begun.graph, begun.draft))
+        return fit(begun, request)
 
     with mock.patch.object(planner, "_fit", noting):
         yield
@@ -84,7 +84,7 @@ def plan_of(seed: int) -> tuple[list, fullframe.Plan]:
 def searched(graph: Any, draft: Any) -> list[Search]:
     """The states with everything stored that the planner begins with."""
     with mock.patch.object(within, "WINDOW", WINDOW):
-        return [stages.search for stages in within._both(graph, draft)]
+        return [stages.search for stages in within.searches_of(graph, draft)]
 
 
 def best(starts: Sequence[Search], limit: float) -> float:

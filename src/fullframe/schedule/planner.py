@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 
 from fullframe.errors import BudgetError, UnsupportedOpError
@@ -30,11 +30,12 @@ from fullframe.schedule.plan import (
     stage_cost,
     tables_of,
 )
+from fullframe.schedule.rematerialize import Stages
 from fullframe.schedule.request import LARGE, Request
 from fullframe.schedule.saved_plan import Limits
 from fullframe.schedule.shares import Shares, shares_of
 from fullframe.schedule.tiling import choose_grid, deep_grid, handed_over, window_bytes
-from fullframe.schedule.within import cheapest, within
+from fullframe.schedule.within import cheapest, searches_of, within
 from fullframe.storage.protocol import DEVICE, DISK, DISK_BUFFER, HOST, Slot
 
 FIXED = 35_000_000  # what touching torch's libraries and the threads take,
@@ -46,7 +47,7 @@ KEPT_AT_MOST = 3  # and so many times where the budget has room for it: it is th
 KEPT_ANYWAY = 64 << 20  # bytes that it keeps for a thread without being asked
 LITTLE = 0.02  # of all that a step takes: stored maps that are no more are not worth a search
 REPEATS = 3  # times that the room for maps is estimated, which depends on the windows of what is on disk
-Known = dict[tuple[Section, int, frozenset[Value] | None], Stage]
+Known = dict[tuple[Section, int, frozenset[Value]], Stage]
 PER_BYTE = 250_000  # operations, at 250 GFLOP/s, in the time in which a disk of a million bytes a second moves a byte
 DEAR = 1.05  # times the price of the ops alone, from which on it may pay to store less on a disk
 LARGEST = 16 << 20  # bytes of untiled values, from which on copies cost more than a stage made alone
@@ -62,11 +63,12 @@ def plan(graph: Graph, request: Request) -> Plan:
     """
     found: Plan | None = None
     refused: BudgetError | None = None
+    begun = _Begun(graph, request)
     for allowed in _tiers(request):
         if found is not None and not (allowed.disk and _again(found)):
             break
         try:
-            made = _plan(graph, allowed)
+            made = begun.plan(allowed)
         except BudgetError as error:
             refused = error if refused is None or error.smallest <= refused.smallest else refused
         except UnsupportedOpError:
@@ -108,21 +110,35 @@ def computed(plan: Plan) -> float:
     return sum((stage_cost(plan, stage) for stage in plan.stages), 0.0)
 
 
-def _plan(graph: Graph, request: Request) -> Plan:
-    tile_axes = find_tile_axes(graph, request.roots)
-    saved = choose_saved_values(graph, tile_axes)
-    sections = build_sections(graph, saved)
-    sizes = _sizes(graph, saved, request)
-    kept = [v for v in graph.outputs if v is not None]
-    best: tuple[int, Draft] | None = None
-    for stages, early in orders(graph, sections, sizes):
-        lives = lifetimes(stages, kept)
-        peak = max(lives.usage(len(stages), sizes), default=0)
-        if best is None or peak < best[0]:
-            order = {op: k for k, op in enumerate(graph.ops)}
-            best = peak, Draft(saved, list(stages), early, order, kept, sizes)
-    assert best is not None
-    return _fit(graph, best[1], request)
+class _Begun:
+    """A graph in the order in which least is stored at once, and what planning it within some memories has found that
+    planning it within others asks for again: stages of sections, by the number of workers, and searches."""
+
+    def __init__(self, graph: Graph, request: Request):
+        self.graph = graph
+        tile_axes = find_tile_axes(graph, request.roots)
+        saved = choose_saved_values(graph, tile_axes)
+        sections = build_sections(graph, saved)
+        sizes = _sizes(graph, saved, request)
+        kept = [v for v in graph.outputs if v is not None]
+        best: tuple[int, Draft] | None = None
+        for stages, early in orders(graph, sections, sizes):
+            lives = lifetimes(stages, kept)
+            peak = max(lives.usage(len(stages), sizes), default=0)
+            if best is None or peak < best[0]:
+                order = {op: k for k, op in enumerate(graph.ops)}
+                best = peak, Draft(saved, list(stages), early, order, kept, sizes)
+        assert best is not None
+        self.draft = best[1]
+        self.known: dict[int, Known] = {}
+
+    def plan(self, request: Request) -> Plan:
+        """The plan for a request that differs from the first in its memories alone."""
+        return _fit(self, request)
+
+    @cached_property
+    def searches(self) -> list[Stages]:
+        return searches_of(self.graph, self.draft)
 
 
 def _sizes(graph: Graph, saved: SavedValues, request: Request) -> dict[Value, int]:
@@ -140,13 +156,14 @@ def _sizes(graph: Graph, saved: SavedValues, request: Request) -> dict[Value, in
     return {v: size(v) for v in saved.stored if v not in outputs}
 
 
-def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
+def _fit(begun: _Begun, request: Request) -> Plan:
     """The plan that makes nothing again if it fits, else the fastest found that does; `BudgetError` names the
     smallest.
     """
+    graph, draft = begun.graph, begun.draft
     fixed = _fixed(graph) + request.imports if request.fixed is None else request.fixed
     fastest = sum(spent(op) for section in draft.stages for op in section.ops if op.rule.heavy)
-    stages: Known = {}
+    stages = begun.known.setdefault(request.workers, {})
 
     def finish(draft: Draft, most: int) -> Plan:
         return _finish(graph, draft, replace(request, max_in_flight=1, most=most), stages, fixed)
@@ -160,7 +177,7 @@ def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
     made, cost = finish(draft, 0), partial(price, rate=request.rate)
     if over(made) <= 0:
         if made.bytes.disk and cost(made) > DEAR * computed(made):
-            found = cheapest(graph, draft, finish, over, cost)
+            found = cheapest(begun.searches, finish, over, cost)
             if found is not None and cost(found.plan) < cost(made):
                 draft, made, request = found.draft, found.plan, replace(request, most=found.most)
     else:
@@ -171,7 +188,7 @@ def _fit(graph: Graph, draft: Draft, request: Request) -> Plan:
         elif made.bytes.arena + offloaded < LITTLE * (made.bytes.total + offloaded):
             raise _refusal(smallest, request)
         else:
-            found = within(graph, draft, made, finish, over, cost)
+            found = within(begun.searches, made, finish, over, cost)
             if over(found.plan) > 0:
                 raise _refusal(min(smallest, found.plan, key=over), request)
             draft, made, request = found.draft, found.plan, replace(request, most=found.most)
@@ -329,8 +346,8 @@ def _arranged(graph: Graph, draft: Draft, request: Request, known: Known, fixed:
     offloaded = frozenset(maps) if request.host else far
     made = []
     for section in draft.stages:
-        offloads = offloaded.intersection((*section.loads, *section.outputs)) if far else offloaded
-        key = section, request.most if section.recompute else 0, offloads if far else None
+        offloads = offloaded.intersection((*section.loads, *section.outputs))
+        key = section, request.most if section.recompute else 0, offloads
         if key not in known:
             known[key] = _stage(section, tile_axes, request, offloads)
         made.append(known[key])

@@ -374,7 +374,14 @@ class Search:
         """Store the gaps that save most per byte and stage, as long as the limit allows, and until so many nodes have
         been looked at."""
         used = self.profile()
-        heap = [(-self._gain(c)[0], c) for c in self._additions(range(len(self.home)))]
+
+        def fits(k: int, x: int, y: int) -> bool:
+            first, last = self._span(k, x, y)
+            size = self.nodes.size[k]
+            return all(used[t] + size <= limit for t in range(first, last + 1))
+
+        # Ever more is used: what has no room now has none later, unless the node itself is stored, which looks again.
+        heap = [(-self._gain(c)[0], c) for c in self._additions(range(len(self.home))) if fits(*c)]
         heap = [h for h in heap if h[0] < 0]
         heapify(heap)
         waiting: set[tuple[int, int, int]] = {c for _, c in heap}
@@ -382,10 +389,7 @@ class Search:
             old, candidate = heappop(heap)
             waiting.discard(candidate)
             k, x, y = candidate
-            if not self._open(k, x, y):
-                continue
-            first, last = self._span(k, x, y)
-            if any(used[t] + self.nodes.size[k] > limit for t in range(first, last + 1)):
+            if not self._open(k, x, y) or not fits(k, x, y):
                 continue
             gain, _ = self._gain(candidate)
             if gain <= 0:
@@ -397,16 +401,17 @@ class Search:
                     continue
                 continue
             before = [self.done[t].made for t in range(x, y + 1)]
-            for t in range(x + 1, y + 1):
-                self.enter[t] |= 1 << k
+            first, last = self._span(k, x, y)
             for t in range(first, last + 1):
                 used[t] += self.nodes.size[k]
+            for t in range(x + 1, y + 1):
+                self.enter[t] |= 1 << k
             self.refresh(range(x, y + 1))
             changed = 0
             for t, was in zip(range(x, y + 1), before, strict=True):
                 changed |= was ^ self.done[t].made
             for c in self._additions(bits_of(changed | 1 << k)):
-                if c not in waiting:
+                if c not in waiting and fits(*c):
                     gain, _ = self._gain(c)
                     if gain > 0:
                         waiting.add(c)

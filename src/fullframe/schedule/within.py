@@ -6,7 +6,7 @@ smallest budget that is named. Then, from the bytes that this one leaves, the be
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -47,16 +47,14 @@ Finish = Callable[[Draft, int], Plan]
 
 
 def within(
-    graph: Graph,
-    draft: Draft,
+    both: Sequence[Stages],
     base: Plan,
     finish: Finish,
     over: Callable[[Plan], int],
     price: Callable[[Plan], float],
 ) -> Found:
-    """What fits, as fast as was found; the smallest plan there is where none does. ``over`` says by how many bytes a
-    plan does not fit."""
-    both = _both(graph, draft)
+    """What fits, as fast as was found, by searches as of `searches_of`; the smallest plan there is where none does.
+    ``over`` says by how many bytes a plan does not fit."""
     fits, peak = _ladder(both, base, finish, over)
     if over(fits.plan) > 0:
         return fits
@@ -104,11 +102,11 @@ def _roomier(found: Found, finish: Finish, over: Callable[[Plan], int], price: C
 
 
 def cheapest(
-    graph: Graph, draft: Draft, finish: Finish, over: Callable[[Plan], int], price: Callable[[Plan], float]
+    both: Sequence[Stages], finish: Finish, over: Callable[[Plan], int], price: Callable[[Plan], float]
 ) -> Found | None:
     """Of the states on the ladder whose plans fit, the one that has the lowest price; None where none fits."""
     best: tuple[float, Found] | None = None
-    for stages in _both(graph, draft):
+    for stages in both:
         state = stages.search.copy()
         top = max(state.profile(), default=0)
         for share in SHARES:
@@ -122,7 +120,7 @@ def cheapest(
     return None if best is None else best[1]
 
 
-def _both(graph: Graph, draft: Draft) -> list[Stages]:
+def searches_of(graph: Graph, draft: Draft) -> list[Stages]:
     """The stages of a draft as they are, and joined where that changes anything and they are not too many."""
     if len(draft.stages) > MANY:
         return [Stages(graph, draft, WINDOW, join=False)]
@@ -132,7 +130,7 @@ def _both(graph: Graph, draft: Draft) -> list[Stages]:
     )
 
 
-def _ladder(both: list[Stages], base: Plan, finish: Finish, over: Callable[[Plan], int]) -> tuple[Found, int]:
+def _ladder(both: Sequence[Stages], base: Plan, finish: Finish, over: Callable[[Plan], int]) -> tuple[Found, int]:
     """The first rung that fits, or the smallest, and the most that is stored at once on it."""
     smallest: tuple[Found, int] | None = None
     states = [stages.search.copy() for stages in both]
