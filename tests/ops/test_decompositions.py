@@ -131,6 +131,13 @@ def test_a_group_norm_leaves_maps_in_their_shape(norm):
     assert not maps and len(of_norm) == 3
 
 
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_a_group_norm_of_vectors(groups):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.GroupNorm(groups, 6), nn.Tanh())
+    found = fullframe.check(net, torch.randn(5, 3, 2, 2), None, lambda y, _: (y * torch.arange(6.0)).sum())
+    assert found.passed
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_moments_of_groups_from_those_of_their_channels(groups):
     x = torch.randn(3, 4, 5, 6, dtype=torch.float64) + 1e3

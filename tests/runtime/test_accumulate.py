@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ CPU = torch.device("cpu")
 
 
 def _op(name: str, kept: int = 6) -> Op:
+    """A reduction over the first of two axes."""
     x = Value("x", (64, kept), torch.float64, 8)
     args = (None, (0,)) if name == "tile.moments" else (None, (0,), False)
     shape = (3, 1, kept) if name == "tile.moments" else (kept,)
@@ -51,6 +53,17 @@ def _added(ops: list[Op], found: list[Partials], order: list[int], together: boo
 
 
 NAMES = ["tile.sum", "tile.amax", "tile.amin", "tile.moments", "tile.prod"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_over_no_axes_every_number_stands_alone(name):
+    """To torch no axes are all axes. A group norm of vectors, whose channels have no pixels, failed."""
+    x = torch.randn(4, 6, dtype=torch.float64)
+    op, moments_ = _op(name), name == "tile.moments"
+    op = replace(op, args=(None, ()) if moments_ else (None, (), False))
+    rule: Any = op.rule
+    made = rule.run(op, ((0, 4), (0, 6)), [x])
+    assert torch.equal(made, torch.stack([torch.ones_like(x), x, torch.zeros_like(x)]) if moments_ else x)
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 3, 7, 8, 33, 75])

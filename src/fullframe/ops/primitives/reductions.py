@@ -71,7 +71,7 @@ class Extreme(OverAxes):
 
     def run(self, op: Op, region: Region, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         reduce = torch.amax if self.largest else torch.amin
-        return reduce(windows[0], op.args[1], op.args[2])
+        return reduce(windows[0], op.args[1], op.args[2]) if op.args[1] else windows[0]
 
 
 class Moments(OverAxes):
@@ -91,8 +91,9 @@ class Moments(OverAxes):
         for a in axes:
             count *= region[a][1] - region[a][0]
         first = x[tuple(slice(0, 1) if a in axes else slice(None) for a in range(x.dim()))]
-        mean = about(x, first, lambda d: d.mean(axes, keepdim=True))
-        square = (x - mean).square_().sum(axes, keepdim=True)
+        mean = about(x, first, lambda d: d.mean(axes, keepdim=True) if axes else d)
+        square = (x - mean).square_()
+        square = square.sum(axes, keepdim=True) if axes else square  # no axes are all axes to torch
         return torch.stack([torch.full_like(mean, count), mean, square])
 
     def scratch(self, op: Op, region: Region) -> int:
