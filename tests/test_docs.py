@@ -64,6 +64,8 @@ def _names_what_there_is(command: str) -> None:
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(), command
     elif words[0] == "python" and words[1] != "-m":
         assert (ROOT / words[1]).is_file(), command
+    elif words[0] == "sbatch":
+        assert any((ROOT / word).is_file() for word in words if word.endswith(".slurm")), command
     else:
         assert words[0] in ("pip", "python", "torchrun", "cosmictagger"), command
 
