@@ -10,8 +10,8 @@ the convolutions alone (see limit.py). Memory is the growth of the resident set 
 recording and planning included; times are medians of later steps: ours are timed when tiles have been put in
 bytecode, which takes some steps (--warm), shown but not counted. In each turn a step goes before the one that counts,
 as what ran meanwhile has taken caches, and pages of memory. One network a run writes one table, so a run can be
-repeated for each. On a processor without bfloat16 arithmetic its convolutions are emulated, and slow in every
-variant.
+repeated for each. On a processor without bfloat16 arithmetic ours are made in float32, and those of plain PyTorch
+and of the limit are emulated, and slow.
 """
 
 from __future__ import annotations

@@ -23,11 +23,11 @@ class Batch:
     label: Tensor | None
 
     def to(self, device: torch.device) -> "Batch":
-        return self.divided(lambda tensor: tensor.to(device))
+        return self.mapped(lambda tensor: tensor.to(device))
 
-    def divided(self, part: Callable[[Tensor], Tensor]) -> "Batch":
-        """The same part of image and label."""
-        return Batch(part(self.image), None if self.label is None else part(self.label))
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same made of image and label."""
+        return Batch(change(self.image), None if self.label is None else change(self.label))
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def part_of(number: int, recipe: Recipe, events: Events, running: Running) -> Pa
     indices = indices_of_step(step, recipe.batch * recipe.accumulate, len(events), recipe.seed)
     mine = range(first, first + recipe.batch)
     found = [_event(recipe, step, k, indices[k], events) for k in mine]
-    batch = batch_of(found, downsample=running.downsample, device=running.device).divided(running.world.rows)
+    batch = batch_of(found, downsample=running.downsample, device=running.device).mapped(running.world.rows)
     if recipe.accumulate == 1 or position or recipe.loss == "focal":
         return Part(batch)
     counts = _counts(found, running.downsample)

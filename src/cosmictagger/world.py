@@ -66,7 +66,10 @@ class World:
 def processors() -> int | None:
     """Threads for each process of this machine; None: as many as there are processors."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return None if here == 1 else max(1, len(os.sched_getaffinity(0)) // here)
+    if here == 1:
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // here)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def on_disk(graph: Graph, request: planner.Request) -> fullframe.Plan:
 
 
 def _planned(graph: Graph, request: planner.Request) -> fullframe.Plan:
-    return planner._Begun(graph, request).plan(request)
+    return planner._fit(planner._Begun(graph, request), request)
 
 
 def in_bands(all_of_them: bool) -> Any:

@@ -68,7 +68,7 @@ def plan(graph: Graph, request: Request) -> Plan:
         if found is not None and not (allowed.disk and _again(found)):
             break
         try:
-            made = begun.plan(allowed)
+            made = _fit(begun, allowed)
         except BudgetError as error:
             refused = error if refused is None or error.smallest <= refused.smallest else refused
         except UnsupportedOpError:
@@ -132,10 +132,6 @@ class _Begun:
         self.draft = best[1]
         self.known: dict[int, Known] = {}
 
-    def plan(self, request: Request) -> Plan:
-        """The plan for a request that differs from the first in its memories alone."""
-        return _fit(self, request)
-
     @cached_property
     def searches(self) -> list[Stages]:
         return searches_of(self.graph, self.draft)
@@ -158,7 +154,7 @@ def _sizes(graph: Graph, saved: SavedValues, request: Request) -> dict[Value, in
 
 def _fit(begun: _Begun, request: Request) -> Plan:
     """The plan that makes nothing again if it fits, else the fastest found that does; `BudgetError` names the
-    smallest.
+    smallest. The request may differ from that with which the graph was begun in its memories and workers alone.
     """
     graph, draft = begun.graph, begun.draft
     fixed = _fixed(graph) + request.imports if request.fixed is None else request.fixed
