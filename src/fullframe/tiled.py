@@ -19,6 +19,7 @@ from fullframe.capture.subclasses import with_class
 from fullframe.capture.threads import RECORDING, ForkSafeLock
 from fullframe.capture.trace import nested, recording
 from fullframe.compiler.agreement import all_have_recorded, share_parameters, telling, whole_call
+from fullframe.compiler.measures import disk_rate
 from fullframe.compiler.pipeline import compile_call
 from fullframe.compiler.program import Options, Program
 from fullframe.device import device_of
@@ -34,7 +35,7 @@ from fullframe.schedule.budgets import PLENTY, Budgets, budgets
 from fullframe.schedule.plan import Plan
 from fullframe.schedule.planner import plan as planned_for
 from fullframe.schedule.saved_plan import SavedPlan, load
-from fullframe.storage.disk_rate import USUAL, disk_rate
+from fullframe.storage.disk_rate import USUAL
 from fullframe.storage.pool import Pool
 from fullframe.storage.protocol import DISK
 from fullframe.storage.unnamed_file import disk_folder
@@ -379,7 +380,7 @@ def tile(  # noqa: PLR0913
         tile: forces the tile, in pixels of the input: one extent per spatial axis or one for all.
         workers: threads over tiles on the CPU; None: one per core.
         disk: bytes, or text as for the budget, that maps may take on a disk, in a file without a name (None: none);
-            its speed is measured, or told by FULLFRAME_DISK_RATE in MB/s. The plan says how much is written.
+            its speed is measured once a month, or told by FULLFRAME_DISK_RATE in MB/s. The plan says what is written.
         folder: where that file lies; None: the system's temporary folder. It may not be in memory itself (tmpfs).
         mesh: a `DeviceMesh` of one dimension, ``domain`` (first spatial axis) or ``data`` (batch), whose processes
             make the step together, each with this budget: a call takes a part of inputs and targets and gives that of

@@ -14,7 +14,7 @@ from disks import folder_on_disk
 from torch import nn
 
 import fullframe
-from fullframe import errors
+from fullframe import errors, torch_compat
 from fullframe.bytecode import recorder
 from fullframe.bytecode.libtorch import bytecode_available
 from fullframe.codegen.toolchain import cxx
@@ -52,6 +52,18 @@ def test_a_step_says_how_it_ran(caplog):
     assert lines(step)["capture"].startswith("made in this call (changed: ")
     told = [r.getMessage() for r in caplog.records if r.name == "fullframe" and r.levelno == logging.INFO]
     assert len(told) == 2 and "(the first)" in told[0]
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_step_says_in_which_type_it_multiplies(monkeypatch, has):
+    monkeypatch.setattr(torch_compat, "has_bfloat16", lambda: has)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)).bfloat16()
+    step = fullframe.tile(net, loss=F.mse_loss, budget="1 GB", workers=1)
+    image = torch.randn(1, 1, 20, 24, dtype=torch.bfloat16)
+    step(image, torch.zeros(1, 2, 20, 24, dtype=torch.bfloat16)).backward()
+    said = lines(step).get("products of bfloat16")
+    assert (said is None) is has
+    assert has or said == "5 ops make them in float32, since this processor has none of bfloat16"
 
 
 class Changing(nn.Module):

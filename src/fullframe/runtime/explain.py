@@ -32,10 +32,24 @@ def explain(program: Program, place: torch.device, reason: str) -> str:
         f"{human(plan.budget)}, {plan.workers} workers",
         f"kernels: {_kernels(runtime, place)}",
         f"tiles: {', '.join(_tiles(runtime, plan))}",
+        *_wider(plan),
         f"ops run whole: {', '.join(plan.whole) or 'none'}",
         f"stored maps: {stored or 'none'}",
         *([f"ranks: {ranks(plan.share)}; stages run one after the other, from Python"] if plan.share else []),
     ))  # fmt: skip
+
+
+def _wider(plan: Plan) -> Iterator[str]:
+    """Where products are made in a wider type than what they are made of."""
+    wide = [
+        op
+        for op in plan.graph.ops
+        if op.rule.heavy
+        and op.inputs[0].dtype == torch.bfloat16
+        and torch.float32 in (op.inputs[-1].dtype, op.output.dtype)
+    ]
+    if wide:
+        yield f"products of bfloat16: {len(wide)} ops make them in float32, since this processor has none of bfloat16"
 
 
 def _stored(plan: Plan) -> Iterator[str]:

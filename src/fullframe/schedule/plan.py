@@ -299,7 +299,7 @@ def halo(plan: Plan, stage: Stage) -> float:
 
 def arithmetic(plan: Plan) -> float:
     """Operations of expensive ops, halo included, as if all tiles were like one from the middle."""
-    return sum((operations(_middle(plan, stage)[0]) * len(stage.grid) for stage in plan.stages), 0.0)
+    return sum((operations(middle_works(plan, stage)) * len(stage.grid) for stage in plan.stages), 0.0)
 
 
 POINTWISE = 50  # operations of a convolution that are made in the time of one elsewhere, where memory is the limit
@@ -308,13 +308,18 @@ CALL = 400_000  # and while an op or a fused group is called
 
 def stage_cost(plan: Plan, stage: Stage) -> float:
     """Operations of a stage, halo included; cheap ops and calls count as much as the time that they take, about."""
-    return tile_cost(_middle(plan, stage)[0]) * len(stage.grid)
+    return tile_cost(middle_works(plan, stage)) * len(stage.grid)
 
 
 def tile_cost(works: Sequence[Work]) -> float:
     """Operations of a tile, and what its cheap ops and its calls take, counted in operations."""
     cheap = sum(box.size(w.region) * (not op.rule.heavy) for w in works for op in (*w.group.ops, *w.group.sums))
     return operations(works) + POINTWISE * cheap + CALL * len(works)
+
+
+def middle_works(plan: Plan, stage: Stage) -> Sequence[Work]:
+    """What a tile from the middle does."""
+    return _middle(plan, stage)[0]
 
 
 def _middle(plan: Plan, stage: Stage) -> tuple[Sequence[Work], Mapping[Value, Region]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -19,23 +18,18 @@ PIECE, PIECES = 4 << 20, 16  # bytes that are written and read at once, and how 
 SECONDS = 0.5  # after which enough has been written, or read
 
 
-def disk_rate(folder: Path) -> int:
-    """Million bytes a second that the disk of a folder takes and gives, a power of two, so that plans seldom depend
-    on when it was measured; or the number in the variable `VARIABLE` of the environment.
-
-    Raises `ValueError` where that is no number above zero.
-    """
+def told() -> int | None:
+    """Million bytes a second by the variable `VARIABLE` of the environment, None where it is not set. Raises
+    `ValueError` where that is no number above zero."""
     given = os.environ.get(VARIABLE)
-    if given is None:
-        return _measured(folder, os.stat(folder).st_dev)
-    if not given.isdecimal() or not int(given):
+    if given is not None and (not given.isdecimal() or not int(given)):
         raise ValueError(f"{VARIABLE}={given!r} must be a whole number of million bytes a second above zero")
-    return int(given)
+    return None if given is None else int(given)
 
 
-@lru_cache
-def _measured(folder: Path, disk: int) -> int:
-    """The rate of a disk by the system's number of it, seen from a folder there."""
+def measured(folder: Path) -> int:
+    """Million bytes a second that the disk of a folder takes and gives, a power of two, so that plans seldom depend
+    on when it was measured."""
     try:
         file = UnnamedFile(folder, PIECE * PIECES)
         try:
