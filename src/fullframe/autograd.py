@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fullframe.bytecode.copies import laid_out
 from fullframe.capture.ambient import PendingBackward, find_pending
 from fullframe.capture.threads import ForkSafeLock
 from fullframe.compiler.externals import sources_of
@@ -24,7 +25,7 @@ from fullframe.ops.primitives.rule import UnexpectedShapeError
 from fullframe.runtime.execution_paths import assuming
 from fullframe.runtime.executor import Run
 from fullframe.runtime.replay_cuda import CudaReplays, Feed
-from fullframe.storage.arena import laid_out, strides_as
+from fullframe.storage.arena import strides_as
 from fullframe.storage.external import Sink
 from fullframe.storage.pool import Pool, Stores
 from fullframe.torch_compat import is_batched

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 import fullframe
 from fullframe import torch_compat
+from fullframe.bytecode.copies import laid_out
 from fullframe.bytecode.libtorch import bytecode_available
-from fullframe.bytecode.recorder import WORKSPACE, Recorder
+from fullframe.bytecode.recorder import COPY, WORKSPACE, Recorder
 from fullframe.codegen.group import Group, Operand, Reduction, Ref
 from fullframe.codegen.kernel import build
 
@@ -112,6 +113,31 @@ def test_calls_in_bytecode(work):
     assert torch.equal(made, again)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.complex64], ids=str
+)
+@pytest.mark.parametrize("sizes", [(1, 3, 5), (3, 64, 17), (2, 16, 48), (70, 1, 33), (5, 130, 1)])
+@pytest.mark.parametrize("order", [(0, 2, 1), (2, 1, 0), (1, 2, 0), (2, 0, 1)])
+def test_copies_turn_axes(dtype, sizes, order):
+    """Into another order of the axes, whole and in part, and back from a part."""
+    drawn = (torch.randn(sizes) * 100).to(dtype)
+
+    def whole(x):
+        return x.permute(order).contiguous()
+
+    def part(x):
+        made = x.new_zeros(tuple(n + 2 for n in x.permute(order).shape))
+        made[1:-1, 1:-1, 1:-1] = x.permute(order)
+        return made[:, 1:, :-1].permute(order).contiguous()
+
+    for work in (whole, part):
+        made, again = _run(work, drawn)
+        assert torch.equal(made, again)
+    turned = drawn.permute(order)
+    made = laid_out(turned, turned.contiguous().stride())
+    assert torch.equal(made, turned) and made.is_contiguous()
+
+
 @pytest.mark.parametrize("mask", [[True, False, False], [False, True, False]])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradients_in_bytecode(mask, transposed):
@@ -206,6 +232,30 @@ def test_a_sum_that_nobody_kept_is_forgotten():
         assert again is not None and torch.equal(again[0], made)
         if made.data_ptr() == address:
             return
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_results_are_made_where_they_are_handed_out(twice):
+    """And are not copied there: but for what is a part of an array, or is handed out already."""
+
+    def work(x):
+        made = x.permute(0, 2, 3, 1).contiguous()
+        return [made, made if twice else made[:1], x.new_zeros(3, 5)]
+
+    x = torch.randn(2, 3, 4, 5)
+    recorder = Recorder([torch.empty(0), x])
+    with recorder:
+        made = work(x)
+    bytecode = recorder.finish(made)
+    assert bytecode is not None
+    for _ in range(2):
+        found = bytecode.run([0, x.data_ptr()])
+        assert found is not None and all(torch.equal(a, b) for a, b in zip(made, found, strict=True))
+        assert found[0].data_ptr() % 64 == 0
+        for t in found:
+            t.zero_()  # they are changed, and none may be another's
+    copies = sum(words[0] == COPY for words in recorder._work)
+    assert copies == 2  # the array itself, and one result
 
 
 def test_small_results_do_not_keep_large_ones():

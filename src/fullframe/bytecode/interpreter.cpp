@@ -214,12 +214,8 @@ struct Plane {
 };
 
 template <typename F>
-static void walk(Frame &frame, F &&each) {
-    const int64_t rank = frame.take();
-    const int64_t *extent = frame.next, *to_step = extent + rank, *from_step = to_step + rank;
-    frame.next += 3 * rank;
-    char *to = frame.place();
-    const char *from = frame.place();
+static void walk(const int64_t *words, char *to, const char *from, F &&each) {
+    const int64_t rank = words[0], *extent = words + 1, *to_step = extent + rank, *from_step = to_step + rank;
     const int64_t outer = rank > 1 ? rank - 2 : 0;
     Plane plane = {1, extent[rank - 1], 0, to_step[rank - 1], 0, from_step[rank - 1]};
     if (rank > 1) plane.rows = extent[outer], plane.to_row = to_step[outer], plane.from_row = from_step[outer];
@@ -233,6 +229,15 @@ static void walk(Frame &frame, F &&each) {
     }
 }
 
+template <typename F>
+static void walk(Frame &frame, F &&each) {
+    const int64_t *words = frame.next;
+    frame.next += 1 + 3 * words[0];
+    char *to = frame.place();
+    const char *from = frame.place();
+    walk(words, to, from, each);
+}
+
 struct Wide {  // an element of sixteen bytes
     uint64_t halves[2];
 };
@@ -241,6 +246,27 @@ struct Wide {  // an element of sixteen bytes
 template <int64_t BYTES>
 static void copy_rows(char *to, const char *from, const Plane &p) {
     for (int64_t row = 0; row < p.rows; row++, to += p.to_row, from += p.from_row) memcpy(to, from, BYTES);
+}
+
+// Neighbours along rows become neighbours along columns: by squares of whole cache lines, each read and written once.
+template <typename T>
+static void turn(char *to, const char *from, const Plane &p) {
+    constexpr int64_t LINE = 64 / sizeof(T);
+    T square[LINE][LINE] = {};
+    for (int64_t row = 0; row < p.rows; row += LINE) {
+        const int64_t rows = p.rows - row < LINE ? p.rows - row : LINE;
+        for (int64_t k = 0; k < p.count; k += LINE) {
+            const int64_t count = p.count - k < LINE ? p.count - k : LINE;
+            const char *read = from + row * sizeof(T) + k * p.from_step;
+            char *write = to + row * p.to_row + k * sizeof(T);
+            for (int64_t j = 0; j < count; j++) memcpy(square[j], read + j * p.from_step, rows * sizeof(T));
+            for (int64_t i = 0; i < rows; i++) {
+                T line[LINE];
+                for (int64_t j = 0; j < LINE; j++) line[j] = square[j][i];
+                memcpy(write + i * p.to_row, line, count * sizeof(T));
+            }
+        }
+    }
 }
 
 template <typename T>
@@ -257,21 +283,29 @@ static void copy_plane(char *to, const char *from, const Plane &p) {
         for (int64_t row = 0; row < p.rows; row++, to += p.to_row, from += p.from_row) memcpy(to, from, bytes);
         return;
     }
+    if (p.to_step == sizeof(T) && p.from_row == sizeof(T)) return turn<T>(to, from, p);
     for (int64_t row = 0; row < p.rows; row++, to += p.to_row, from += p.from_row)
         for (int64_t k = 0; k < p.count; k++) memcpy(to + k * p.to_step, from + k * p.from_step, sizeof(T));
 }
 
+static void copy(int64_t size, char *to, const char *from, const Plane &p) {
+    switch (size) {
+    case 1: return copy_plane<uint8_t>(to, from, p);
+    case 2: return copy_plane<uint16_t>(to, from, p);
+    case 4: return copy_plane<uint32_t>(to, from, p);
+    case 8: return copy_plane<uint64_t>(to, from, p);
+    default: return copy_plane<Wide>(to, from, p);
+    }
+}
+
 static void copy(Frame &frame) {
     const int64_t size = frame.take();
-    walk(frame, [size](char *to, const char *from, const Plane &p) {
-        switch (size) {
-        case 1: return copy_plane<uint8_t>(to, from, p);
-        case 2: return copy_plane<uint16_t>(to, from, p);
-        case 4: return copy_plane<uint32_t>(to, from, p);
-        case 8: return copy_plane<uint64_t>(to, from, p);
-        default: return copy_plane<Wide>(to, from, p);
-        }
-    });
+    walk(frame, [size](char *to, const char *from, const Plane &p) { copy(size, to, from, p); });
+}
+
+// As the instruction: words are bytes of an element, the number of axes, their extents, and both arrays' strides.
+extern "C" void fullframe_copy(const int64_t *words, char *to, const char *from) {
+    walk(words + 1, to, from, [words](char *a, const char *b, const Plane &p) { copy(words[0], a, b, p); });
 }
 
 struct Half {  // bfloat16
@@ -320,10 +354,10 @@ static bool execute(Frame &frame, int64_t code) {
     case KERNEL: return kernel(frame);
     case NEW: {
         const int64_t slot = frame.take(), bytes = frame.take(), size = frame.take(), pattern = frame.take();
-        const int64_t offset = frame.take();  // in the workspace; less than 0 for a block of its own
-        void *block = nullptr;
+        const int64_t base = frame.take(), offset = frame.take();  // in an array, if any; else in the workspace
+        void *block = nullptr;                                    // or, where it is less than 0, in a block of its own
         if (offset < 0 && posix_memalign(&block, 64, bytes ? bytes : 1)) return false;
-        char *at = block ? (char *)block : frame.workspace + HEAD + offset;
+        char *at = block ? (char *)block : base < 0 ? frame.workspace + HEAD + offset : frame.slots[base].at + offset;
         if (size && !pattern) memset(at, 0, bytes);
         else if (size)
             for (int64_t k = 0; k < bytes; k += size) memcpy(at + k, &pattern, size);

@@ -42,6 +42,7 @@ class Entries(NamedTuple):
     scheduler_fail: Callable[..., int]
     scheduler_delete: Callable[..., int]
     release: Callable[..., int]
+    copy: Callable[..., int]
     library: ctypes.Array[ctypes.c_void_p]
 
 
@@ -61,10 +62,10 @@ def entries() -> Entries | None:
     except (compiler.BuildError, OSError, AttributeError) as error:
         fall_back(f"tiles are not replayed from bytecode, each runs op by op in Python, which is slower: {error}")
         return None
-    interpret, new, run, fail, delete, give_back = made
+    interpret, new, run, fail, delete, give_back, copy = made
     new.restype = ctypes.c_void_p  # type: ignore[attr-defined]
     addresses = (ctypes.c_void_p * len(named))(*(ctypes.cast(f, ctypes.c_void_p) for f in named))
-    return Entries(interpret, new, run, fail, delete, give_back, addresses)
+    return Entries(interpret, new, run, fail, delete, give_back, copy, addresses)
 
 
 def release(most: int) -> None:

@@ -21,18 +21,20 @@ import torch
 
 from fullframe import torch_compat
 from fullframe.bytecode.calls import flat, looks, memory_of, plain
+from fullframe.bytecode.copies import AXES, axes_of
 from fullframe.bytecode.libtorch import FORMATS, codes
 from fullframe.bytecode.program import Bytecode, Result
 from fullframe.codegen.group import Call
 from fullframe.codegen.kernel import HostCall, Kernel, Plain
-from fullframe.codegen.loop_layout import contiguous, merged
+from fullframe.codegen.loop_layout import contiguous
+from fullframe.storage.arena import gapless
 from fullframe.storage.packing import Piece, pack
 from fullframe.torch_compat import TorchDispatchMode, pop_mode, push_mode, pytree
 
 END, KERNEL, NEW, DROP, CALL, COPY, ADD, OWN, KEPT, PLUS, CLEAR, WORKSPACE = range(12)
 PLAIN, TENSOR, LIST, OPTIONAL, STRING = range(5)  # what an argument of a call is
 ALIGN = 64  # bytes of the widest vector
-MOST, AXES, ARGUMENTS = 64, 8, 16  # tensors of a kernel, axes of a copy, arguments of a call, as the source has them
+MOST, ARGUMENTS = 64, 16  # tensors of a kernel, arguments of a call, as the source has them
 HELD = 1 << 16  # bytes of a constant
 ATEN: Any = torch.ops.aten
 MADE = {ATEN.empty.memory_format: None, ATEN.empty_strided.default: None, ATEN.new_empty.default: None,
@@ -182,7 +184,7 @@ class Recorder(TorchDispatchMode):
     def _workspace(self, last: dict[int, int]) -> list[int]:
         """The instruction that takes a workspace for all that is new, whose places in it are noted; none where parts
         of the bytecode run one by one, and what is new lives from one to another."""
-        made = {words[1]: k for k, words in enumerate(self._work) if words[0] == NEW}
+        made = {words[1]: k for k, words in enumerate(self._work) if words[0] == NEW and words[-1] < 0}
         if len(self._marks) > 1 or not made:
             return []
         sizes = {slot: -(-max(1, self._work[k][2]) // ALIGN) * ALIGN for slot, k in made.items()}
@@ -236,7 +238,7 @@ class Recorder(TorchDispatchMode):
             size, pattern = len(one), int.from_bytes(one, "little", signed=True)
             if size > 8:
                 raise _Unknown(f"numbers of {made.dtype}")
-        self._add([NEW, slot, made.untyped_storage().nbytes(), size, pattern, -1], [slot])
+        self._add([NEW, slot, made.untyped_storage().nbytes(), size, pattern, -1, -1], [slot])
 
     def _constant(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor that is the same whenever the bytecode runs."""
@@ -401,8 +403,7 @@ class Recorder(TorchDispatchMode):
         if place[0] in self._constants:
             raise _Unknown("a number that is written")
         wide, size = self._wide(code, x.itemsize), x.itemsize
-        axes = [(n, a * wide, b * size) for n, a, b in zip(shape, strides, x.stride(), strict=True) if n > 1]
-        axes = merged(sorted(axes, key=lambda axis: -axis[1])) or [(1, wide, size)]
+        axes = axes_of(shape, strides, x.stride(), wide, size)
         if len(axes) > AXES:
             raise _Unknown(f"a copy along {len(axes)} axes")
         columns = [n for column in zip(*axes, strict=True) for n in column]
@@ -421,12 +422,28 @@ class Recorder(TorchDispatchMode):
         if start is not None:
             at = start + made.data_ptr() - memory_of(made)
             return Result(made.dtype, tuple(made.shape), made.stride(), at // made.itemsize)
+        if (result := self._in_place(made)) is not None:
+            return result
         # In the layout it has, if that leaves no gaps: how it is added up depends on it.
         span = 1 + sum((n - 1) * step for n, step in zip(made.shape, made.stride(), strict=True))
         stride = made.stride() if span == made.numel() else contiguous(made.shape)
         result = Result(made.dtype, tuple(made.shape), stride, self._size // made.itemsize)
         self._move([COPY, made.itemsize], made.shape, ((self._results, self._size), stride), made)
         self._size += -(-made.numel() * made.itemsize // 8) * 8
+        return result
+
+    def _in_place(self, made: torch.Tensor) -> Result | None:
+        """A result that is made where it is wanted, if it is all of an array that is new."""
+        slot = self._where.get(memory_of(made))
+        new = next((words for words in self._work if words[0] == NEW and words[1] == slot and words[-1] < 0), None)
+        plain = gapless(made) and not (made.is_conj() or made.is_neg())
+        whole = plain and made.nbytes == made.untyped_storage().nbytes()
+        if new is None or len(self._marks) > 1 or not whole or self._origin[new[1]] != made.data_ptr():
+            return None
+        self._size = -(-self._size // ALIGN) * ALIGN
+        new[-2:] = self._results, self._size
+        result = Result(made.dtype, tuple(made.shape), made.stride(), self._size // made.itemsize)
+        self._size += -(-made.nbytes // 8) * 8
         return result
 
 

@@ -1,4 +1,4 @@
-"""What is measured of this machine once, and kept for other processes: what follows from it is then the same in all."""
+"""What is measured of this machine once, and kept for other processes, in which what follows from it is the same."""
 
 from __future__ import annotations
 

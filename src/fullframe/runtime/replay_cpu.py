@@ -61,6 +61,7 @@ class Schedule:
         self.maps, self.kept = maps, kept
         self.slots, self.workers, self.max_in_flight = plan.slots, plan.workers, plan.max_in_flight
         self.graph, self.given_out = plan.graph, {v for v in plan.graph.outputs if v is not None}
+        self.ends = self.given_out.difference(*(s.section.loads for s in plan.stages))  # that no stage reads
         self.index: dict[Value, int] = {}  # in the table of addresses, where the first is the arena's
         self.strides: dict[Value, tuple[int, ...]] = {}  # as the bytecode knows them
         self.locations: dict[Value, Location] = {}
@@ -140,6 +141,9 @@ class Schedule:
             return shaped(torch.empty(made.numel(), dtype=value.dtype), value.shape)
         if value in self.maps:
             return empty_output(self.graph, value, CPU)
+        expected = self.graph.strides.get(value) if value in self.ends else None
+        if expected is not None and len(expected) == made.dim():
+            return torch.empty_strided(made.shape, expected, dtype=value.dtype)
         return torch.empty_strided(made.shape, torch.empty_like(made).stride(), dtype=value.dtype)
 
     def _settle(self, value: Value, target: torch.Tensor) -> None:

@@ -81,17 +81,6 @@ def packed(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
-def laid_out(tensor: torch.Tensor, strides: tuple[int, ...] | None) -> torch.Tensor:
-    """A tensor of no graph with these strides; a copy only where its elements lie in another order."""
-    if strides is None or tensor.stride() == strides:
-        return tensor
-    pairs = zip(tensor.shape, tensor.stride(), strides, strict=True)
-    if all(n == 1 or old == new for n, old, new in pairs):
-        place = tensor.storage_offset(), tensor.shape, strides
-        return tensor.new_empty(0).set_(tensor.untyped_storage(), *place)  # no view, as autograd understands it
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
 def shaped(flat: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Flat elements as a map: channels innermost where there are two or more spatial axes."""
     if len(shape) not in (4, 5):
