@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fullframe.codegen.toolchain import cxx as compiler
+from fullframe.native import convolution as convolutions
 from fullframe.native import loader as loading
 from fullframe.native.convolution import Axis, convolution, for_convolution, parts_of
 from fullframe.native.loader import own
@@ -30,6 +31,9 @@ CASES = [
     (16, 16, (2, 2), (3, 3), (1, 1), (2, 2), (1, 1)),
     (24, 16, (4, 6, 9), (3, 3, 3), (1, 2, 1), (1, 1, 0), (1, 1, 1)),
     (16, 40, (3, 5, 130), (2, 1, 3), (1, 1, 2), (1, 0, 1), (2, 1, 1)),
+    (64, 300, (7, 7), (1, 1), (1, 1), (0, 0), (1, 1)),
+    (40, 33, (9, 12), (1, 1), (2, 3), (1, 0), (1, 1)),
+    (24, 16, (3, 4, 5), (1, 1, 1), (1, 2, 1), (0, 0, 0), (1, 1, 1)),
 ]
 
 
@@ -37,9 +41,11 @@ TYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
-def _compiled():
+def _compiled(monkeypatch):
+    """Products of pixels, too, on every processor."""
     if own("convolution") is None:
         pytest.skip("no compiler")
+    monkeypatch.setattr(convolutions, "suits_pixels", lambda: True)
 
 
 def _known(dtype):
@@ -88,7 +94,7 @@ def test_uneven_padding():
         assert found is not None and torch.equal(found.double(), truth)
 
 
-@pytest.mark.parametrize("deep, kernel", [(16, 3), (40, 3), (200, 5)])
+@pytest.mark.parametrize("deep, kernel", [(16, 3), (40, 3), (200, 5), (300, 1)])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_an_output_does_not_depend_on_where_its_window_is_cut(deep, kernel, dtype):
     _known(dtype)
@@ -164,7 +170,8 @@ def test_without_a_compiler_the_library_makes_the_same(deep, monkeypatch):
         assert (made - truth).abs().max() < 2e-6 * truth.abs().max()
 
 
-def test_what_is_not_its_business_is_left_to_the_library():
+def test_what_is_not_its_business_is_left_to_the_library(monkeypatch):
+    monkeypatch.setattr(convolutions, "suits_pixels", lambda: False)
     x, weight = torch.randn(1, 16, 9, 9), torch.randn(16, 16, 3, 3)
     same = ((9, 9), (1, 1), (1, 1), (1, 1))
     assert _made(x, weight[:, :8], None, *same, 2) is None

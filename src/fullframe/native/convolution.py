@@ -20,6 +20,7 @@ from fullframe.native.loader import Words, own, run
 
 CHAIN = 144  # products that may be added up one after the other: 16 channels of 3 x 3
 LEAST = 8  # output channels: half a vector, on the widest processor
+WIDEST = 16  # numbers of float32 in the widest vectors
 ROWS = 64  # rows of taps, as the source has it
 
 
@@ -96,11 +97,18 @@ def for_convolution(weight: torch.Tensor, flipped: bool = False) -> torch.Tensor
 def suits(shape: Sequence[int], dtype: torch.dtype, groups: int) -> bool:
     """Whether the kernel is not worse than the library with a weight of this ``shape``, on a processor."""
     taps = shape[2:]
-    wide = groups == 1 and prod(taps) > 1 and shape[0] >= LEAST and prod(taps[:-1]) <= ROWS
-    if not wide or len(taps) not in (2, 3):
+    wide = groups == 1 and shape[0] >= LEAST and prod(taps[:-1]) <= ROWS
+    if not wide or len(taps) not in (2, 3) or (prod(taps) == 1 and not suits_pixels()):
         return False
     # Whether there is a kernel for halves is the processor's.
     return dtype == torch.float32 or (dtype == torch.bfloat16 and _kernel(dtype) is not None)
+
+
+def suits_pixels() -> bool:
+    """Whether the kernel is not worse than the library for products of single pixels: with the widest vectors. On few
+    pixels it is three times as fast, for the library lays their weight out anew at every call."""
+    lanes = own("lanes", "convolution")
+    return lanes is not None and lanes() == WIDEST
 
 
 def alone(shape: Sequence[int], dtype: torch.dtype) -> bool:

@@ -106,6 +106,9 @@ template <Kind K, typename F> static int strips(const Task &t, int64_t kept, F &
     return 0;
 }
 
+// How many numbers of float32 a vector has.
+extern "C" int fullframe_lanes() { return LANES; }
+
 // tensors: x, weight, output, and a bias or null.
 extern "C" int fullframe_convolution(const int64_t *words, void *const *tensors) {
     Task t = task(words, 4);
