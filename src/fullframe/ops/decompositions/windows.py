@@ -19,7 +19,7 @@ from fullframe.ops.builder.registry import cast, decomposes
 from fullframe.ops.builder.views import solid
 from fullframe.ops.numerics.convolve import spread
 from fullframe.ops.numerics.interpolate import Spec, disputed, rescaled, settled
-from fullframe.ops.numerics.phases import several, taps_outermost
+from fullframe.ops.numerics.phases import by_kernel, taps_outermost
 from fullframe.ops.primitives.pooling import choice_dtype
 
 aten = torch.ops.aten
@@ -70,7 +70,7 @@ def _taps_outermost(b: Builder, w: Value, geometry: Any) -> Value:
     (stride, _, dilation), groups = (spread(n, len(w.shape) - 2) for n in geometry[:3]), geometry[3]
     if groups > 1 or w.dtype != torch.float32 or not device_of(b.device).on_host:
         return w
-    return b.small(taps_outermost, (w,), w.shape, w.dtype, several(w.shape[2:], stride, dilation))
+    return b.small(taps_outermost, (w,), w.shape, w.dtype, by_kernel(w.shape[2:], stride, dilation))
 
 
 def separate_bias(device: torch.device) -> bool:

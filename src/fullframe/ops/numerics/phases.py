@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fullframe.native.convolution import suits_pixels
+
 Convolve = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, list[int], int], torch.Tensor]
 """convolve(x, weight, bias, dilation, groups), of stride 1 and without padding."""
 
@@ -62,21 +64,21 @@ def classes(kernel: int, stride: int, dilation: int) -> tuple[Class, ...]:
     return tuple(Class(*key, dilation // common, tuple(some)) for key, some in found.items())
 
 
-def several(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> bool:
-    """Whether any output reads more than one tap."""
+def by_kernel(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> bool:
+    """Whether our kernel makes the outputs: where some read more than one tap, or it makes products of pixels too."""
     axes = zip(kernel, stride, dilation, strict=True)
-    return any(c.taps > 1 for axis in axes for c in classes(*axis))
+    return suits_pixels() or any(c.taps > 1 for axis in axes for c in classes(*axis))
 
 
-def taps_outermost(weight: torch.Tensor, several: bool) -> torch.Tensor:
+def taps_outermost(weight: torch.Tensor, ours: bool) -> torch.Tensor:
     """The weight (in, out / groups, ...) with taps outermost in memory: what is cut out of it then lies in long runs.
-    Behind them come input and output channels where outputs read ``several`` taps, which our kernel makes, else
-    output and input channels, as the library wants products of pixels. The weight itself where it lies so."""
+    Behind them come input and output channels, as our kernel wants them, else output and input channels, as the
+    library wants products of pixels. The weight itself where it lies so."""
     axes = tuple(range(2, weight.dim()))
     first = tuple(range(len(axes)))
-    made = weight if several else weight.transpose(0, 1)
+    made = weight if ours else weight.transpose(0, 1)
     made = made.movedim(axes, first).contiguous().movedim(first, axes)
-    return made if several else made.transpose(0, 1)
+    return made if ours else made.transpose(0, 1)
 
 
 def transposed(
@@ -93,8 +95,8 @@ def transposed(
             made += bias.view(-1, *[1] * len(axes))
     rank = len(axes)
     geometry = zip(*((a.kernel, a.stride, a.dilation) for a in axes), strict=True)
-    weight = taps_outermost(weight, several(*geometry)).unflatten(0, (groups, -1))
-    weight = weight.movedim(tuple(range(3, 3 + rank)), tuple(range(rank))).flip(tuple(range(rank)))
+    weight = taps_outermost(weight, by_kernel(*geometry)).unflatten(0, (groups, -1))
+    weight = weight.movedim(tuple(range(3, 3 + rank)), tuple(range(rank)))
     for part in parts:
         found = _outputs(convolve, x, weight, bias, axes, part)
         for values, remainders in zip(found, product(*(c.remainders for c in part)), strict=True):
@@ -107,30 +109,39 @@ def _outputs(
     part: Sequence[Class],
 ) -> Sequence[torch.Tensor]:  # fmt: skip
     """The outputs of a class on each axis: (batch, groups, out / groups, quotients) for each of their remainders. The
-    weight is (taps, groups, in / groups, out / groups), the last tap first."""
-    rank, pads, taps = len(axes), list[int](), list[torch.Tensor]()
+    weight is (taps, groups, in / groups, out / groups)."""
+    rank, pads = len(axes), list[int]()
     groups = weight.shape[rank]
     for axis, c in zip(reversed(axes), reversed(part), strict=True):
         low, high = axis.quotients
         pads += [(c.taps - 1) * c.step + c.shift - low, high - c.shift - axis.extent]
-    for remainders in product(*(c.remainders for c in part)):
-        some = weight
-        for k, (axis, c, (_, first)) in enumerate(zip(axes, part, remainders, strict=True)):
-            spacing = axis.stride // gcd(axis.stride, axis.dilation)
-            last = axis.kernel - 1 - first - (c.taps - 1) * spacing
-            some = some[(slice(None),) * k + (slice(last, axis.kernel - first, spacing),)]
-        taps.append(some)
+    remainders = list(product(*(c.remainders for c in part)))
+    taps = [_taps(weight, axes, part, [first for _, first in some]) for some in remainders]
     count = len(taps)
     if bias is not None and count > 1:
         bias = bias.view(groups, 1, -1).repeat(1, count, 1).flatten()
     x = F.pad(x, pads) if any(pads) else x
-    if all(c.taps == 1 for c in part):  # input channels innermost in memory, as the library wants them
+    if count == 1:
+        (stacked,) = taps
+    elif (
+        all(c.taps == 1 for c in part) and not suits_pixels()
+    ):  # input channels innermost in memory, as the library wants them
         stacked = torch.stack([some.transpose(-1, -2) for some in taps], rank + 1)
+        stacked = stacked.flatten(rank + 1, rank + 2).transpose(-1, -2)
     else:
-        stacked = torch.stack(taps, rank + 2).movedim(rank + 1, -1)
-    stacked = stacked.flatten(rank, rank + 2).movedim((rank, rank + 1), (0, 1))
+        stacked = torch.stack(taps, rank + 2).flatten(rank + 2)
+    stacked = stacked.transpose(rank + 1, rank + 2).flatten(rank, rank + 1).movedim(rank, 0).movedim(-1, 1)
     found = convolve(x, stacked, bias, [c.step for c in part], groups)
     return found.unflatten(1, (groups, count, -1)).unbind(2)
+
+
+def _taps(weight: torch.Tensor, axes: Sequence[Axis], part: Sequence[Class], first: Sequence[int]) -> torch.Tensor:
+    """The taps of outputs whose first ones are given, the last tap first, where a window has several."""
+    for k, (axis, c, tap) in enumerate(zip(axes, part, first, strict=True)):
+        spacing = axis.stride // gcd(axis.stride, axis.dilation)
+        weight = weight[(slice(None),) * k + (slice(tap, tap + (c.taps - 1) * spacing + 1, spacing),)]
+    turned = [k for k, c in enumerate(part) if c.taps > 1]
+    return weight.flip(turned) if turned else weight
 
 
 def _put(made: torch.Tensor, values: torch.Tensor, axes: Sequence[Axis], remainders: Sequence[int]) -> None:
