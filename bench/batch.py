@@ -1,11 +1,11 @@
 """A training step of UResNet on a batch of full-size events with one exact batch norm, beside a step on one event.
 
-    python bench/batch.py [--batches 1 32] [--budget "16 GB"] [--disk "60 GB"] [--folder /scratch] [--steps 2]
+    python bench/batch.py [--batches 1 32] [--budget "16 GB"] [--disk "60 GB"] [--folder /scratch] [--steps 2 2]
 
 bfloat16 under autocast, the light loss, Adam. Events are simulated; charge and labels are sources of stored pixels,
 which become dense tile by tile. Each batch runs in a process of its own: measured is the most that is resident, all
 of Python and torch, parameters, gradients and moments with it. The first step records and compiles; time is that of
-the fastest of the others.
+the fastest of the others, or of the first where it is alone.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def steps(batch: int, options: argparse.Namespace) -> dict[str, Any]:
         plan = tiled.plan(charge, label)
         planned = time.monotonic() - started
     print(plan, flush=True)
-    for _ in range(options.steps):
+    for _ in range(options.steps[0]):
         started = time.monotonic()
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16):
@@ -78,17 +78,17 @@ def main() -> None:
     parser.add_argument("--budget", default="16 GB")
     parser.add_argument("--disk", default="60 GB")
     parser.add_argument("--folder", default=None)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, nargs="+", default=[2, 2], help="of each batch")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
         print("ROW " + json.dumps(steps(options.batches[0], options)))
         return
-    again = ["--budget", options.budget, "--disk", options.disk, "--steps", str(options.steps)]
+    again = ["--budget", options.budget, "--disk", options.disk]
     again += ["--folder", options.folder] if options.folder else []
     rows = []
-    for batch in options.batches:
-        command = [sys.executable, __file__, "--inside", "--batches", str(batch), *again]
+    for batch, count in zip(options.batches, options.steps, strict=True):
+        command = [sys.executable, __file__, "--inside", "--batches", str(batch), "--steps", str(count), *again]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for text in process.stdout:

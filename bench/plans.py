@@ -3,8 +3,9 @@
     python bench/plans.py [--only NAME ...]
 
 Images of any size are views of one number, so nothing is allocated. Arithmetic is that of expensive ops, halo
-included, relative to the plan that makes nothing again. Planning time is the processor's, capture apart. Disks are
-taken to move 1 GB/s.
+included, relative to the plan that makes nothing again. Predicted is the time of a step by measurements of its ops
+(`fullframe.runtime.forecast`), with as many workers as there are cores. Planning time is the processor's, capture
+apart. Disks are taken to move 1 GB/s.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from uresnet import network
 import fullframe
 from fullframe.compiler import pipeline
 from fullframe.ir.graph import Graph
+from fullframe.runtime.forecast import forecast
 from fullframe.schedule.plan import arithmetic
 from fullframe.schedule.planner import plan
 from fullframe.schedule.request import Request
@@ -125,18 +127,25 @@ def rows(name: str) -> Iterator[str]:
         except fullframe.BudgetError as error:
             seconds = time.process_time() - start
             refused = "" if budget == 0 else "refused: the least is "
-            yield f"| {name} | {said} | {refused}{error.smallest / GB:.2f} GB | - | - | {seconds:.1f} s |"
+            yield f"| {name} | {said} | {refused}{error.smallest / GB:.2f} GB | - | - | - | {seconds:.1f} s |"
             continue
         seconds = time.process_time() - start
         again = arithmetic(made) / max(1.0, made.fastest)
         on_disk = f"{made.bytes.disk / GB:.1f} GB, {sum(made.disk_traffic) / GB:.0f} GB moved" if disk else "-"
-        yield f"| {name} | {said} | {made.projected_bytes / GB:.2f} GB | {on_disk} | {again:.2f} | {seconds:.1f} s |"
+        time_of = forecast(made).seconds
+        yield (
+            f"| {name} | {said} | {made.projected_bytes / GB:.2f} GB | {on_disk} | {again:.2f} | {time_of:.1f} s "
+            f"| {seconds:.1f} s |"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
-    lines = ["| network | budget | projected | on disk | arithmetic | planning |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| network | budget | projected | on disk | arithmetic | predicted | planning |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name in parser.parse_args().only:
         for row in rows(name):
             print(row, flush=True)

@@ -30,6 +30,7 @@ from fullframe.frontend.inputs import Call, Pair, Tensors
 from fullframe.frontend.recapture_reasons import Changes
 from fullframe.runtime.execution_paths import Idle, Key, Programs, keep, keys, matching, warn_of_paths
 from fullframe.runtime.explain import explain
+from fullframe.runtime.forecast import forecast
 from fullframe.runtime.replay_cuda import CudaReplays
 from fullframe.schedule.budgets import PLENTY, Budgets, budgets
 from fullframe.schedule.plan import Plan
@@ -117,7 +118,8 @@ class Tiled(nn.Module):
         self.module._load_from_state_dict(*args, **kwargs)  # when the tiled module is part of another
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        """The plan for these inputs, before anything runs; printable. Raises what the call would refuse.
+        """The plan for these inputs, before anything runs; printable, with the time that a step will take
+        (`Plan.predicted_seconds`, which measures some of its ops). Raises what the call would refuse.
 
         Examples:
             >>> import torch, fullframe
@@ -126,16 +128,17 @@ class Tiled(nn.Module):
             True
         """
         with self._fullframe["lock"], RECORDING:
-            return self._program(self._call(args, kwargs)[0]).plan
+            call = self._call(args, kwargs)[0]
+            return _timed(self._program(call).plan, call)
 
     def budgets(self, *args: Any, **kwargs: Any) -> Budgets:
         """What other budgets would buy for these inputs, from the fastest plan to the smallest, before anything runs.
 
         At most eight budgets at equal ratios, whatever the one that this module was given, and with its disk. Each is
         planned: for a network of thousands of ops the smaller ones take some ten seconds each. Printable as a table;
-        an entry has ``budget`` and ``projected`` in bytes, ``arithmetic`` as a multiple of the fastest plan's, and
-        the bytes that a step has ``read`` from the disk and ``written`` there. Raises what the call would refuse for
-        another reason than its budget.
+        an entry has ``budget`` and ``projected`` in bytes, ``arithmetic`` as a multiple of the fastest plan's, the
+        bytes that a step has ``read`` from the disk and ``written`` there, and the ``seconds`` that it will take.
+        Raises what the call would refuse for another reason than its budget.
 
         Examples:
             >>> import torch, fullframe
@@ -152,7 +155,7 @@ class Tiled(nn.Module):
 
         def planned(budget: int) -> Plan:
             window = budget // windows if windows else 0
-            return planned_for(program.graph, replace(request, budget=budget, window=window))
+            return _timed(planned_for(program.graph, replace(request, budget=budget, window=window)), call)
 
         return budgets(planned)
 
@@ -326,6 +329,12 @@ _Bytes = int | str | None
 KEPT = 16  # recordings kept; the least recently used goes first
 SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_load_state_dict_post_hooks")
 OWN = frozenset(("training", "_compiled_call_impl", *nn.Module().__dict__)) - frozenset(SHARED)
+
+
+def _timed(plan: Plan, call: Call) -> Plan:
+    """A plan that says how long a step will take, where that is known."""
+    known = device_of(call.device).on_host and plan.share is None
+    return replace(plan, timed=lambda plan: forecast(plan).seconds) if known else plan
 
 
 def _empty() -> dict[str, object]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from fullframe.errors import BudgetError
-from fullframe.schedule.plan import Plan, arithmetic, human
+from fullframe.schedule.plan import Plan, arithmetic, human, seconds
 
 PLENTY = 1 << 62
 """A budget that no plan comes near."""
@@ -16,25 +16,25 @@ COUNT = 8
 
 class Choice(NamedTuple):
     """A budget in bytes, with which the step adds ``projected`` bytes at most; ``arithmetic``: operations of
-    expensive ops as a multiple of the fastest plan's; bytes of maps that a step reads from the disk and writes there.
-    """
+    expensive ops as a multiple of the fastest plan's; bytes of maps that a step reads from the disk and writes there;
+    and how many ``seconds`` it will take, None where that is not known."""
 
     budget: int
     projected: int
     arithmetic: float
     read: int
     written: int
+    seconds: float | None = None
 
 
 class Budgets(tuple[Choice, ...]):
     """Choices from the fastest to the smallest, printable as a table."""
 
     def __str__(self) -> str:
-        rows = [("budget", "projected", "arithmetic", "read from disk", "written to disk")]
-        rows += [
-            (human(c.budget), human(c.projected), f"{c.arithmetic:.2f}", human(c.read), human(c.written))
-            for c in self
-        ]
+        rows = [("budget", "projected", "arithmetic", "read from disk", "written to disk", "predicted")]
+        for c in self:
+            moved = human(c.read), human(c.written)
+            rows.append((human(c.budget), human(c.projected), f"{c.arithmetic:.2f}", *moved, seconds(c.seconds)))
         return "\n".join("  ".join(f"{cell:>15}" for cell in row) for row in rows)
 
 
@@ -51,7 +51,9 @@ def budgets(planned: Callable[[int], Plan]) -> Budgets:
         budget = top if k == 0 else round(top * (least / top) ** (k / (COUNT - 1)))
         made = fastest if k == 0 else planned(max(budget, least))
         more = arithmetic(made) / max(1.0, arithmetic(fastest))
-        found[made.projected_bytes] = Choice(max(budget, least), made.projected_bytes, more, *made.disk_traffic)
+        found[made.projected_bytes] = Choice(
+            max(budget, least), made.projected_bytes, more, *made.disk_traffic, made.predicted_seconds
+        )
     return Budgets(tuple(found.values()))
 
 

@@ -34,6 +34,19 @@ def spill(stages: Sequence[Section], lives: Lifetimes, maps: Mapping[Value, int]
             near[k] -= maps[value]
             far[k] += maps[value]
         moved.append(value)
-    while moved and place(lives, {v: maps[v] for v in moved})[1] > limit:  # there are gaps between them
-        moved.pop()
-    return frozenset(moved)
+    return frozenset(moved[: _placed(lives, maps, moved, limit)])
+
+
+def _placed(lives: Lifetimes, maps: Mapping[Value, int], moved: Sequence[Value], limit: int) -> int:
+    """How many of these maps, the first ones, have place in so many bytes: there are gaps between them."""
+
+    def fits(count: int) -> bool:
+        return place(lives, {v: maps[v] for v in moved[:count]})[1] <= limit
+
+    if fits(len(moved)):
+        return len(moved)
+    least, most = 0, len(moved)  # so many fit, so many do not
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle)
+    return least

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -132,7 +132,8 @@ class Plan:
     told to give back what is free, since the budget has no room for all that it would keep; ``keeps``: bytes that it
     is let keep for each thread, if it has room for more. ``fastest``: operations of expensive ops in the plan that
     makes nothing again. ``share``: what one of several ranks has of it; then the bytes are those of the rank that
-    takes most. ``external`` are the inputs and outputs that live in objects of the caller's."""
+    takes most. ``external`` are the inputs and outputs that live in objects of the caller's. ``timed`` says
+    how long a step will take."""
 
     graph: Graph
     tile_axes: TileAxes
@@ -151,6 +152,7 @@ class Plan:
     share: Share | None = None
     external: frozenset[Value] = frozenset()
     limits: Limits | None = None
+    timed: Callable[[Plan], float] | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write down what the plan was made from and what came of it, for ``fullframe.tile(..., plan=path)``.
@@ -170,6 +172,13 @@ class Plan:
         """What a step reads from the disk and writes to it."""
         return traffic(self, {v for v, slot in self.slots.items() if slot.tier == DISK})
 
+    @cached_property
+    def predicted_seconds(self) -> float | None:
+        """How long a step will take on this machine, once it has been recorded and compiled: by measurements of ops
+        in the plan's shapes, each made once in a process, and by the disk's speed. None where it is not known: on
+        other devices than the processor, and on several ranks."""
+        return None if self.timed is None else self.timed(self)
+
     @property
     def projected_bytes(self) -> int:
         """Bytes the step adds beyond inputs, parameters and gradients, by arithmetic."""
@@ -186,6 +195,11 @@ def human(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} GB"
+
+
+def seconds(count: float | None) -> str:
+    """A time with two digits or more."""
+    return "-" if count is None else f"{count:.0f} s" if count >= 10 else f"{count:.2g} s"
 
 
 def describe(plan: Plan) -> str:
@@ -206,6 +220,7 @@ def describe(plan: Plan) -> str:
         f"  projected {human(b.total)} of a budget of {human(plan.budget)}: stored maps {human(b.arena)}, "
         f"untiled {human(b.untiled)}, windows {human(b.scratch)}, outputs {human(b.outputs)}, fixed {human(b.fixed)}",
     ]
+    lines += [f"  predicted {seconds(plan.predicted_seconds)} a step"] * (plan.predicted_seconds is not None)
     if again:
         more = arithmetic(plan) / max(1.0, plan.fastest)
         lines.append(f"  expensive ops made again {again}, arithmetic {more:.2f} times that of the fastest plan")
