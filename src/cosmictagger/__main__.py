@@ -47,6 +47,10 @@ class RunningOptions:
     0."""
     device: Literal["cpu", "cuda"] | None = None
     """Where to compute. Default: cpu."""
+    disk: str | None = None
+    """Room on a disk for maps that do not fit the budget, e.g. "60 GB". Default: none."""
+    folder: str | None = None
+    """Where they lie there. Default: the temporary folder."""
 
     def running(self, weights: Path | None = None) -> Running:
         """How to run, as weights were trained; refused where something else is asked for."""
@@ -61,7 +65,8 @@ class RunningOptions:
             raise DataError("no CUDA device was found; leave --device out to compute on the CPU")
         precision, downsample = self.precision or origin.precision, self.downsample
         downsample = origin.downsample if downsample is None else downsample
-        return Running(self.budget, precision, downsample, torch.device(self.device or "cpu"))
+        device = torch.device(self.device or "cpu")
+        return Running(self.budget, precision, downsample, device, disk=self.disk, folder=self.folder)
 
 
 @Parameter(name="*")
@@ -188,6 +193,8 @@ def together(running: Running, world: World) -> Running:
         raise DataError(f"{world.size} processes train together: name the budget of each, e.g. --budget '4 GB'")
     if running.device.type != "cpu":
         raise DataError(f"{world.size} processes train together on processors alone; leave --device out")
+    if running.disk is not None:
+        raise DataError(f"{world.size} processes keep what they store in memory; leave --disk out")
     return replace(running, world=world)
 
 

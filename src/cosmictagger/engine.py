@@ -1,6 +1,7 @@
 """The one place where the application meets the engine."""
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,17 +26,26 @@ class Step(Protocol):
     def plan(self, image: Tensor, target: Target) -> Plan: ...
 
 
-def training_step(
-    net: nn.Module,
-    criterion: nn.Module,
-    budget: str | None,
-    threads: int | None = None,
-    mesh: DeviceMesh | None = None,
-) -> Step:
-    """A training step within the budget, divided over the processes of a mesh; see `fullframe.tile`."""
-    return fullframe.tile(net, loss=criterion, budget=budget, workers=threads, mesh=mesh)
+@dataclass(frozen=True)
+class Limits:
+    """What a step keeps to, as `fullframe.tile` takes it: a memory budget, threads, and bytes on the disk of a folder
+    for maps that do not fit the budget."""
+
+    budget: str | None = None
+    threads: int | None = None
+    disk: str | None = None
+    folder: str | None = None
+
+    def given(self) -> dict[str, Any]:
+        """As arguments."""
+        return {"budget": self.budget, "workers": self.threads, "disk": self.disk, "folder": self.folder}
 
 
-def tiled(net: nn.Module, budget: str | None, threads: int | None = None) -> nn.Module:
-    """The same network within the budget; see `fullframe.tile`."""
-    return fullframe.tile(net, budget=budget, workers=threads)
+def training_step(net: nn.Module, criterion: nn.Module, limits: Limits, mesh: DeviceMesh | None = None) -> Step:
+    """A training step within the limits, divided over the processes of a mesh; see `fullframe.tile`."""
+    return fullframe.tile(net, loss=criterion, mesh=mesh, **limits.given())
+
+
+def tiled(net: nn.Module, limits: Limits) -> nn.Module:
+    """The same network within the limits; see `fullframe.tile`."""
+    return fullframe.tile(net, **limits.given())

@@ -39,7 +39,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Running:
-    """How a network runs: memory budget, arithmetic, shrinking, device, threads (None: one per core)."""
+    """How a network runs: memory budget, arithmetic, shrinking, device, threads (None: one per core); bytes of a disk
+    for maps that do not fit the budget, and a folder there (None: the temporary one)."""
 
     budget: str | None = None
     precision: str = "float32"
@@ -48,11 +49,18 @@ class Running:
     threads: int | None = None
     world: World = field(default_factory=World)
     """The processes that train together."""
+    disk: str | None = None
+    folder: str | None = None
 
     @property
     def workers(self) -> int | None:
         """Threads of this process; None: one per core."""
         return self.threads or processors()
+
+    @property
+    def limits(self) -> engine.Limits:
+        """What the engine keeps to."""
+        return engine.Limits(self.budget, self.workers, self.disk, self.folder)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
@@ -83,7 +91,7 @@ class Tagger:
     def __init__(self, net: UResNet, running: Running) -> None:
         self.running = running
         self._net = net.to(running.device)
-        self._tiled: nn.Module = engine.tiled(net, running.budget, running.workers)
+        self._tiled: nn.Module = engine.tiled(net, running.limits)
 
     def __enter__(self) -> "Tagger":
         self._was_training = self._net.training

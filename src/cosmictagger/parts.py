@@ -101,7 +101,7 @@ class Steps:
 
     def _made(self, criterion: nn.Module) -> engine.Step:
         running = self._running
-        return engine.training_step(self._net, criterion, running.budget, running.workers, running.world.mesh)
+        return engine.training_step(self._net, criterion, running.limits, running.world.mesh)
 
     def plan(self, part: Part) -> tuple[str, int | None]:
         """The printed plan of a part and the bytes it promises. Raises ValueError if the budget is too small."""

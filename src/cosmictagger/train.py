@@ -274,13 +274,14 @@ def _described(recipe: Recipe, running: Running, data: str) -> dict:
     """What must not change when a training goes on, and what may."""
     described = asdict(recipe)
     described.update(precision=running.precision, downsample=running.downsample, budget=running.budget, data=data)
+    described.update(disk=running.disk, folder=running.folder)
     return json.loads(json.dumps(described))
 
 
 # The learning rate may, so that a training that diverged can go on with a smaller one.
 _MAY_CHANGE = (
     "steps", "learning_rate", "validate_every", "checkpoint_every", "validate_first", "validation_events", "minutes",
-    "budget",
+    "budget", "disk", "folder",
 )  # fmt: skip
 
 

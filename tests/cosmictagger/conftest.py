@@ -63,9 +63,9 @@ def engine(request, monkeypatch) -> str:
     """Run the test with plain PyTorch behind the application's seam, then with the engine."""
     if request.param == "plain":
         monkeypatch.setattr(
-            seam, "training_step", lambda net, criterion, budget, threads=None, mesh=None: PlainStep(net, criterion)
+            seam, "training_step", lambda net, criterion, limits, mesh=None: PlainStep(net, criterion)
         )
-        monkeypatch.setattr(seam, "tiled", lambda net, budget, threads=None: net)
+        monkeypatch.setattr(seam, "tiled", lambda net, limits: net)
     return request.param
 
 

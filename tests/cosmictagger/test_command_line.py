@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
+import fullframe
 from cosmictagger.__main__ import main
 from cosmictagger.data import CHARGE, SCORES, TAGS
 from cosmictagger.model import UResNet
@@ -132,6 +133,43 @@ def test_a_budget_that_will_not_do(budget, message, small, small_events, tmp_pat
     assert message in said
     assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--disk", "1 GB"], "give budget="),
+        (["--budget", "1 GB", "--folder", "{tmp}"], "give disk="),
+        (["--budget", "1 GB", "--disk", "1 GB", "--folder", "{tmp}/none"], "none"),
+    ],
+)
+def test_a_disk_that_will_not_do(options, message, small, small_events, tmp_path, capsys):
+    given = [option.format(tmp=tmp_path) for option in options]
+    assert main(["train", str(small_events), str(tmp_path / "run"), "--variant", "a21", *given]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_training_with_a_disk_has_the_same_bits(small, small_events, tmp_path, monkeypatch):
+    """Whatever lies there. The settings are kept, and a training goes on without it."""
+    asked: list[dict] = []
+    made = fullframe.tile
+
+    def noted(*given, **limits):
+        asked.append(limits)
+        return made(*given, **limits)
+
+    monkeypatch.setattr(fullframe, "tile", noted)
+    common = [str(small_events), "--variant", "a21", "--budget", "1 GB", "--steps", "2"]
+    disk = ["--disk", "100 MB", "--folder", str(tmp_path)]
+    for name, more in (("memory", []), ("disk", disk)):
+        assert main(["train", common[0], str(tmp_path / name), *common[1:], *more]) == 0
+    assert asked[-1]["disk"] == "100 MB" and asked[-1]["folder"] == str(tmp_path)
+    assert "disk: 100 MB" in (tmp_path / "disk" / "config.yaml").read_text()
+    a, b = ((tmp_path / name / "weights.safetensors").read_bytes() for name in ("memory", "disk"))
+    assert a == b
+    assert main(["train", "--out", str(tmp_path / "memory"), "--resume", "--steps", "3", *disk]) == 0
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
