@@ -35,7 +35,8 @@ def steps(batch: int, options: argparse.Namespace) -> dict[str, Any]:
     net, criterion = network()
     charge, label = sparse_batch([simulate_numbered(0, number) for number in range(batch)])
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
-    tiled = fullframe.tile(net, loss=criterion, budget=options.budget, disk=options.disk, folder=options.folder)
+    place = {} if options.disk == "none" else {"disk": options.disk, "folder": options.folder}
+    tiled = fullframe.tile(net, loss=criterion, budget=options.budget, **place)
     losses, seconds = [], []
     with torch.autocast("cpu", torch.bfloat16):
         started = time.monotonic()
@@ -76,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--budget", default="16 GB")
-    parser.add_argument("--disk", default="60 GB")
+    parser.add_argument("--disk", default="60 GB", help='or "none"')
     parser.add_argument("--folder", default=None)
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 2], help="of each batch")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
@@ -103,7 +104,7 @@ def main() -> None:
         "batch",
         "\n".join([
             "# A batch of whole events", "",
-            f"{setting()}; UResNet, 3 x 1280 x 2048, bfloat16, {options.budget} and {options.disk} of disk", "",
+            f"{setting()}; UResNet, 3 x 1280 x 2048, bfloat16, {options.budget}, disk: {options.disk}", "",
             "| events | projected | most resident | on disk | read and written there | arithmetic | planning "
             "| first step | step | for each event | of the first row's | losses |",
             "|---|---|---|---|---|---|---|---|---|---|---|---|",
