@@ -30,7 +30,7 @@ from fullframe.frontend.inputs import Call, Pair, Tensors
 from fullframe.frontend.recapture_reasons import Changes
 from fullframe.runtime.execution_paths import Idle, Key, Programs, keep, keys, matching, warn_of_paths
 from fullframe.runtime.explain import explain
-from fullframe.runtime.forecast import forecast
+from fullframe.runtime.forecast import seconds_of
 from fullframe.runtime.replay_cuda import CudaReplays
 from fullframe.schedule.budgets import PLENTY, Budgets, budgets
 from fullframe.schedule.plan import Plan
@@ -334,7 +334,7 @@ OWN = frozenset(("training", "_compiled_call_impl", *nn.Module().__dict__)) - fr
 def _timed(plan: Plan, call: Call) -> Plan:
     """A plan that says how long a step will take, where that is known."""
     known = device_of(call.device).on_host and plan.share is None
-    return replace(plan, timed=lambda plan: forecast(plan).seconds) if known else plan
+    return plan.timed_by(seconds_of) if known else plan
 
 
 def _empty() -> dict[str, object]:

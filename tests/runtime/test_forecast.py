@@ -28,6 +28,7 @@ def test_a_plan_says_how_long_a_step_takes():
     step = fullframe.tile(network(), loss=F.cross_entropy, budget="1 GB")
     plan = step.plan(image, label)
     assert plan.predicted_seconds is not None and "predicted" in str(plan)
+    assert step.plan(image, label) is plan
     taken = []
     for _ in range(6):
         start = time.perf_counter()

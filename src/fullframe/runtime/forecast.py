@@ -71,6 +71,11 @@ def forecast(plan: Plan) -> Forecast:
     return Forecast(ops, fused, calls, max(0.0, moved - ops - fused - calls))
 
 
+def seconds_of(plan: Plan) -> float:
+    """All of it, as a plan says it."""
+    return forecast(plan).seconds
+
+
 def _works(plan: Plan) -> Iterator[tuple[Stage, Work, int, int]]:
     """The work of each stage's tiles, how often a thread does it, and how many threads do."""
     for stage in plan.stages:

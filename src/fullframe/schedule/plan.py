@@ -154,6 +154,11 @@ class Plan:
     limits: Limits | None = None
     timed: Callable[[Plan], float] | None = None
 
+    def timed_by(self, timed: Callable[[Plan], float]) -> Plan:
+        """The same plan, which from now on says how long a step will take: nothing else of it may be changed."""
+        object.__setattr__(self, "timed", timed)
+        return self
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write down what the plan was made from and what came of it, for ``fullframe.tile(..., plan=path)``.
 
