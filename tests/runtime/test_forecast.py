@@ -57,7 +57,10 @@ def test_what_is_large_is_counted_and_not_measured(monkeypatch):
 
 def test_a_slow_disk_takes_longer(tmp_path):
     image, label = torch.randn(1, 1, 512, 512), torch.randint(0, 2, (1, 256, 256))
-    step = fullframe.tile(network(), loss=F.cross_entropy, budget="120 MB", disk="1 GB", folder=tmp_path)
+    with pytest.raises(fullframe.BudgetError) as refused:
+        fullframe.tile(network(), loss=F.cross_entropy, budget=1).plan(image, label)
+    budget = refused.value.smallest + 4_000_000
+    step = fullframe.tile(network(), loss=F.cross_entropy, budget=budget, disk="1 GB", folder=tmp_path)
     plan = step.plan(image, label)
     assert plan.limits is not None
     slow, fast = (forecast(replace(plan, limits=plan.limits._replace(rate=rate))) for rate in (1, 1 << 20))
