@@ -14,6 +14,7 @@ from torch import nn
 import fullframe
 from fullframe.runtime import forecast as forecasts
 from fullframe.runtime.forecast import forecast
+from fullframe.schedule.plan import Traffic
 
 
 def network(width: int = 16) -> nn.Module:
@@ -55,16 +56,15 @@ def test_what_is_large_is_counted_and_not_measured(monkeypatch):
     assert counted > 0 and measured > 0
 
 
-def test_a_slow_disk_takes_longer(tmp_path):
-    image, label = torch.randn(1, 1, 512, 512), torch.randint(0, 2, (1, 256, 256))
-    with pytest.raises(fullframe.BudgetError) as refused:
-        fullframe.tile(network(), loss=F.cross_entropy, budget=1).plan(image, label)
-    budget = refused.value.smallest + 4_000_000
-    step = fullframe.tile(network(), loss=F.cross_entropy, budget=budget, disk="1 GB", folder=tmp_path)
-    plan = step.plan(image, label)
-    assert plan.limits is not None
-    slow, fast = (forecast(replace(plan, limits=plan.limits._replace(rate=rate))) for rate in (1, 1 << 20))
-    assert not plan.bytes.disk or (slow.disk > 0 and fast.disk == 0)
+def test_a_disk_counts_for_what_it_takes_longer_than_the_rest():
+    plan = fullframe.tile(network(), budget="1 GB").plan(torch.randn(1, 1, 256, 256))
+    assert plan.limits is not None and forecast(plan).disk == 0
+    slow = replace(plan, bytes=replace(plan.bytes, disk=1), limits=plan.limits._replace(rate=100))
+    slow.__dict__["disk_traffic"] = Traffic(3_000_000_000, 1_000_000_000)  # as if it had been counted
+    found = forecast(slow)
+    assert found.seconds == pytest.approx(40) and found.disk == pytest.approx(
+        40 - found.ops - found.fused - found.calls
+    )
 
 
 def test_a_table_of_budgets_has_the_time_of_each():
