@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from fullframe import torch_compat
 from fullframe.codegen.toolchain import cxx
 from fullframe.compiler.program import Program
 from fullframe.device import CXX, device_of
@@ -40,7 +41,9 @@ def explain(program: Program, place: torch.device, reason: str) -> str:
 
 
 def _wider(plan: Plan) -> Iterator[str]:
-    """Where products are made in a wider type than what they are made of."""
+    """Where products are made in a wider type than what they are made of, for lack of an instruction."""
+    if torch_compat.has_bfloat16():
+        return
     wide = [
         op
         for op in plan.graph.ops

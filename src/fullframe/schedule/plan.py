@@ -177,7 +177,7 @@ class Plan:
         """What a step reads from the disk and writes to it."""
         return traffic(self, {v for v, slot in self.slots.items() if slot.tier == DISK})
 
-    @cached_property
+    @property
     def predicted_seconds(self) -> float | None:
         """How long a step will take on this machine, once it has been recorded and compiled: by measurements of ops
         in the plan's shapes, each made once in a process, and by the disk's speed. None where it is not known: on
@@ -225,7 +225,8 @@ def describe(plan: Plan) -> str:
         f"  projected {human(b.total)} of a budget of {human(plan.budget)}: stored maps {human(b.arena)}, "
         f"untiled {human(b.untiled)}, windows {human(b.scratch)}, outputs {human(b.outputs)}, fixed {human(b.fixed)}",
     ]
-    lines += [f"  predicted {seconds(plan.predicted_seconds)} a step"] * (plan.predicted_seconds is not None)
+    predicted = plan.predicted_seconds
+    lines += [f"  predicted {seconds(predicted)} a step"] * (predicted is not None)
     if again:
         more = arithmetic(plan) / max(1.0, plan.fastest)
         lines.append(f"  expensive ops made again {again}, arithmetic {more:.2f} times that of the fastest plan")

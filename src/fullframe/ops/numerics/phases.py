@@ -123,9 +123,7 @@ def _outputs(
     x = F.pad(x, pads) if any(pads) else x
     if count == 1:
         (stacked,) = taps
-    elif (
-        all(c.taps == 1 for c in part) and not suits_pixels()
-    ):  # input channels innermost in memory, as the library wants them
+    elif not suits_pixels() and all(c.taps == 1 for c in part):  # input channels innermost, as the library wants them
         stacked = torch.stack([some.transpose(-1, -2) for some in taps], rank + 1)
         stacked = stacked.flatten(rank + 1, rank + 2).transpose(-1, -2)
     else:
