@@ -16,7 +16,8 @@ from fullframe.schedule import verify
 verify.ON = True  # every plan that a test makes is checked
 kept_plans.ON = False  # and made, not read
 torch_compat.recording_is_imported()  # asked now, or what a plan counts would depend on the tests before
-os.environ.setdefault("FULLFRAME_DISK_RATE", "500")  # MB/s, so that plans do not depend on the disk at hand
+os.environ.setdefault("FULLFRAME_DISK_RATE", "500")  # MB/s, so that plans do not depend on the disk at hand,
+os.environ.setdefault("FULLFRAME_ARITHMETIC_RATE", "250000")  # nor on the processor (million operations a second)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

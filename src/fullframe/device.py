@@ -44,6 +44,9 @@ class Device:
     """Tile policy: so many of the largest windows fit in the budget, one tile at a time; 0 for tiles that fit caches,
     as many at a time as there are workers."""
 
+    speed: int | None = None
+    """Million operations that it makes in a second, by which what a disk takes is judged; None: it is measured."""
+
     def free_bytes(self, place: torch.device) -> int:
         """Bytes that are free now."""
         raise NotImplementedError(f"how much memory is free on {place} is not known; give a budget")
@@ -102,6 +105,7 @@ class Cuda(Device):
     """CUDA devices. Their caches are small beside their memory, and they want much to do at once: large tiles."""
 
     toolchain, replay, separate_bias, windows = NVRTC, GRAPH, True, 32
+    speed = 10_000_000  # a guess, of one that is neither small nor large
 
     def free_bytes(self, place: torch.device) -> int:
         """What the device has free; what torch's allocator holds unused counts as free."""

@@ -25,7 +25,7 @@ def storing(share: float, *, join: bool, fill: float = 0.0, window: int = 20_000
         if fill > share:
             state.fill(top * fill)
         made = stages.draft(state)
-        return planner._finish(graph, made, replace(request, max_in_flight=1, most=10 * window), {}, 0)
+        return planner._finish(begun, made, replace(request, max_in_flight=1, most=10 * window), 0)
 
     with (
         mock.patch.object(planner, "_fit", fit),

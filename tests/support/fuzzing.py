@@ -26,8 +26,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fullframe
-from fullframe.compiler.pipeline import request_for
 from fullframe.compiler.program import Program
+from fullframe.compiler.requests import request_for
 from fullframe.frontend.inputs import Call
 from fullframe.oracle import drawn
 from fullframe.runtime import executor

@@ -23,6 +23,7 @@ import torch
 from fullframe.bytecode.libtorch import bytecode_available
 from fullframe.codegen.toolchain import cxx, kept_files
 from fullframe.ir.graph import Graph, Op, Value
+from fullframe.ops.primitives.elementwise import copied
 from fullframe.schedule import verify
 from fullframe.schedule.plan import Plan
 from fullframe.schedule.planner import plan
@@ -89,7 +90,7 @@ def _asked(request: Request) -> list[str]:
     found = []
     for field in fields(request):
         value = getattr(request, field.name)
-        if field.name == "fusable":
+        if callable(value):
             value = f"{value.__module__}.{value.__qualname__}"
         found.append(f"{field.name} {sorted(map(str, value)) if isinstance(value, frozenset) else value}")
     return found
@@ -136,12 +137,12 @@ def digest_of(tensor: torch.Tensor) -> str:
 # As bytes ------------------------------------------------------------------------------------------
 
 
-_Again = tuple[Callable[..., Op], tuple[Op, tuple[Value, ...], Value]]
+_Again = tuple[Callable[..., Op], tuple[Op | Value | tuple[Value, ...], ...]]
 
 
 class _Packer(pickle.Pickler):
     """Writes values and ops of a graph as their numbers; an op that differs from one of those in what it reads and
-    makes alone, as one that a plan makes again does, by its number and these."""
+    makes alone, as one that a plan makes again does, by its number and these. Others are copies."""
 
     def __init__(self, file: io.BytesIO, graph: Graph):
         super().__init__(file)
@@ -153,7 +154,10 @@ class _Packer(pickle.Pickler):
 
     def reducer_override(self, obj: object) -> _Again:
         if type(obj) is Op:
-            return _like, (self.origins[_form(obj)], obj.inputs, obj.output)
+            origin = self.origins.get(_form(obj))
+            if origin is None:
+                return copied, (*obj.inputs, obj.output)
+            return _like, (origin, obj.inputs, obj.output)
         return NotImplemented
 
 

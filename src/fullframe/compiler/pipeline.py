@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from threading import active_count
@@ -27,7 +27,8 @@ from fullframe.compiler.backward_variants import restricted_to
 from fullframe.compiler.externals import refuse_misuse, set_apart, sources_of
 from fullframe.compiler.handed_on import same_step
 from fullframe.compiler.program import BackwardVariants, Options, Program, changes, freed
-from fullframe.device import CPU, DEVICES, device_of
+from fullframe.compiler.requests import request_for
+from fullframe.device import DEVICES, device_of
 from fullframe.errors import CaptureError, FullframeError
 from fullframe.frontend.aliasing import refuse_identities, refuse_shared
 from fullframe.frontend.destinations import destinations, refuse_misfits
@@ -41,14 +42,9 @@ from fullframe.frontend.recapture_reasons import ROOTS, difference, words
 from fullframe.frontend.side_effects import SideEffectTracker, recorded
 from fullframe.ir.graph import Graph, Value, followers
 from fullframe.ops.decompose import decompose_graph
-from fullframe.ops.primitives.elementwise import fusable
 from fullframe.schedule.plan import Plan
-from fullframe.schedule.planner import FIXED, IMPORTS
 from fullframe.schedule.request import Request
 from fullframe.torch_compat import FakeTensorMode, TorchDispatchMode, dispatch_functionalize, fx_traceback, make_fx
-
-# stages that may be in flight: some sections of each of a few branches, and small ones between, as weights laid out
-MAX_IN_FLIGHT = 16
 
 
 @contextmanager
@@ -311,47 +307,6 @@ def _forgetful(caches: Sequence[_Cache]) -> Iterator[None]:
     finally:
         for cache in caches:
             cache.cache_clear()
-
-
-def request_for(graph: Graph, call: Call, options: Options, written: Iterable[int] = ()) -> Request:
-    """What a call's graph is planned for; outputs that are ``written`` elsewhere, by number, are not handed out."""
-    external = frozenset((*sources_of(call, graph), *(v for k in written if (v := graph.handed_out[k]) is not None)))
-    end = len(call.tensors)
-    images = [
-        (v, axes) for v, axes in zip(graph.inputs[end - len(call.inputs) : end], call.spatial, strict=True) if axes
-    ]
-    roots = tuple((v, (0, *axes)) for v, axes in images)
-    forced: list[tuple[Value, int, int]] | None = None
-    if options.tile is not None:
-        if not roots:
-            raise ValueError("tile= needs an image input with a batch, a channel and spatial axes")
-        image, axes = images[0]
-        extents = (options.tile,) * len(axes) if isinstance(options.tile, int) else tuple(options.tile)
-        if len(extents) != len(axes):
-            raise ValueError(
-                f"tile={options.tile} has {len(extents)} extents; the input has {len(axes)} spatial axes"
-            )
-        forced = [(image, 0, 1), *((image, a, n) for a, n in zip(axes, extents, strict=True))]
-    device = device_of(call.device)
-    budget = options.budget if options.budget is not None else device.free_bytes(call.device)
-    free = frozenset(v for v in graph.gradients if v is not None)
-    tile = None if forced is None else tuple(forced)
-    if not device.windows:
-        max_in_flight = MAX_IN_FLIGHT if options.workers > 1 and options.domain is None else 1
-        imports = (
-            IMPORTS * (not torch_compat.recording_is_imported()) if options.saved is None else options.saved.imports
-        )
-        return Request(budget, options.workers, roots, fusable, tile, free, disk=options.disk, rate=options.rate,
-                       max_in_flight=max_in_flight, external=external, imports=imports)  # fmt: skip
-    host = device_of(CPU).free_bytes(CPU) if options.saved is None else options.saved.host
-    # What a recorded run keeps besides: its inputs, and what it makes, to be copied out.
-    lasting = len(call.parameters) + len(call.buffers)
-    copied = (*graph.inputs[lasting:end], *(v for v in graph.outputs if v is not None))
-    copies = sum(v.nbytes for v in copied if v not in external)
-    return Request(
-        budget, 1, roots, fusable, tile, free, window=budget // device.windows, host=host, disk=options.disk,
-        rate=options.rate, fixed=FIXED + IMPORTS + copies, external=external
-    )  # fmt: skip
 
 
 def capture(recording: Recording) -> Graph:

@@ -15,10 +15,10 @@ from fullframe.partition.sections import Section, build_sections
 from fullframe.partition.tile_axes import TileAxes, find_tile_axes, tiled
 from fullframe.schedule import verify
 from fullframe.schedule.clones import Draft, rematerialize_until
-from fullframe.schedule.cost import spent
+from fullframe.schedule.cost import BYTE, spent
 from fullframe.schedule.memory import Lifetimes, lifetimes, place, rounded
 from fullframe.schedule.order import interleave, orders
-from fullframe.schedule.placement import spill
+from fullframe.schedule.placement import Versions, spill
 from fullframe.schedule.plan import (
     Bytes,
     Plan,
@@ -35,7 +35,7 @@ from fullframe.schedule.request import LARGE, Request
 from fullframe.schedule.saved_plan import Limits
 from fullframe.schedule.shares import Shares, shares_of
 from fullframe.schedule.tiling import choose_grid, deep_grid, handed_over, window_bytes
-from fullframe.schedule.within import cheapest, searches_of, within
+from fullframe.schedule.within import searches_of, within
 from fullframe.storage.protocol import DEVICE, DISK, DISK_BUFFER, HOST, Slot
 
 FIXED = 35_000_000  # what touching torch's libraries and the threads take,
@@ -48,7 +48,9 @@ KEPT_ANYWAY = 64 << 20  # bytes that it keeps for a thread without being asked
 LITTLE = 0.02  # of all that a step takes: stored maps that are no more are not worth a search
 REPEATS = 3  # times that the room for maps is estimated, which depends on the windows of what is on disk
 Known = dict[tuple[Section, int, frozenset[Value]], Stage]
-PER_BYTE = 250_000  # operations, at 250 GFLOP/s, in the time in which a disk of a million bytes a second moves a byte
+PER_BYTE = 1.0  # times the operations that are made while a disk moves a byte
+APART = 0.25  # of the shorter of the two, arithmetic and the disk's work, that is not done behind the other
+WORTH = (0.0, 0.12, 0.4)  # times that price, at which a search takes a byte that is stored, or loaded, in any memory
 DEAR = 1.05  # times the price of the ops alone, from which on it may pay to store less on a disk
 LARGEST = 16 << 20  # bytes of untiled values, from which on copies cost more than a stage made alone
 STREAMS = 3  # tiles in work where maps live in a second tier: one is fetched, one computed, one put back
@@ -75,14 +77,14 @@ def plan(graph: Graph, request: Request) -> Plan:
             if allowed.host == request.host and allowed.disk == request.disk and found is None:
                 raise
         else:
-            cost = partial(price, rate=request.rate)
-            found = made if found is None or cost(made) < cost(found) else found
+            found = made if found is None or price(made, request) < price(found, request) else found
     if found is None:
         assert refused is not None
         raise refused
     if verify.ON:
         verify.verify_plan(found)
-    asked = Limits(request.budget, request.disk, request.host, request.workers, request.rate, request.imports)
+    asked = Limits(request.budget, request.disk, request.host, request.workers, request.rate, request.speed,
+                   request.imports)  # fmt: skip
     return replace(found, limits=asked)
 
 
@@ -100,9 +102,17 @@ def _tiers(request: Request) -> list[Request]:
     return [*found, request] if request.disk else found
 
 
-def price(plan: Plan, rate: int) -> float:
-    """What a step costs, in operations: its ops, and the bytes that a disk of this rate moves."""
-    return computed(plan) + (PER_BYTE / rate * sum(plan.disk_traffic) if plan.bytes.disk else 0)
+def price(plan: Plan, request: Request) -> float:
+    """What a step costs, in operations: its ops, or what a disk moves meanwhile, whichever takes longer, and a part
+    of the other."""
+    ops = computed(plan)
+    moved = per_byte(request) * sum(plan.disk_traffic) if plan.bytes.disk else 0.0
+    return max(ops, moved) + APART * min(ops, moved)
+
+
+def per_byte(request: Request) -> float:
+    """Operations that are made while the disk moves a byte."""
+    return PER_BYTE * request.speed / request.rate
 
 
 def computed(plan: Plan) -> float:
@@ -131,6 +141,7 @@ class _Begun:
         assert best is not None
         self.draft = best[1]
         self.known: dict[int, Known] = {}
+        self.versions = Versions(request.copied if request.split is None else None)
 
     @cached_property
     def searches(self) -> list[Stages]:
@@ -159,10 +170,9 @@ def _fit(begun: _Begun, request: Request) -> Plan:
     graph, draft = begun.graph, begun.draft
     fixed = _fixed(graph) + request.imports if request.fixed is None else request.fixed
     fastest = sum(spent(op) for section in draft.stages for op in section.ops if op.rule.heavy)
-    stages = begun.known.setdefault(request.workers, {})
 
     def finish(draft: Draft, most: int) -> Plan:
-        return _finish(graph, draft, replace(request, max_in_flight=1, most=most), stages, fixed)
+        return _finish(begun, draft, replace(request, max_in_flight=1, most=most), fixed)
 
     def over(made: Plan) -> int:
         """By how many bytes a plan does not fit; less than nothing by as many as it leaves in all memories."""
@@ -170,25 +180,23 @@ def _fit(begun: _Begun, request: Request) -> Plan:
         far = made.bytes.host + made.bytes.disk - request.host - request.disk
         return max(near, made.bytes.host - request.host) if max(near, far) > 0 else near + far
 
-    made, cost = finish(draft, 0), partial(price, rate=request.rate)
-    if over(made) <= 0:
-        if made.bytes.disk and cost(made) > DEAR * computed(made):
-            found = cheapest(begun.searches, finish, over, cost)
-            if found is not None and cost(found.plan) < cost(made):
-                draft, made, request = found.draft, found.plan, replace(request, most=found.most)
-    else:
-        cloned, smallest = _cloned(draft, made, finish, over)
-        offloaded = made.bytes.host + made.bytes.disk
+    made, cost = finish(draft, 0), partial(price, request=request)
+    worth = [BYTE + w * per_byte(request) for w in WORTH] if request.disk and per_byte(request) else [float(BYTE)]
+    base = smallest = made
+    if over(base) > 0:
+        cloned, smallest = _cloned(draft, base, finish, over)
+        offloaded = base.bytes.host + base.bytes.disk
         if over(smallest) <= 0:
             draft, made = cloned, smallest
-        elif made.bytes.arena + offloaded < LITTLE * (made.bytes.total + offloaded):
+        elif base.bytes.arena + offloaded < LITTLE * (base.bytes.total + offloaded):
             raise _refusal(smallest, request)
-        else:
-            found = within(begun.searches, made, finish, over, cost)
-            if over(found.plan) > 0:
-                raise _refusal(min(smallest, found.plan, key=over), request)
+    if over(made) > 0 or (made.bytes.disk and cost(made) > DEAR * computed(made)):
+        found = within(begun.searches, base, finish, over, cost, worth)
+        if min(over(made), over(found.plan)) > 0:
+            raise _refusal(min(smallest, found.plan, key=over), request)
+        if over(made) > 0 or (over(found.plan) <= 0 and cost(found.plan) < cost(made)):
             draft, made, request = found.draft, found.plan, replace(request, most=found.most)
-    found = _pipelined(graph, draft, request, stages, fixed) or _roomy(made, request)
+    found = _pipelined(draft, request, partial(_finish, begun, fixed=fixed)) or _roomy(made, request)
     return replace(found, fastest=fastest)
 
 
@@ -208,7 +216,7 @@ def _cloned(
     return draft, smallest
 
 
-def _pipelined(graph: Graph, draft: Draft, request: Request, known: Known, fixed: int) -> Plan | None:
+def _pipelined(draft: Draft, request: Request, finish: Callable[[Draft, Request], Plan]) -> Plan | None:
     """A plan of the same sections with as many in work at once as fit, those of several branches in turns; rather
     fewer at once than that the C library is to give back all that is free."""
     if request.max_in_flight == 1 and request.split is None:
@@ -224,7 +232,7 @@ def _pipelined(graph: Graph, draft: Draft, request: Request, known: Known, fixed
     # Ranks make one stage after the other. What need not wait for the one before lets them meet less often.
     for max_in_flight, alone in several if request.split is None else ((1, LARGE),):
         ways = replace(request, max_in_flight=max_in_flight, alone=alone)
-        made = _finish(graph, draft, ways, known, fixed)
+        made = finish(draft, ways)
         if made.projected_bytes <= request.budget:
             made = _roomy(made, request)
             if not made.tight:
@@ -282,26 +290,26 @@ def _refusal(plan: Plan, request: Request) -> Exception:
 # Tiles, scratch and places -------------------------------------------------------------------------
 
 
-def _finish(graph: Graph, draft: Draft, request: Request, known: Known, fixed: int) -> Plan:
-    """The plan of a draft; ``known`` keeps the stages of sections that an earlier draft had too.
+def _finish(begun: _Begun, draft: Draft, request: Request, fixed: int) -> Plan:
+    """The plan of a draft.
 
     With a disk, the nearest memory holds what it can, and the disk the other maps.
     """
     maps = {v: n for v, n in draft.sizes.items() if tiled(v, draft.saved.tile_axes)}
+    reversals = _reversals(draft, maps)
     if not request.disk:
-        return _arranged(graph, draft, request, known, fixed, frozenset())
-    lives = draft.lifetimes()
+        return _arranged(begun, draft, request, fixed, frozenset(), reversals)
 
     def spilled(room: int, spare: int = 0, bands: bool = False) -> Plan:
-        far = spill(draft.stages, lives, maps, room, request.disk)
-        made = _arranged(graph, draft, request, known, fixed, far)
+        moved, far = spill(draft, maps, room, request.disk, begun.versions)
+        made = _arranged(begun, moved, request, fixed, far, reversals)
         spare += banded(made, far) if bands else 0
         return replace(made, bytes=replace(made.bytes, spare=spare if far else 0))
 
     if request.host:
         return spilled(request.host)
     # Parts of maps on disk are windows: these are the largest that there may be.
-    largest = _arranged(graph, draft, request, known, fixed, frozenset(maps))
+    largest = _arranged(begun, draft, request, fixed, frozenset(maps), reversals)
     room = request.budget - largest.bytes.total
     ahead = largest.bytes.scratch // KEPT + 4 * DISK_BUFFER
     for spare, bands in (ahead, True), (ahead, False):
@@ -327,10 +335,11 @@ def _filled(request: Request, room: int, spilled: Callable[[int], Plan]) -> Plan
     return made
 
 
-def _arranged(graph: Graph, draft: Draft, request: Request, known: Known, fixed: int,
-              far: frozenset[Value]) -> Plan:  # fmt: skip
+def _arranged(begun: _Begun, draft: Draft, request: Request, fixed: int,
+              far: frozenset[Value], reversals: Sequence[bool]) -> Plan:  # fmt: skip
     """The plan of a draft with these maps on disk. While stages are in flight no other map gets the place of one,
     where the peak allows it: nobody need then wait for its readers."""
+    graph, known = begun.graph, begun.known.setdefault(request.workers, {})
     tile_axes, sizes = draft.saved.tile_axes, draft.sizes
     lives = draft.lifetimes()
     maps = {v: n for v, n in sizes.items() if tiled(v, tile_axes)}
@@ -347,10 +356,9 @@ def _arranged(graph: Graph, draft: Draft, request: Request, known: Known, fixed:
         if key not in known:
             known[key] = _stage(section, tile_axes, request, offloads)
         made.append(known[key])
-    reversals = _reversals(draft, maps)
     stages = tuple(
-        replace(stage, frees=tuple(f), reversed=reversals[stage.section])
-        for stage, f in zip(made, frees, strict=True)
+        replace(stage, frees=tuple(f), reversed=turned)
+        for stage, f, turned in zip(made, frees, reversals, strict=True)
     )
     shares = request.split and shares_of(graph, stages, draft.early, tile_axes, request.split)
     if shares:
@@ -409,7 +417,7 @@ def _slots(
     return slots, stored
 
 
-def _reversals(draft: Draft, maps: dict[Value, int]) -> dict[Section, bool]:
+def _reversals(draft: Draft, maps: dict[Value, int]) -> list[bool]:
     """Which sections make their last tile first: the other way round than what made the map they read, whose end may
     still be in a cache. It follows from the sections, not from their order, and so does what sums are rounded to."""
     maker = {v: s for s in draft.stages for v in s.outputs}
@@ -418,7 +426,7 @@ def _reversals(draft: Draft, maps: dict[Value, int]) -> dict[Section, bool]:
         read = [v for v in section.loads if v in maps and v in maker]
         latest = max(read, key=lambda v: (maps[v], draft.order.get(maker[v].ops[-1], 0)), default=None)
         found[section] = latest is not None and not found[maker[latest]]
-    return found
+    return [found[section] for section in draft.stages]
 
 
 def _scratch(stages: Sequence[Stage], workers: int) -> int:

@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 
 class Limits(NamedTuple):
     """What a plan was asked to keep to: bytes of the budget, of a disk and of the host's memory beside a device's;
-    the workers that it is made for, how fast the disk is, and bytes that were yet to be taken by imports."""
+    the workers that it is made for, how fast the disk and the processor are, and bytes that were yet to be taken by
+    imports."""
 
     budget: int
     disk: int
     host: int
     workers: int
     rate: int
+    speed: int
     imports: int
 
 
@@ -38,14 +40,15 @@ NUMBERS = Limits._fields
 
 @dataclass(frozen=True)
 class SavedPlan:
-    """``budget``, ``disk`` and ``host`` in bytes, ``rate`` in million bytes a second, ``imports`` in bytes; ``call``:
-    what the step was given, in short; ``plan``: the plan."""
+    """``budget``, ``disk`` and ``host`` in bytes, ``rate`` in million bytes a second, ``speed`` in million operations
+    a second, ``imports`` in bytes; ``call``: what the step was given, in short; ``plan``: the plan."""
 
     budget: int
     disk: int
     host: int
     workers: int
     rate: int
+    speed: int
     imports: int
     call: str
     plan: str
@@ -81,7 +84,7 @@ def load(path: str | os.PathLike[str]) -> SavedPlan:
         kinds = {f.name: int if f.name in NUMBERS else str for f in fields(SavedPlan)}
         if set(found) != set(kinds) or any(type(found[name]) is not kind for name, kind in kinds.items()):
             raise ValueError("other entries")
-        if min(found[name] for name in NUMBERS) < 0 or min(found["workers"], found["rate"]) < 1:
+        if min(found[name] for name in NUMBERS) < 0 or min(found["workers"], found["rate"], found["speed"]) < 1:
             raise ValueError("numbers out of range")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{os.fspath(path)} is not a plan that Plan.save() has written: {error}") from error

@@ -10,7 +10,7 @@ stage are filled again. The best of all these is taken. No stage depends on cloc
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from itertools import accumulate, pairwise
 from math import inf
@@ -23,18 +23,23 @@ LARGEST = 8  # times the window of a tile: none of what is made again on its way
 
 @dataclass(frozen=True)
 class Made:
-    """What a stage makes and reads, as bit sets, and the operations that it counts for."""
+    """What a stage makes and reads, as bit sets, the bytes that it moves, and the operations that it counts for, with
+    or without those."""
 
     made: int
     read: int
+    moved: int
+    work: float
     cost: float
 
 
 class Search:
-    """A state of storing, with what follows from it. ``window``: bytes of the largest window of a tile."""
+    """A state of storing, with what follows from it. ``window``: bytes of the largest window of a tile; ``byte``: the
+    operations that loading or storing a byte counts for."""
 
     def __init__(self, nodes: Nodes, stages: Sequence[Stage], window: int, extents: dict[int, int]):
         self.nodes, self.stages, self.window, self.extents = nodes, stages, window, extents
+        self.byte = float(BYTE)
         count = len(nodes.values)
         self.above = [sum({1 << e.node for e in edges}) for edges in nodes.edges]
         self.origins: list[int] = []  # by node: itself, and all that it is made of
@@ -64,7 +69,7 @@ class Search:
         self.pinned = [0] * (len(stages) + 1)  # of them those that it must find
         self.visits = [0]  # of this state and all copies
         self._pin()
-        self.done: list[Made] = [Made(0, 0, 0.0)] * len(stages)
+        self.done: list[Made] = [Made(0, 0, 0, 0.0, 0.0)] * len(stages)
         self.reads, self.makes = [0] * count, [0] * count  # by node: the stages that read it stored, and that make it
         self.refresh(range(len(stages)))
 
@@ -99,6 +104,19 @@ class Search:
             self.known[key] = self._evaluate(t, enter & within, starts)
         return self.known[key]
 
+    def priced(self, byte: float) -> Search:
+        """The same state, where a byte counts for so many operations."""
+        other = self.copy()
+        other.byte = byte
+        other.known = {key: self._priced(made, byte) for key, made in self.known.items()}
+        other.done = [self._priced(made, byte) for made in self.done]
+        other.refresh(range(len(self.stages)))
+        return other
+
+    @staticmethod
+    def _priced(made: Made, byte: float) -> Made:
+        return replace(made, cost=made.work + byte * made.moved)
+
     def _evaluate(self, t: int, enter: int, starts: int) -> Made:
         found = enter | self.always & ~self.wanted[t]
         todo = self.wanted[t] | starts
@@ -119,23 +137,23 @@ class Search:
         if not stage.cut:
             allowed = self.wanted[t] | sum(1 << k for k in stage.offers) | self.parts
             if mask & ~allowed & ~self.always:
-                return Made(mask, read, inf)
-        return Made(mask, read, self._cost(stage, made, read, starts))
+                return Made(mask, read, 0, inf, inf)
+        moved = sum(self.bytes[k] for k in bits_of(read)) + sum(self.bytes[k] for k in bits_of(starts))
+        work = self._work(stage, made, read)
+        return Made(mask, read, moved, work, work + self.byte * moved)
 
-    def _cost(self, stage: Stage, made: Sequence[int], read: int, starts: int) -> float:
-        nodes = self.nodes
-        work, size = nodes.work, self.bytes
-        reads = [size[k] for k in bits_of(read)]
-        moved = sum(reads) + sum(size[k] for k in bits_of(starts))
-        total = sum(work[k] for k in made)
+    def _work(self, stage: Stage, made: Sequence[int], read: int) -> float:
+        """Operations with the halo of tiles."""
+        nodes, size = self.nodes, self.bytes
+        total = sum(nodes.work[k] for k in made)
         if not stage.cut:
-            return total + BYTE * moved
+            return total
         largest = max((size[k] for k in made if nodes.axes[k]), default=0)
-        largest = max(largest, max(reads, default=0))
+        largest = max(largest, max((size[k] for k in bits_of(read)), default=0))
         if largest <= self.window or (len(made) < 2 and not read):
-            return total + BYTE * moved
+            return total
         shares = self._shares(stage, self.window / largest, squares=sum(nodes.heavy[k] > 0 for k in made) > FLAT)
-        return self._grown(made, shares) + BYTE * moved
+        return self._grown(made, shares)
 
     def _shares(self, stage: Stage, share: float, *, squares: bool) -> dict[int, float]:
         """Tiles of this share of the image, as parts of its axes: strips, or as nearly squares as may be."""

@@ -52,31 +52,36 @@ def within(
     finish: Finish,
     over: Callable[[Plan], int],
     price: Callable[[Plan], float],
+    worth: Sequence[float],
 ) -> Found:
     """What fits, as fast as was found, by searches as of `searches_of`; the smallest plan there is where none does.
-    ``over`` says by how many bytes a plan does not fit."""
+    ``over`` says by how many bytes a plan does not fit, ``price`` what it costs, and ``worth`` at which prices of a
+    byte to search."""
     fits, peak = _ladder(both, base, finish, over)
     if over(fits.plan) > 0:
         return fits
-    best = fits
+    best, lowest = fits, price(fits.plan)
     for stages in both:
-        if stages.search.total > best.cost:
+        if len(worth) == 1 and stages.search.total > best.cost:
             continue  # even with everything stored
         low, limit, high = float(peak), float(peak - over(fits.plan)), inf
-        for _ in range(TRIES):
-            state = best_of(stages.search, limit)
-            if state is None:
-                break
-            made = _made(stages, state, fits.most, finish)
-            excess = over(made.plan)
-            if excess <= 0:
-                best = made if made.cost < best.cost else best
-                low, following = limit, min(limit - excess, (limit + high) / 2)
-            else:
-                high, following = limit, max(limit - excess, (low + limit) / 2)
-            if abs(following - limit) < CLOSE * limit:
-                break
-            limit = following
+        for byte in worth:
+            start = stages.search if byte == stages.search.byte else stages.search.priced(byte)
+            for _ in range(TRIES):
+                state = best_of(start, limit)
+                if state is None:
+                    break
+                made = _made(stages, state, fits.most, finish)
+                excess, cost = over(made.plan), price(made.plan)
+                if excess <= 0:
+                    best, lowest = (made, cost) if cost < lowest else (best, lowest)
+                    low, following = limit, min(limit - excess, (limit + high) / 2)
+                else:
+                    high, following = limit, max(limit - excess, (low + limit) / 2)
+                if abs(following - limit) < CLOSE * limit:
+                    break
+                limit = following
+            limit, high = low, inf
     return _roomier(best, finish, over, price)
 
 
@@ -99,25 +104,6 @@ def _roomier(found: Found, finish: Finish, over: Callable[[Plan], int], price: C
         if over(made.plan) <= 0 and price(made.plan) < lowest:
             best, lowest = made, price(made.plan)
     return best
-
-
-def cheapest(
-    both: Sequence[Stages], finish: Finish, over: Callable[[Plan], int], price: Callable[[Plan], float]
-) -> Found | None:
-    """Of the states on the ladder whose plans fit, the one that has the lowest price; None where none fits."""
-    best: tuple[float, Found] | None = None
-    for stages in both:
-        state = stages.search.copy()
-        top = max(state.profile(), default=0)
-        for share in SHARES:
-            state.drop(top * share)
-            for most in MOST:
-                found = _made(stages, state.copy(), most, finish)
-                if over(found.plan) <= 0:
-                    cost = price(found.plan)
-                    best = (cost, found) if best is None or cost < best[0] else best
-                    break
-    return None if best is None else best[1]
 
 
 def searches_of(graph: Graph, draft: Draft) -> list[Stages]:

@@ -22,9 +22,14 @@ def told() -> int | None:
     """Million bytes a second by the variable `VARIABLE` of the environment, None where it is not set. Raises
     `ValueError` where that is no number above zero."""
     given = os.environ.get(VARIABLE)
-    if given is not None and (not given.isdecimal() or not int(given)):
-        raise ValueError(f"{VARIABLE}={given!r} must be a whole number of million bytes a second above zero")
-    return None if given is None else int(given)
+    return None if given is None else number(VARIABLE, given, "million bytes a second")
+
+
+def number(variable: str, given: str, what: str) -> int:
+    """What a variable of the environment says. Raises `ValueError` where that is no number above zero."""
+    if not given.isdecimal() or not int(given):
+        raise ValueError(f"{variable}={given!r} must be a whole number of {what} above zero")
+    return int(given)
 
 
 def measured(folder: Path) -> int:

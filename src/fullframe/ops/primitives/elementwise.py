@@ -192,6 +192,12 @@ RULES |= {
 }
 
 
+def copied(value: Value, to: Value) -> Op:
+    """The op that makes a value of the numbers of another one."""
+    return Op("aten.clone.default", (value,), (Ref(0),), {}, to, RULES["aten._to_copy.default"],
+              torch.ops.aten.clone.default)  # fmt: skip
+
+
 SUMS = {"tile.sum": "sum", "tile.moments": "moments"}
 
 
