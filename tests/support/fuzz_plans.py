@@ -31,7 +31,8 @@ def away(graph: Graph, request: planner.Request) -> fullframe.Plan:
 def on_disk(graph: Graph, request: planner.Request) -> fullframe.Plan:
     """A plan whose stored maps live on a disk, whether they would fit in memory or not, with room to read ahead: of
     half of the maps that are read several times every other time alone, the first or the second."""
-    with mock.patch.object(_Stays, "move", _every_other), mock.patch.object(planner, "PER_BYTE", 0):
+    away = mock.patch.multiple(_Stays, move=_every_other, fetch=lambda *_: None)
+    with away, mock.patch.object(planner, "PER_BYTE", 0):
         found = _planned(graph, replace(request, budget=PLENTY, disk=PLENTY, workers=2))
     return replace(found, bytes=replace(found.bytes, spare=ROOM if found.bytes.disk else 0))
 
