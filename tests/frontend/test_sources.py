@@ -322,7 +322,7 @@ def test_maps_elsewhere_go_together_with_sources(tier, network, expected, monkey
     given = {"disk": "1 GB", "folder": folder_on_disk()} if tier == "disk" else {}
     monkeypatch.setattr(planner, "_tiers", lambda request: [replace(request, host=10**9 * (tier == "host"))])
     monkeypatch.setattr(planner, "PER_BYTE", 0)
-    monkeypatch.setattr(planner, "spill", lambda stages, lives, maps, room, limit: frozenset(maps))  # all of them
+    monkeypatch.setattr(planner, "spill", lambda draft, maps, room, limit, versions: (draft, frozenset(maps)))  # all
     step = fullframe.tile(network, loss=criterion, tile=16, workers=2, budget="1 GB", **given)
     plan = step.plan(Made(picture()), Made(labels()))
     assert plan.bytes.stores[tier] and plan.bytes.arena == 0 and "is read by regions" in str(plan)
