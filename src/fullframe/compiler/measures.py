@@ -23,7 +23,7 @@ from fullframe.storage import disk_rate as disks
 
 LASTS = 30 * 86400  # seconds, after which it is measured again
 VARIABLE = "FULLFRAME_ARITHMETIC_RATE"
-CHANNELS, SIDE, TIMES = 32, 256, 8  # of the convolution that is measured
+CHANNELS, SIDE, TIMES = 32, 256, 32  # of the convolution that is measured
 COUNTED = (
     2  # times the operations of a convolution: those that a step counts for its cheap ops take no time of their own
 )
@@ -40,7 +40,7 @@ def disk_rate(folder: Path) -> int:
 def _rate(folder: Path, disk: int) -> int:
     """The rate of a disk by the system's number of it, seen from a folder there."""
     size = shutil.disk_usage(folder).total
-    return int(once(f"disk {disk} of {size} bytes", lambda: disks.measured(folder)))
+    return int(once(f"rate of disk {disk} of {size} bytes", lambda: disks.measured(folder)))
 
 
 def arithmetic_rate(dtype: torch.dtype) -> int:

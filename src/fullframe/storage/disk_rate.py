@@ -14,8 +14,8 @@ from fullframe.storage.unnamed_file import Run, UnnamedFile
 VARIABLE = "FULLFRAME_DISK_RATE"
 USUAL = 500  # million bytes a second, of a disk on which there is no room to measure
 SLOWEST, FASTEST = 64, 8192
-PIECE, PIECES = 4 << 20, 16  # bytes that are written and read at once, and how often
-SECONDS = 0.5  # after which enough has been written, or read
+PIECE, PIECES = 8 << 20, 256  # bytes that are written and read at once, and how often at most: a burst is no measure
+SECONDS = 0.8  # after which enough has been written, or read
 
 
 def told() -> int | None:
