@@ -320,7 +320,7 @@ def test_every_way_of_running_gives_the_same_bits(network, expected, monkeypatch
 @pytest.mark.parametrize("tier", ["disk", "host"])
 def test_maps_elsewhere_go_together_with_sources(tier, network, expected, monkeypatch):
     given = {"disk": "1 GB", "folder": folder_on_disk()} if tier == "disk" else {}
-    monkeypatch.setattr(planner, "_tiers", lambda request: [replace(request, host=10**9 * (tier == "host"))])
+    monkeypatch.setattr(planner, "_tiers", lambda request, _: [replace(request, host=10**9 * (tier == "host"))])
     monkeypatch.setattr(planner, "PER_BYTE", 0)
     monkeypatch.setattr(planner, "spill", lambda draft, maps, room, limit, versions: (draft, frozenset(maps)))  # all
     step = fullframe.tile(network, loss=criterion, tile=16, workers=2, budget="1 GB", **given)

@@ -24,9 +24,7 @@ from fullframe.storage import disk_rate as disks
 LASTS = 30 * 86400  # seconds, after which it is measured again
 VARIABLE = "FULLFRAME_ARITHMETIC_RATE"
 CHANNELS, SIDE, TIMES = 32, 256, 32  # of the convolution that is measured
-COUNTED = (
-    2  # times the operations of a convolution: those that a step counts for its cheap ops take no time of their own
-)
+COUNTED = 2  # times the operations of a convolution: those counted for cheap ops take less time, in its shadow
 
 
 def disk_rate(folder: Path) -> int:

@@ -46,7 +46,9 @@ KEPT = 2  # times what windows take is held by the C library, which keeps some o
 KEPT_AT_MOST = 3  # and so many times where the budget has room for it: it is then never told to let go
 KEPT_ANYWAY = 64 << 20  # bytes that it keeps for a thread without being asked
 LITTLE = 0.02  # of all that a step takes: stored maps that are no more are not worth a search
-REPEATS = 3  # times that the room for maps is estimated, which depends on the windows of what is on disk
+REPEATS = 3  # times that the room for maps is estimated, which depends on the windows of what is on disk,
+ONCE = 1  # or so many, where a plan is only to be compared with others
+ALONE = 4  # times the budget: where more is stored, a disk that there is is used before all else is tried
 Known = dict[tuple[Section, int, frozenset[Value]], Stage]
 PER_BYTE = 1.0  # times the operations that are made while a disk moves a byte
 APART = 0.25  # of the shorter of the two, arithmetic and the disk's work, that is not done behind the other
@@ -66,7 +68,7 @@ def plan(graph: Graph, request: Request) -> Plan:
     found: Plan | None = None
     refused: BudgetError | None = None
     begun = _Begun(graph, request)
-    for allowed in _tiers(request):
+    for allowed in _tiers(request, begun.draft.peak()):
         if found is not None and not (allowed.disk and _again(found)):
             break
         try:
@@ -93,8 +95,12 @@ def _again(plan: Plan) -> bool:
     return any(stage.section.clone or stage.section.recompute for stage in plan.stages)
 
 
-def _tiers(request: Request) -> list[Request]:
-    """The request without memories but the device's own, and then with more and more of those that there are."""
+def _tiers(request: Request, stored: int) -> list[Request]:
+    """The request without memories but the device's own, and then with more and more of those that there are. Where
+    far more is stored than that has room for, a disk is taken at once: its plans, too, make again what is cheaper
+    than the way there and back, and the search for others takes as long as theirs."""
+    if request.disk and not request.host and stored > ALONE * request.budget:
+        return [request]
     found = [replace(request, host=0, disk=0)]
     if request.host:
         request = replace(request, workers=max(request.workers, STREAMS))
@@ -172,7 +178,7 @@ def _fit(begun: _Begun, request: Request) -> Plan:
     fastest = sum(spent(op) for section in draft.stages for op in section.ops if op.rule.heavy)
 
     def finish(draft: Draft, most: int) -> Plan:
-        return _finish(begun, draft, replace(request, max_in_flight=1, most=most), fixed)
+        return _finish(begun, draft, replace(request, max_in_flight=1, most=most), fixed, ONCE)
 
     def over(made: Plan) -> int:
         """By how many bytes a plan does not fit; less than nothing by as many as it leaves in all memories."""
@@ -181,9 +187,10 @@ def _fit(begun: _Begun, request: Request) -> Plan:
         return max(near, made.bytes.host - request.host) if max(near, far) > 0 else near + far
 
     made, cost = finish(draft, 0), partial(price, request=request)
-    worth = [BYTE + w * per_byte(request) for w in WORTH] if request.disk and per_byte(request) else [float(BYTE)]
+    priced = bool(request.disk and per_byte(request))
+    worth = [BYTE + w * per_byte(request) for w in WORTH] if priced else [float(BYTE)]
     base = smallest = made
-    if over(base) > 0:
+    if over(base) > 0 and not priced:
         cloned, smallest = _cloned(draft, base, finish, over)
         offloaded = base.bytes.host + base.bytes.disk
         if over(smallest) <= 0:
@@ -196,7 +203,14 @@ def _fit(begun: _Begun, request: Request) -> Plan:
             raise _refusal(min(smallest, found.plan, key=over), request)
         if over(made) > 0 or (over(found.plan) <= 0 and cost(found.plan) < cost(made)):
             draft, made, request = found.draft, found.plan, replace(request, most=found.most)
-    found = _pipelined(draft, request, partial(_finish, begun, fixed=fixed)) or _roomy(made, request)
+    finished = partial(_finish, begun, fixed=fixed)
+    if made.bytes.disk:
+        # It is the disk that works ahead: what several stages take would send more maps there.
+        again = finished(draft, replace(request, max_in_flight=1))
+        made = min(made, again, key=lambda plan: (over(plan) > 0, cost(plan)))
+        found = _roomy(made, request)
+    else:
+        found = _pipelined(draft, request, finished) or _roomy(made, request)
     return replace(found, fastest=fastest)
 
 
@@ -290,10 +304,10 @@ def _refusal(plan: Plan, request: Request) -> Exception:
 # Tiles, scratch and places -------------------------------------------------------------------------
 
 
-def _finish(begun: _Begun, draft: Draft, request: Request, fixed: int) -> Plan:
+def _finish(begun: _Begun, draft: Draft, request: Request, fixed: int, repeats: int = REPEATS) -> Plan:
     """The plan of a draft.
 
-    With a disk, the nearest memory holds what it can, and the disk the other maps.
+    With a disk, the nearest memory holds what it can, which is estimated so many times, and the disk the other maps.
     """
     maps = {v: n for v, n in draft.sizes.items() if tiled(v, draft.saved.tile_axes)}
     reversals = _reversals(draft, maps)
@@ -313,16 +327,16 @@ def _finish(begun: _Begun, draft: Draft, request: Request, fixed: int) -> Plan:
     room = request.budget - largest.bytes.total
     ahead = largest.bytes.scratch // KEPT + 4 * DISK_BUFFER
     for spare, bands in (ahead, True), (ahead, False):
-        made = _filled(request, room - spare, partial(spilled, spare=spare, bands=bands))
+        made = _filled(request, room - spare, partial(spilled, spare=spare, bands=bands), repeats)
         if made.bytes.total <= request.budget:
             return made
-    return _filled(request, room, spilled)
+    return _filled(request, room, spilled, repeats)
 
 
-def _filled(request: Request, room: int, spilled: Callable[[int], Plan]) -> Plan:
+def _filled(request: Request, room: int, spilled: Callable[[int], Plan], repeats: int) -> Plan:
     """The plan with as many maps in the nearest memory as the budget has room for beside all else, about ``room``."""
     made = spilled(room)
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         spare = request.budget - made.bytes.total
         if spare < 0:
             room = min(room, made.bytes.arena) + spare  # there are gaps between the maps

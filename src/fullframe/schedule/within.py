@@ -19,7 +19,8 @@ from fullframe.schedule.search import Search
 SHARES = (0.8, 0.6, 0.4, 0.25, 0.15, 0.08, 0.04, 0.0)  # of the most that is stored at once
 MOST = (64 << 20, 12 << 20, 0)  # bytes of the windows in work where values are recomputed; 0: as few as may be
 WINDOW = 4 << 20  # bytes of the largest window of a tile that the search counts halo for
-TRIES = 4
+TRIES = 4  # of limits, at a price of a byte,
+FEW = 2  # or so many where there are several: what stores less because bytes are dear is seldom at the limit
 CLOSE = 0.02  # of a limit, by which another is not worth a try
 DEPTHS = (0.8, 0.6, 0.4, 0.2, 0.0)  # of the limit, down to which gaps are dropped before some are filled again
 VISITS = 3_000_000  # nodes looked at, after which nothing else is tried
@@ -67,7 +68,7 @@ def within(
         low, limit, high = float(peak), float(peak - over(fits.plan)), inf
         for byte in worth:
             start = stages.search if byte == stages.search.byte else stages.search.priced(byte)
-            for _ in range(TRIES):
+            for _ in range(TRIES if len(worth) == 1 else FEW):
                 state = best_of(start, limit)
                 if state is None:
                     break
