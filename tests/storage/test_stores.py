@@ -226,3 +226,33 @@ def test_a_step_runs_with_a_store_of_ones_own(monkeypatch):
     assert made and not made[0].maps  # each life had its end
     assert torch.equal(results[0][0], results[1][0])
     assert all(map(torch.equal, results[0][1], results[1][1]))
+
+
+@pytest.mark.parametrize("columns", [2, 3])
+def test_a_band_is_read_once_though_a_tile_comes_late(monkeypatch, columns):
+    """Two workers, of whom one is behind: it begins its tile when the other has announced those of the next rows."""
+    monkeypatch.setattr(protocol, "BAND_RUN", 1 << 30)
+    rows, width = 12, 12
+    slot = slots_of(((1, 4, rows, width), torch.float32))[0]
+    store = Disk(slot.nbytes, CPU, folder_on_disk())
+    store.spare = 64 << 20
+    numbers = torch.randn(slot.shape)
+    store.open(slot)
+    store.put(slot, box.full(slot.shape), numbers)
+    moved, read = [], store.file.read
+    monkeypatch.setattr(store.file, "read", lambda runs: (moved.append(sum(r.nbytes for r in runs)), read(runs)))
+    extent = width // columns
+    tiles = [((0, 1), (0, 4), (y, y + 1), (x, x + extent)) for y in range(rows) for x in range(0, width, extent)]
+    late = None
+    for k, tile in enumerate(tiles):
+        if k + 2 < len(tiles):
+            store.expect(slot, tiles[k + 2])
+        if k % 3 == 1:  # its part is fetched two tiles later
+            late = tile
+            continue
+        assert torch.equal(store.fetch(slot, tile), numbers[box.slices(tile)])
+        if late is not None and k % 3 == 0:
+            assert torch.equal(store.fetch(slot, late), numbers[box.slices(late)])
+            late = None
+    store.release()
+    assert sum(moved) == numbers.nbytes

@@ -42,7 +42,8 @@ class _Map:
     missing: int
     filling: dict[Region, _Filling] = field(default_factory=dict)
     split: set[Region] = field(default_factory=set)  # bands that went to the disk in parts
-    read: dict[Region, Future[torch.Tensor]] = field(default_factory=dict)  # those read last, the oldest first
+    read: dict[Region, Future[torch.Tensor]] = field(default_factory=dict)  # those used last, the oldest first
+    awaited: dict[Region, int] = field(default_factory=dict)  # tiles that were announced and have not fetched their part
 
 
 class Bands:
@@ -103,7 +104,10 @@ class Bands:
         """Begin to read a band of a map that is there as a whole; whether it is being read, or need not be."""
         with self._lock:
             here = self._maps.get(slot)
-            return here is not None and self._reading(slot, here, band) is not None
+            if here is None or self._reading(slot, here, band) is None:
+                return False
+            here.awaited[band] = here.awaited.get(band, 0) + 1
+            return True
 
     def fetch(self, slot: Slot, band: Region | None, region: Region) -> torch.Tensor | None:
         """A copy of a region; None where the caller has to read it."""
@@ -113,6 +117,8 @@ class Bands:
                 return None
             self._settle(slot, here, region)
             reading = None if band is None else self._reading(slot, here, band)
+            if band is not None and here.awaited.get(band):
+                here.awaited[band] -= 1
         if band is None or reading is None:
             return None
         found = reading.result()
@@ -148,20 +154,25 @@ class Bands:
         """The band on its way or there; None where the map is not complete, or bytes are not to be had."""
         if here.missing or here.filling:
             return None
-        found = here.read.get(band)
+        found = here.read.pop(band, None)
         if found is None:
-            while len(here.read) >= BANDS:
-                self._in_flight.give_back(_nbytes(slot, first := next(iter(here.read))))
+            # What a tile is still to come for stays: to read it again would push out what the next ones wait for.
+            idle = [b for b in here.read if not here.awaited.get(b)]
+            for first in idle[: max(0, len(here.read) - BANDS + 1)]:
+                self._in_flight.give_back(_nbytes(slot, first))
                 del here.read[first]
+                here.awaited.pop(first, None)
             if not self._in_flight.reserved(_nbytes(slot, band), self._allowed()):
                 return None
-            found = here.read[band] = self._in_flight.after(slot, band, lambda: self._read(slot, band))
+            found = self._in_flight.after(slot, band, lambda: self._read(slot, band))
+        here.read[band] = found
         return found
 
     def _forget(self, slot: Slot, here: _Map) -> None:
         for band in here.read:
             self._in_flight.give_back(_nbytes(slot, band))
         here.read.clear()
+        here.awaited.clear()
 
 
 def _nbytes(slot: Slot, region: Region) -> int:

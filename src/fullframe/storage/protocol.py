@@ -24,8 +24,9 @@ DISK_BUFFER = 1 << 20
 
 BAND_RUN = 1 << 16
 """Bytes of a run of a tile's part of a map on a disk, below which the part is moved within a band."""
-BANDS = 2
-"""Bands of a map that are kept at once: tiles of one row of tiles are not done when the next row begins."""
+BANDS = 3
+"""Bands of a map that are kept at once: tiles of one row of tiles are not done when the next row begins, and the one
+after that is read ahead."""
 
 
 def inner(rank: int) -> list[int]:
