@@ -43,7 +43,7 @@ class _Map:
     filling: dict[Region, _Filling] = field(default_factory=dict)
     split: set[Region] = field(default_factory=set)  # bands that went to the disk in parts
     read: dict[Region, Future[torch.Tensor]] = field(default_factory=dict)  # those used last, the oldest first
-    awaited: dict[Region, int] = field(default_factory=dict)  # tiles that were announced and have not fetched their part
+    awaited: dict[Region, int] = field(default_factory=dict)  # tiles announced that have not fetched
 
 
 class Bands:
