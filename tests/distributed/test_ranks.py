@@ -16,6 +16,7 @@ import torch.multiprocessing
 from ranking import CASES, WORLD, Case
 
 import fullframe
+from fullframe.bytecode.libtorch import bytecode_available
 from fullframe.compiler.agreement import axis_of
 
 Found = list[dict[str, Any]]
@@ -105,6 +106,15 @@ def test_a_fault_on_one_rank_is_told_on_all_and_nothing_changes(at: int, found: 
 def test_the_step_after_faults_is_right(found: Found) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found[0]["faults"]["after"]["losses"],
                                                  found[3]["faults"]["after"]["losses"], strict=True))  # fmt: skip
+
+
+@pytest.mark.rest
+def test_a_fault_while_tiles_are_replayed_is_told_on_all(found: Found) -> None:
+    for rank, there in enumerate(found):
+        faults = there["faults"]
+        wanted = "ArithmeticError: a fault" if rank == 2 else "RankError: the step has failed on another rank"
+        assert faults["replayed"] == "" and faults["fault late"].startswith(wanted) and faults["again"] == ""
+        assert faults["in Python"] == 0 or not bytecode_available()
 
 
 @pytest.mark.parametrize(

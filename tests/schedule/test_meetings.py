@@ -61,6 +61,29 @@ def test_all_moves_once_between_its_maker_and_its_reader(divided: tuple[fullfram
         assert maker < at <= min(readers, default=len(plan.stages))
 
 
+@pytest.mark.parametrize("rank", range(2))
+def test_a_stage_waits_for_meetings_that_bring_what_it_reads(
+    divided: tuple[fullframe.Plan, Shares], rank: int
+) -> None:
+    plan, shares = divided
+    (found,) = shares.meetings.values()
+    share = shares.of(rank)
+    waits = meetings.gates(plan.stages, share, range(len(plan.stages)))
+    for number, stage in enumerate(plan.stages):
+        assert all(m.number <= number for m in found[: waits[number]]), "a meeting that waits for the stage"
+        reads = set(stage.section.loads)
+        rows = {
+            n
+            for n, e in enumerate(share.before[: number + 1])
+            if e and reads & {p.value for r in e.receives for p in r}
+        }
+        sums = {n for n, s in enumerate(plan.stages) if reads & {op.output for op in s.section.sums}}
+        for k, meeting in enumerate(found):
+            if rows.intersection(meeting.rows) or sums.intersection(meeting.sums):
+                assert k < waits[number]
+    assert 0 in waits.values() and len(set(waits.values())) > 2
+
+
 def test_ranks_meet_less_often_than_something_moves(divided: tuple[fullframe.Plan, Shares]) -> None:
     plan, shares = divided
     (found,) = shares.meetings.values()

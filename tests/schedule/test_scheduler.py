@@ -6,6 +6,7 @@ import ctypes
 import random
 import threading
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 
 import fullframe
 from fullframe.bytecode.libtorch import bytecode_available
-from fullframe.bytecode.scheduler import NativeScheduler, NativeStage, NativeStages
+from fullframe.bytecode.scheduler import HELPER, OWNER, WAITING, NativeScheduler, NativeStage, NativeStages
 from fullframe.ir.graph import Value
 from fullframe.runtime import executor
 from fullframe.schedule.dependencies import dependencies_of
@@ -65,14 +66,15 @@ class _Log:
     def free(self, number: int) -> None:
         self.events.append(("free", number, 0))
 
-    def run(self, steps: range, max_in_flight: int, most: int, others: int) -> None:
+    def run(self, steps: range, max_in_flight: int, most: int, others: int,
+            own: Callable[[NativeScheduler], None] = lambda scheduler: scheduler.run(OWNER)) -> None:  # fmt: skip
         calls = (self.begin, self.tile, self.add, self.end, self.free, lambda _: None, lambda: self.poll())
         stages = NativeStages([self.stages[k] for k in steps])
         scheduler = NativeScheduler(stages, steps, max_in_flight, most, (ctypes.c_void_p * 1)(), calls)
-        threads = [threading.Thread(target=scheduler.run, args=(False,)) for _ in range(others)]
+        threads = [threading.Thread(target=scheduler.run, args=(HELPER,)) for _ in range(others)]
         for t in threads:
             t.start()
-        scheduler.run(own=True)
+        own(scheduler)
         for t in threads:
             t.join(30)
             assert not t.is_alive()
@@ -130,6 +132,49 @@ def test_an_error_in_any_thread_stops_the_rest_and_is_raised(mine):
     with pytest.raises(ValueError):
         log.run(range(3), 2, 10, 1)
     assert len(done) < 10
+
+
+@needs_compiler
+@pytest.mark.parametrize("others", [1, 3])
+def test_stages_wait_for_meetings_and_others_are_made_meanwhile(others):
+    multi_threaded = 4
+    stages = [
+        NativeStage((), 3, False, True, k == multi_threaded, meetings=m) for k, m in enumerate((0, 0, 1, 0, 1, 2))
+    ]
+    log = _Log(stages, 0)
+
+    def own(scheduler: NativeScheduler) -> None:
+        scheduler.run(WAITING, 2)
+        while ("end", 3, 0) not in log.events:  # a stage behind those that wait for the meeting, while it lasts
+            time.sleep(1e-3)
+        assert not {("begin", k, 0) for k in (2, 4, 5)} & set(log.events)
+        scheduler.met()
+        scheduler.run(WAITING, 5)
+        assert ("begin", 5, 0) not in log.events
+        scheduler.met()
+        scheduler.run(WAITING, 6)
+
+    log.run(range(6), 6, 4, others, own)
+    assert {event for event in log.events if event[0] == "end"} == {("end", k, 0) for k in range(6)}
+    owner = threading.get_ident()
+    assert [log.threads[k] == {owner} for k in range(6)] == [k == multi_threaded for k in range(6)]
+    assert not any(owner in log.threads[k] for k in range(6) if k != multi_threaded)
+
+
+@needs_compiler
+def test_an_error_in_a_helper_ends_the_wait_for_a_meeting():
+    log = _Log([NativeStage((), 1, False, True, False), NativeStage((), 1, False, True, False, meetings=1)], 0)
+
+    def tile(*_: Any) -> None:
+        raise ValueError
+
+    def own(scheduler: NativeScheduler) -> None:
+        scheduler.run(WAITING, 1)
+        assert scheduler.failed
+
+    log.tile = tile  # type: ignore[method-assign]
+    with pytest.raises(ValueError):
+        log.run(range(2), 2, 4, 1, own)
 
 
 # In a stage -----------------------------------------------------------------------------------------

@@ -255,6 +255,12 @@ def _faults(rank: int, mesh: DeviceMesh) -> Iterator[tuple[str, Any]]:
         yield f"fault {at} took", time.monotonic() - begun
         yield f"fault {at} changed", [n for n, t in net.state_dict().items() if not torch.equal(t, before[n])]
     yield "after", steps(step, net, mine, its, case.steps)
+    with _failing(True, 10**9) as counted:
+        yield "replayed", _message(lambda: step(mine, its))
+    yield "in Python", 10**9 - counted.left
+    with _failing(rank == 2, 3, "end"):  # between meetings, when tiles are in bytecode
+        yield "fault late", _message(lambda: step(mine, its))
+    yield "again", _message(lambda: step(mine, its))
     narrow = mine[..., :-1] if rank == 1 else mine
     yield "shape", _message(lambda: step(narrow, its))
     yield "no image", _message(lambda: step(mine[:, :, :0] if rank == 0 else mine, its))
@@ -268,23 +274,24 @@ def _faults(rank: int, mesh: DeviceMesh) -> Iterator[tuple[str, Any]]:
 
 
 class _failing:
-    """Has the tile of a given number fail, counted from now on."""
+    """Has the tile of a given number fail, or the end of a stage's sums, counted from now on."""
 
-    def __init__(self, here: bool, at: int):
-        self.here, self.left, self.make = here, at, Run.make
+    def __init__(self, here: bool, at: int, name: str = "make"):
+        self.here, self.left, self.name, self.call = here, at, name, getattr(Run, name)
 
-    def __enter__(self) -> None:
-        def make(run: Run, number: int, k: int) -> Any:
+    def __enter__(self) -> _failing:
+        def call(run: Run, *args: Any) -> Any:
             self.left -= 1
             if self.left < 0:
                 raise ArithmeticError("a fault in a tile")
-            return self.make(run, number, k)
+            return self.call(run, *args)
 
         if self.here:
-            Run.make = make  # type: ignore[method-assign]
+            setattr(Run, self.name, call)
+        return self
 
     def __exit__(self, *_: object) -> None:
-        Run.make = self.make  # type: ignore[method-assign]
+        setattr(Run, self.name, self.call)
 
 
 def _message(call: Callable[[], Any]) -> str:

@@ -39,6 +39,7 @@ class Entries(NamedTuple):
     interpret: Callable[..., int]
     scheduler_new: Callable[..., int | None]
     scheduler_run: Callable[..., int]
+    scheduler_met: Callable[..., int]
     scheduler_fail: Callable[..., int]
     scheduler_delete: Callable[..., int]
     release: Callable[..., int]
@@ -62,10 +63,10 @@ def entries() -> Entries | None:
     except (compiler.BuildError, OSError, AttributeError) as error:
         fall_back(f"tiles are not replayed from bytecode, each runs op by op in Python, which is slower: {error}")
         return None
-    interpret, new, run, fail, delete, give_back, copy = made
+    interpret, new, run, met, fail, delete, give_back, copy = made
     new.restype = ctypes.c_void_p  # type: ignore[attr-defined]
     addresses = (ctypes.c_void_p * len(named))(*(ctypes.cast(f, ctypes.c_void_p) for f in named))
-    return Entries(interpret, new, run, fail, delete, give_back, copy, addresses)
+    return Entries(interpret, new, run, met, fail, delete, give_back, copy, addresses)
 
 
 def release(most: int) -> None:

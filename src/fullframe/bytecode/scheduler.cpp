@@ -3,6 +3,9 @@
 //
 // Every thread that helps calls `fullframe_scheduler_run`. A stage without bytecode is the caller's to make, by its functions;
 // so is a tile whose bytecode fails. What each sum adds up, and in which order, does not depend on the threads.
+//
+// On one of several ranks the owner has the others to meet, and leaves the tiles to its helpers: it waits in `run` for the
+// stages before a meeting, and says by `fullframe_scheduler_met` that one is over, for which some stages wait.
 
 #include <atomic>
 #include <chrono>
@@ -22,7 +25,10 @@ struct Stage {  // a stage: those it waits for, its tiles, and what adds up thei
     int64_t waits, tiles, flags;
     const BoundBytecode *bound, *after;
     const int64_t *marks;
+    int64_t meetings;  // that it waits for
 };
+
+enum Who { HELPER = 0, OWNER = 1, WAITING = 2 };  // a waiting owner makes only what nobody else may
 
 enum Flag { ROOM = 1, FREES = 2, MULTI_THREADED = 4 };
 
@@ -74,10 +80,11 @@ struct Scheduler {
     std::vector<char> done;
     std::vector<std::unique_ptr<OpenStage>> open;
     std::mutex lock;
-    std::condition_variable changed;
+    std::condition_variable changed, reached;
     int64_t idle = 0;
     std::atomic<int64_t> news{0};  // counts what may have given an idle thread something to do
     bool failed = false;
+    int64_t met = 0, awaited = INT64_MAX;  // meetings that are over, and the stage before which all are waited for
     std::atomic<bool> short_of_memory{false};
 
     const Stage &stage(int64_t number) const { return stages[number - start]; }
@@ -96,12 +103,13 @@ struct Scheduler {
         failed = true;
         news++;
         changed.notify_all();
+        reached.notify_all();
     }
 
     bool begin() {
         for (int64_t k = base; k < stop && k < base + max_in_flight; k++) {
             const Stage &s = stage(k);
-            bool waits = done[k - start];
+            bool waits = done[k - start] || s.meetings > met;
             for (auto &opened : open) waits |= opened->number == k;
             for (int64_t j = 0; j < s.waits && !waits; j++) waits = s.before[j] >= base && !done[s.before[j] - start];
             if (waits) continue;
@@ -120,14 +128,15 @@ struct Scheduler {
         return true;
     }
 
-    bool may(const OpenStage &opened, bool own) const {
+    bool may(const OpenStage &opened, Who who) const {
         const Stage &s = stage(opened.number);
-        return opened.given < s.tiles && (own || !(s.flags & MULTI_THREADED)) && opened.given - opened.next < most;
+        if (s.flags & MULTI_THREADED ? who == HELPER : who == WAITING) return false;
+        return opened.given < s.tiles && opened.given - opened.next < most;
     }
 
-    OpenStage *pick(bool own, int64_t &tile) {
+    OpenStage *pick(Who who, int64_t &tile) {
         for (auto &opened : open)
-            if (may(*opened, own)) {
+            if (may(*opened, who)) {
                 tile = opened->given++;
                 return opened.get();
             }
@@ -137,7 +146,7 @@ struct Scheduler {
     // Whether any thread may begin a tile.
     bool more() const {
         for (auto &opened : open)
-            if (may(*opened, false)) return true;
+            if (may(*opened, HELPER)) return true;
         return false;
     }
 
@@ -151,6 +160,7 @@ struct Scheduler {
             more += tiles;
             multi_threaded |= tiles && stage(opened->number).flags & MULTI_THREADED;
         }
+        if (multi_threaded || base >= awaited) reached.notify_all();
         if (multi_threaded) changed.notify_all();
         else for (; more > 0 && idle; more--) changed.notify_one();
     }
@@ -243,10 +253,13 @@ struct Scheduler {
         return news != known;
     }
 
-    int run(bool own) {
+    // Help until all stages before one are done.
+    int run(Who who, int64_t until) {
+        const bool own = who != HELPER;
         auto seen = Clock::now();
         std::unique_lock<std::mutex> held(lock);
-        while (!failed && base < stop) {
+        if (who == WAITING) awaited = until;
+        while (!failed && base < until) {
             if (own && Clock::now() - seen > PATIENCE) {  // let the caller see what came meanwhile
                 held.unlock();
                 const bool good = ask(calls.poll);
@@ -256,11 +269,16 @@ struct Scheduler {
                 continue;
             }
             int64_t tile;
-            OpenStage *opened = pick(own, tile);
+            OpenStage *opened = pick(who, tile);
+            if (!opened && who == WAITING) {
+                reached.wait_for(held, PATIENCE);
+                continue;
+            }
             if (!opened) {
                 WATCH(nullptr);
                 idle++;
-                if (!busily(held)) own ? (void)changed.wait_for(held, PATIENCE) : changed.wait(held);
+                // A rank's owner has a meeting meanwhile, and needs the processor.
+                if (awaited < INT64_MAX || !busily(held)) own ? (void)changed.wait_for(held, PATIENCE) : changed.wait(held);
                 idle--;
                 continue;
             }
@@ -294,15 +312,25 @@ extern "C" void *fullframe_scheduler_new(const Stage *stages, int64_t start, int
 
 // 0 where all was done, 2 where there was no memory; else a function of the caller's has failed, or it called
 // `fullframe_scheduler_fail`.
-extern "C" int fullframe_scheduler_run(Scheduler *scheduler, int64_t own) {
+extern "C" int fullframe_scheduler_run(Scheduler *scheduler, int64_t who, int64_t until) {
     try {
-        return scheduler->run(own);
+        return scheduler->run((Who)who, until);
     } catch (const std::bad_alloc &) {
         scheduler->short_of_memory = true;
         std::lock_guard<std::mutex> held(scheduler->lock);
         scheduler->fail();
         return 2;
     }
+}
+
+// One more meeting is over. False where a function of the caller's has failed.
+extern "C" int fullframe_scheduler_met(Scheduler *scheduler) {
+    std::lock_guard<std::mutex> held(scheduler->lock);
+    scheduler->met++;
+    if (!scheduler->begin()) scheduler->fail();
+    scheduler->news++;
+    scheduler->changed.notify_all();
+    return !scheduler->failed;
 }
 
 // Let no thread begin another tile.

@@ -11,6 +11,7 @@ from fullframe.bytecode.libtorch import entries
 from fullframe.bytecode.program import Bytecode
 
 ROOM, FREES, MULTI_THREADED = 1, 2, 4
+HELPER, OWNER, WAITING = 0, 1, 2
 
 
 class BoundBytecode(NamedTuple):
@@ -25,7 +26,7 @@ class NativeStage(NamedTuple):
     something to free after it, and whether only the owner's thread makes it (``multi_threaded``).
 
     ``bound`` are its tiles' bytecode, and ``after`` adds up their results, with a part for each; a stage without them
-    is made by the caller.
+    is made by the caller. ``meetings``: how many of those with other ranks must be over.
     """
 
     before: Sequence[int]
@@ -35,6 +36,7 @@ class NativeStage(NamedTuple):
     multi_threaded: bool
     bound: Sequence[BoundBytecode] = ()
     after: BoundBytecode | None = None
+    meetings: int = 0
 
 
 class NativeStages:
@@ -48,7 +50,7 @@ class NativeStages:
             flags = ROOM * s.room + FREES * s.frees + MULTI_THREADED * s.multi_threaded
             words += (self._array(s.before), len(s.before), s.tiles, flags)
             words += (self._bound(s.bound), self._bound([s.after] if s.after else []))
-            words.append(self._array(s.after.bytecode.marks if s.after else ()))
+            words += (self._array(s.after.bytecode.marks if s.after else ()), s.meetings)
         self.words = (ctypes.c_int64 * len(words))(*words)
 
     def _array(self, numbers: Sequence[int]) -> int:
@@ -84,7 +86,7 @@ class NativeScheduler:
         found = entries()
         assert found is not None
         self._entries = found
-        self.failed = 0
+        self.failed, self._stop = 0, stage_range.stop
         self._inside, self._closed, self._changed = 0, False, threading.Condition()
         self.errors: list[BaseException] = []
         made = [self._guarded(call, n) for call, n in zip(calls, self.COUNTS, strict=True)]
@@ -112,19 +114,26 @@ class NativeScheduler:
         numbers = [ctypes.c_int64] * min(count, 2) + [ctypes.c_void_p] * (count > 2)
         return ctypes.CFUNCTYPE(None, *numbers, ctypes.c_void_p)(guarded)
 
-    def run(self, own: bool) -> None:
-        """Make tiles until there are none, or one has failed; nothing once it is closed."""
+    def run(self, who: int, until: int | None = None) -> None:
+        """Make tiles until all stages before one are done, or one has failed; nothing once it is closed. An owner
+        that is ``WAITING`` makes only what nobody else may."""
+        until = self._stop if until is None else until
         with self._changed:
             if self._closed:
                 return
             self._inside += 1
         try:
-            failed = self._entries.scheduler_run(self._scheduler, ctypes.c_int64(own))
+            failed = self._entries.scheduler_run(self._scheduler, ctypes.c_int64(who), ctypes.c_int64(until))
             self.failed = max(self.failed, failed)
         finally:
             with self._changed:
                 self._inside -= 1
                 self._changed.notify_all()
+
+    def met(self) -> None:
+        """One more meeting with other ranks is over."""
+        if not self._entries.scheduler_met(self._scheduler):
+            self.failed = max(self.failed, 1)
 
     def check(self) -> None:
         """Raise what a call has raised, or that the library failed."""

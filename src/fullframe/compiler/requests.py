@@ -36,7 +36,7 @@ def request_for(graph: Graph, call: Call, options: Options, written: Iterable[in
     free = frozenset(v for v in graph.gradients if v is not None)
     speed = _speed(graph, device, options)
     if not device.windows:
-        max_in_flight = MAX_IN_FLIGHT if options.workers > 1 and options.domain is None else 1
+        max_in_flight = MAX_IN_FLIGHT if options.workers > 1 or options.domain is not None else 1
         imports = (
             IMPORTS * (not torch_compat.recording_is_imported()) if options.saved is None else options.saved.imports
         )

@@ -22,13 +22,14 @@ from fullframe.distributed.mesh import Domain
 from fullframe.ir import region as box
 from fullframe.ir.graph import Value
 from fullframe.partition.tile_axes import tiled
-from fullframe.runtime import ranks
+from fullframe.runtime import ranks, replay_ranks
 from fullframe.runtime.accumulate import Sums
 from fullframe.runtime.fused import Kernels, build
 from fullframe.runtime.progress import Progress
 from fullframe.runtime.replay_cpu import Schedule
+from fullframe.runtime.replay_ranks import SharedSchedule
 from fullframe.runtime.task_run import Memory, own
-from fullframe.runtime.tasks import Partials, part_in, place_of, room_of
+from fullframe.runtime.tasks import Partials, part_in, place_of, room_of, tiles_of
 from fullframe.runtime.tile import Tile, Tiles
 from fullframe.runtime.workers import pool
 from fullframe.schedule.dependencies import dependencies_of, is_expensive
@@ -55,7 +56,8 @@ class Runtime:
         self.slots = {v: slot for v, slot in plan.slots.items() if v not in outputs}
         self.kept = (self.maps - outputs).difference(plan.offloaded)
         self.records = device_of(device).replay == BYTECODE and bytecode_available()
-        self.tiles = Tiles(plan.stages, room_of(plan), frozenset(plan.offloaded), records=self.records)
+        mine = [tiles_of(plan, number) for number in range(len(plan.stages))] if plan.share else None
+        self.tiles = Tiles(plan.stages, room_of(plan), frozenset(plan.offloaded), records=self.records, mine=mine)
         self.dependencies = dependencies_of(plan, [is_expensive(stage) for stage in plan.stages])
         self.schedules: dict[tuple[int, int, bool], Schedule] = {}
         self.written: set[int] = set()  # from which stages on the plan has run
@@ -74,8 +76,10 @@ class Runtime:
         key = stages.start, stages.stop, replayed
         with _LOCK:
             if key not in self.schedules:
-                self.schedules[key] = Schedule(plan, self.tiles if replayed else None, self.dependencies, self.maps,
-                                               self.kept, stages)  # fmt: skip
+                kind = Schedule if plan.share is None else SharedSchedule
+                self.schedules[key] = kind(
+                    plan, self.tiles if replayed else None, self.dependencies, self.maps, self.kept, stages
+                )
             return self.schedules[key]
 
 
@@ -162,7 +166,10 @@ class Run:
         off = torch.autocast(self.device.type, enabled=False)
         with torch.no_grad(), off, mapped(self.plan.tight):
             try:
-                if self.domain is not None:
+                if self.domain is not None and self.runtime.records:
+                    scheduled = partial(self.runtime.schedule, self.plan, stages, self.values)
+                    replay_ranks.advance(self, self.domain, stages, threads, scheduled)
+                elif self.domain is not None:
                     ranks.advance(self, self.domain, stages, threads, self.runtime.dependencies.multi_threaded)
                 elif self.runtime.records:
                     self.runtime.schedule(self.plan, stages, self.values).replay(self, threads, pool)

@@ -1,4 +1,4 @@
-"""A run on one of several ranks: stage by stage, its own tiles, between exchanges in which all take part.
+"""A run on one of several ranks: its own tiles, and exchanges in which all take part.
 
 When ranks meet is in the plan (`schedule.meetings`): by one exchange come the rows that the next stages read beyond
 those at hand, from the ranks that made them, and the nodes of sums go round, of which each rank puts the same tree
@@ -67,8 +67,9 @@ _LAYOUTS: WeakKeyDictionary[Plan, dict[Meeting, Layout]] = WeakKeyDictionary()
 
 
 def advance(run: Together, domain: Domain, stages: range, threads: int, multi_threaded: Sequence[bool]) -> None:
-    """Run the stages together with the other ranks; what fails on one raises on all, at the same place."""
-    journey = _Journey(run, domain, stages)
+    """The reference: the stages one by one, together with the other ranks; what fails on one raises on all, at the
+    same place."""
+    journey = Journey(run, domain, stages)
     with journey.shared():
         for number in stages:
             journey.meet(number)
@@ -97,7 +98,7 @@ def _make(run: Together, number: int, sums: Sums) -> None:
             pass
 
 
-class _Journey:
+class Journey:
     """One run over stages: where ranks meet, how often they have, and the sums that wait for the next time."""
 
     def __init__(self, run: Together, domain: Domain, stages: range):
@@ -106,6 +107,10 @@ class _Journey:
         self.share, self.meetings = run.plan.share, run.plan.share.meetings[stages.start]
         self.met = 0
         self.waiting: dict[int, Sums] = {}
+
+    def end(self, number: int, sums: Sums) -> None:
+        """A stage's sums are there, of all ranks."""
+        self.run.end(number, sums)
 
     @contextmanager
     def shared(self) -> Iterator[None]:
@@ -127,7 +132,7 @@ class _Journey:
 
     def made(self, number: int, sums: Sums) -> None:
         """A stage's tiles are made. Its sums wait, if the other ranks have a part of them."""
-        if self.share.tiles[number] is not None and self.run.plan.stages[number].section.sums:
+        if waits(self.run.plan, number):
             self.waiting[number] = sums
         else:
             self.run.end(number, sums)
@@ -147,7 +152,7 @@ class _Journey:
             if rank != self.domain.rank:
                 self._unpack(meeting, layout, rank, block)
         for n in meeting.sums:
-            self.run.end(n, self.waiting.pop(n))
+            self.end(n, self.waiting.pop(n))
 
     def _swap(self, meeting: Meeting, layout: Layout) -> Swap:
         """The exchange: to each other rank its rows, and then all sums."""
@@ -173,9 +178,9 @@ class _Journey:
                 view.copy_(part)
             at += sum(rounded(p.nbytes) for p in exchange.sends[rank])
         for n in meeting.sums:
-            mine = list(_parts(self.run.plan.stages[n], self.waiting[n]))
+            mine = list(parts_of(self.run.plan.stages[n], self.waiting[n]))
             parts = [part for part, _ in mine]
-            for (_, tensor), view in zip(mine, _unpacked(parts, block[at:]), strict=True):
+            for (_, tensor), view in zip(mine, unpacked(parts, block[at:]), strict=True):
                 view.copy_(tensor)
             at += sum(part.nbytes for part in parts)
 
@@ -186,7 +191,7 @@ class _Journey:
                 part.copy_(view)
             at += sum(rounded(p.nbytes) for p in exchange.receives[rank])
         for n, message in zip(meeting.sums, layout[rank] if layout else (), strict=True):
-            self.waiting[n].join(_nodes(self.run.plan.stages[n].section.sums, message, block[at:]))
+            self.waiting[n].join(nodes_of(self.run.plan.stages[n].section.sums, message, block[at:]))
             at += message.nbytes
 
     def _views(self, pieces: Sequence[Piece], block: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -212,10 +217,15 @@ class _Journey:
 
     def _message(self, number: int) -> Message:
         sums = self.waiting[number]
-        return Message(sorted(sums.nodes), [part for part, _ in _parts(self.run.plan.stages[number], sums)])
+        return Message(sorted(sums.nodes), [part for part, _ in parts_of(self.run.plan.stages[number], sums)])
 
 
-def _parts(stage: Stage, sums: Sums) -> Iterator[tuple[Part, torch.Tensor]]:
+def waits(plan: Plan, number: int) -> bool:
+    """Whether other ranks have a part of a stage's sums."""
+    return plan.share is not None and plan.share.tiles[number] is not None and bool(plan.stages[number].section.sums)
+
+
+def parts_of(stage: Stage, sums: Sums) -> Iterator[tuple[Part, torch.Tensor]]:
     """What a rank has added up of a stage's sums, in the type in which they are added."""
     number = {op: k for k, op in enumerate(stage.section.sums)}
     found = [(place, *key, made) for place, node in sums.nodes.items() for key, made in node.items()]
@@ -224,7 +234,7 @@ def _parts(stage: Stage, sums: Sums) -> Iterator[tuple[Part, torch.Tensor]]:
         yield Part(place, number[op], region, tuple(wide.shape), wide.dtype), wide
 
 
-def _unpacked(parts: Sequence[Part], block: torch.Tensor) -> Iterator[torch.Tensor]:
+def unpacked(parts: Sequence[Part], block: torch.Tensor) -> Iterator[torch.Tensor]:
     at = 0
     for part in parts:
         n = prod(part.shape) * part.dtype.itemsize
@@ -232,9 +242,9 @@ def _unpacked(parts: Sequence[Part], block: torch.Tensor) -> Iterator[torch.Tens
         at += part.nbytes
 
 
-def _nodes(ops: Sequence[Op], message: Message, block: torch.Tensor) -> dict[Place, Node]:
+def nodes_of(ops: Sequence[Op], message: Message, block: torch.Tensor) -> dict[Place, Node]:
     """The nodes of another rank."""
     found: dict[Place, Node] = {place: {} for place in message.places}
-    for part, view in zip(message.parts, _unpacked(message.parts, block), strict=True):
+    for part, view in zip(message.parts, unpacked(message.parts, block), strict=True):
         found[part.place][ops[part.op], part.region] = view
     return found

@@ -8,19 +8,19 @@ comes, in the same order of things.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple, Protocol
 
 import torch
 
 from fullframe.bytecode.recorder import Recorder
-from fullframe.bytecode.scheduler import BoundBytecode, NativeScheduler, NativeStage, NativeStages
+from fullframe.bytecode.scheduler import HELPER, OWNER, BoundBytecode, NativeScheduler, NativeStage, NativeStages
 from fullframe.device import CPU
 from fullframe.ir.graph import Value
 from fullframe.runtime.accumulate import Running, Sums
 from fullframe.runtime.task_run import Memory
-from fullframe.runtime.tasks import Partials, place_of
+from fullframe.runtime.tasks import Partials, place_of, tiles_of
 from fullframe.runtime.tile import Base, Recorded, StageTiles, Tile, Tiles
 from fullframe.schedule.dependencies import Dependencies
 from fullframe.schedule.plan import Plan, Stage
@@ -58,11 +58,12 @@ class Schedule:
     def __init__(self, plan: Plan, tiles: Tiles | None, dependencies: Dependencies, maps: Collection[Value],
                  kept: Collection[Value], stage_range: range):  # fmt: skip
         self.plan, self.stage_range, self.dependencies = plan.stages, stage_range, dependencies
+        self.turns = {number: tiles_of(plan, number) for number in stage_range}
         self.maps, self.kept = maps, kept
         self.slots, self.workers, self.max_in_flight = plan.slots, plan.workers, plan.max_in_flight
         self.graph, self.given_out = plan.graph, {v for v in plan.graph.outputs if v is not None}
         self.ends = self.given_out.difference(*(s.section.loads for s in plan.stages))  # that no stage reads
-        self.index: dict[Value, int] = {}  # in the table of addresses, where the first is the arena's
+        self.index: dict[Hashable, int] = {}  # in the table of addresses, where the first is the arena's
         self.strides: dict[Value, tuple[int, ...]] = {}  # as the bytecode knows them
         self.locations: dict[Value, Location] = {}
         self.nbytes = 0
@@ -71,7 +72,7 @@ class Schedule:
             [self._stage(number, tiles.stages[number] if tiles else None) for number in stage_range]
         )
         made = {v for number in stage_range for v in plan.stages[number].section.outputs}
-        self.read = [v for v in self.index if v not in made]
+        self.read = [v for v in self.index if isinstance(v, Value) and v not in made]
         lasting = made.difference(*(plan.stages[number].frees for number in stage_range))
         python = (number for number in stage_range if number not in self.native)
         self.shown = lasting.union(*(plan.stages[number].section.loads for number in python)) & made
@@ -79,18 +80,19 @@ class Schedule:
     # Made once ------------------------------------------------------------------------------------
 
     def _stage(self, number: int, tiles: StageTiles | None) -> NativeStage:
-        before, count = self.dependencies.before[number], self.dependencies.counts[number]
+        before, count = self.dependencies.before[number], max(1, len(self.turns[number]))
         multi_threaded, frees = self.dependencies.multi_threaded[number], self.plan[number].frees
+        met = self.meetings(number)
         found = tiles.all_recorded(self.plan[number]) if tiles else None
         recorded = [r for r, _ in found or ()]
         after = self._after(number, recorded) if found is not None and self._agree(recorded) else None
         if found is None or after is None:
-            return NativeStage(before, count, room=False, frees=bool(frees), multi_threaded=multi_threaded)
+            return NativeStage(before, count, room=False, frees=bool(frees), multi_threaded=multi_threaded,
+                               meetings=met)  # fmt: skip
         self.native[number] = recorded
         bound = [BoundBytecode(r.bytecode, [self._base(b, shift) for b in r.bases]) for r, shift in found]
-        room = any(self.roomy(v) for v in self.plan[number].section.outputs)
         held = any(v not in self.kept and not self._small(v) for v in frees)
-        return NativeStage(before, count, room, held, multi_threaded, bound, after)
+        return NativeStage(before, count, self.room(number), held, multi_threaded, bound, after, met)
 
     def _base(self, base: Base, shift: Sequence[int]) -> tuple[int, int]:
         """Which address of the table a base is counted from, and how far behind it begins."""
@@ -105,12 +107,24 @@ class Schedule:
             return False
         return all(self.locations[v].stride == stride for v, stride in found if v in self.locations)
 
-    def _at(self, value: Value) -> int:
+    def _at(self, value: Hashable) -> int:
         return self.index.setdefault(value, len(self.index) + 1)
 
     def _small(self, value: Value) -> bool:
         location = self.locations.get(value)
         return location is not None and location.offset is not None
+
+    def made(self, number: int) -> Sequence[Value]:
+        """What bytecode makes of a stage's outputs."""
+        return self.plan[number].section.outputs
+
+    def meetings(self, number: int) -> int:
+        """How many meetings with other ranks a stage waits for."""
+        return 0
+
+    def room(self, number: int) -> bool:
+        """Whether the caller has to find room when a stage begins."""
+        return any(self.roomy(v) for v in self.made(number))
 
     def roomy(self, value: Value) -> bool:
         """Whether memory is to be had for a value when its stage begins."""
@@ -120,12 +134,13 @@ class Schedule:
         """What adds up and keeps the results of a stage's tiles, in bytecode; None where it has no word for that."""
         blocks = [torch.zeros(max(t.bytecode.nbytes // 8, 1), dtype=torch.float64) for t in recorded]
         stage = self.plan[number]
-        trial = _fold(stage, recorded, blocks, None)
+        places = [place_of(stage, k) for k in self.turns[number]]
+        trial = _total(stage, places, recorded, blocks, None)
         targets = {v: self._target(v, made) for v, made in trial.items()}
         starts = [self.slots[v].offset if v in self.kept else 0 for v in targets]
         recorder = Recorder([*targets.values(), *blocks], [*starts, *[0] * len(blocks)], owned=len(blocks))
         with recorder:
-            for value, made in _fold(stage, recorded, blocks, recorder).items():
+            for value, made in _total(stage, places, recorded, blocks, recorder).items():
                 targets[value].copy_(made)
         done = recorder.finish([])
         if done is None or any(not v.numel() for v in targets.values()):
@@ -161,13 +176,13 @@ class Schedule:
 
     def replay(self, run: Replayable, threads: int, pool: Callable[[int], ThreadPoolExecutor]) -> None:
         """Run the stages with so many threads inside multi-threaded ones."""
-        scheduler = _Replaying(self, run, threads)
+        scheduler = Replaying(self, run, threads)
         others: list[Future[None]] = []
         run.threads(1)
         try:
             for _ in range(self.workers - 1):
-                others.append(pool(self.workers - 1).submit(scheduler.run))
-            scheduler.run(own=True)
+                others.append(pool(self.workers - 1).submit(scheduler.native.run, HELPER))
+            scheduler.native.run(OWNER)
         except BaseException:
             scheduler.native.fail()
             raise
@@ -180,19 +195,26 @@ class Schedule:
             run.free(number)
 
 
-def _fold(stage: Stage, recorded: Sequence[Recorded], blocks: Sequence[torch.Tensor],
-          recorder: Recorder | None) -> dict[Value, torch.Tensor]:  # fmt: skip
-    """What a stage makes of the results of its tiles, which lie in these blocks."""
-    found: dict[Value, torch.Tensor] = {}
-    sums = Sums(stage.section.sums, len(recorded), CPU)
-    for k, (tile, block) in enumerate(zip(recorded, blocks, strict=True)):
-        if recorder is not None and k:
-            recorder.mark()
-        sums.add(place_of(stage, k), tile.hand_out(tile.bytecode.views(block), found))
+def _total(stage: Stage, places: Sequence[int], recorded: Sequence[Recorded], blocks: Sequence[torch.Tensor],
+           recorder: Recorder | None) -> dict[Value, torch.Tensor]:  # fmt: skip
+    """What a stage makes of the results of its tiles."""
+    sums, found = folded(stage, places, recorded, blocks, recorder)
     return found | {op.output: total for op, total in sums.finish().items()}
 
 
-class _Replaying:
+def folded(stage: Stage, places: Sequence[int], recorded: Sequence[Recorded], blocks: Sequence[torch.Tensor],
+           recorder: Recorder | None) -> tuple[Sums, dict[Value, torch.Tensor]]:  # fmt: skip
+    """What the results of tiles add up to, which lie in these blocks, and the untiled values among them."""
+    found: dict[Value, torch.Tensor] = {}
+    sums = Sums(stage.section.sums, len(stage.grid), CPU)
+    for k, (place, tile, block) in enumerate(zip(places, recorded, blocks, strict=True)):
+        if recorder is not None and k:
+            recorder.mark()
+        sums.add(place, tile.hand_out(tile.bytecode.views(block), found))
+    return sums, found
+
+
+class Replaying:
     """One run of a schedule."""
 
     def __init__(self, schedule: Schedule, run: Replayable, threads: int):
@@ -228,15 +250,11 @@ class _Replaying:
             elif value in self.schedule.kept:
                 self.work.values[value] = self.work.allocate(value)
 
-    def run(self, own: bool = False) -> None:
-        """Help until all is done, or has failed."""
-        self.native.run(own)
-
     def _begin(self, number: int) -> None:
         if number not in self.schedule.native:
             self.sums[number] = self.work.begin(number)
             return
-        for value in self.schedule.plan[number].section.outputs:
+        for value in self.schedule.made(number):
             if not self.schedule.roomy(value):
                 continue
             # A value that no tile makes is empty.
@@ -250,13 +268,14 @@ class _Replaying:
 
     def _tile(self, number: int, k: int, block: int | None) -> None:
         if number not in self.schedule.native:
-            self.waiting[number, k] = self.work.make(number, k)
+            turns = self.schedule.turns[number]  # a rank may have none
+            self.waiting[number, k] = self.work.make(number, turns[k]) if turns else []
             return
         section = self.schedule.plan[number].section
         self._show((*section.loads, *section.outputs))
         tile = self.schedule.native[number][k]
         locations = {place: self.work.values[place] for place in tile.places if isinstance(place, Value)}
-        made = [t for _, t in self.work.tile(number, k).run_in_python(self.memory)]
+        made = [t for _, t in self.work.tile(number, self.schedule.turns[number][k]).run_in_python(self.memory)]
         made += [self.work.values[value] for value in locations]
         self.work.values.update(locations)
         if block:
@@ -265,12 +284,18 @@ class _Replaying:
                 to.copy_(t)
 
     def _add(self, number: int, k: int) -> None:
-        self.sums[number].add(place_of(self.schedule.plan[number], k), self.waiting.pop((number, k)))
+        made, turns = self.waiting.pop((number, k)), self.schedule.turns[number]
+        if turns:
+            self.sums[number].add(place_of(self.schedule.plan[number], turns[k]), made)
 
     def _end(self, number: int) -> None:
         self.work.end(number, self.sums.pop(number))
+        self.settle(self.schedule.plan[number].section.outputs)
+
+    def settle(self, made: Iterable[Value]) -> None:
+        """Have what Python has made where bytecode will look for it."""
         values = self.work.values
-        for value in self.schedule.plan[number].section.outputs:
+        for value in made:
             if value not in values:  # it lives elsewhere
                 continue
             stride = self.schedule.strides.get(value, values[value].stride())

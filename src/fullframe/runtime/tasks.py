@@ -6,7 +6,7 @@ every step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -112,12 +112,12 @@ def place_of(stage: Stage, k: int) -> int:
     return len(stage.grid) - 1 - k if stage.reversed else k
 
 
-def tiles_of(plan: Plan, number: int) -> list[int]:
+def tiles_of(plan: Plan, number: int) -> Sequence[int]:
     """The turns of a stage at which this process makes a tile: all, but for one of several ranks."""
     stage = plan.stages[number]
     mine = None if plan.share is None else plan.share.tiles[number]
     if mine is None:
-        return list(range(len(stage.grid)))
+        return range(len(stage.grid))
     assert plan.share is not None
     tile_axis = plan.share.split.tile_axis(plan.tile_axes)
     counts = stage.grid.counts()

@@ -252,6 +252,7 @@ class StageTiles:
         self.away = not set(offloaded).isdisjoint((*stage.section.loads, *stage.section.outputs))
         self.full = False  # some of its tiles are made anew every time
         self.likeness: Likeness | None = None
+        self.mine: Sequence[Position] | None = None  # of one of several ranks, which makes no others
         self.classes: dict[Position, TileClass] = {}
         self.tasks: dict[Position, Task] = {}
         self.lock = ForkSafeLock()
@@ -317,6 +318,9 @@ class StageTiles:
         """Whether it is known of all its tiles in which way they will be made."""
         if self.away or self.full or not self.scheduled:
             return True
+        if self.mine is not None:
+            found = [self.classes.get(self._key(position)) for position in self.mine]
+            return all(c is not None and c.settled for c in found)
         if not self.records or prod(self.counts) == 1:
             return len(self.classes) == prod(self.counts) and all(c.settled for c in self.classes.values())
         if self.likeness is None:
@@ -331,9 +335,11 @@ class StageTiles:
     def all_recorded(self, stage: Stage) -> list[tuple[Recorded, tuple[int, ...]]] | None:
         """The bytecode of all tiles in their turns, each with how many tiles away from the recorded one it is; None
         where one has none, or they are too many to be scheduled outside of Python."""
+        if self.away or not self.scheduled:
+            return None
         found = []
-        for k in range(prod(self.counts) if self.scheduled and not self.away else 0):
-            position = position_of(stage, k)
+        positions = (position_of(stage, k) for k in range(prod(self.counts))) if self.mine is None else self.mine
+        for position in positions:
             alike = self.classes.get(self._key(position))
             if alike is None or alike.recorded is None:
                 return None
@@ -355,15 +361,17 @@ class Tiles:
     """The tiles of a plan, which they do not hold: it is the key under which they are found."""
 
     def __init__(self, stages: Sequence[Stage], room: tuple[int, int], offloaded: frozenset[Value] = frozenset(), *,
-                 records: bool = True):  # fmt: skip
+                 records: bool = True, mine: Sequence[Sequence[int]] | None = None):  # fmt: skip
         """``room``: how many tiles may be scheduled outside of Python, and how many tasks are kept; others are made
-        anew each time. ``records``: whether tiles are recorded."""
+        anew each time. ``records``: whether tiles are recorded. ``mine``: by stage the turns of a rank."""
         left, tasks = room
         shared, self.stages = Room(tasks), []
         for k, stage in enumerate(stages):
             fits = len(stage.grid) <= left
             left -= len(stage.grid) if fits else 0
             self.stages.append(StageTiles(k, stage, shared, records=records, scheduled=fits, offloaded=offloaded))
+            if mine is not None:
+                self.stages[-1].mine = [position_of(stage, turn) for turn in mine[k]]
         self._settled: set[int] = set()
 
     def tile(self, plan: Plan, number: int, k: int) -> Tile:

@@ -9,13 +9,14 @@ import torch
 
 from fullframe.capture.threads import ForkSafeLock
 
-_POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
+_POOLS: dict[tuple[int, int, int], ThreadPoolExecutor] = {}
 _LOCK = ForkSafeLock()
 
 
-def pool(workers: int) -> ThreadPoolExecutor:
-    """So many worker threads; made anew after a fork, where threads do not survive."""
-    key = (os.getpid(), workers)
+def pool(workers: int, group: object = None) -> ThreadPoolExecutor:
+    """So many worker threads; made anew after a fork, where threads do not survive. A group of ranks has its own:
+    were one step to wait for another's tiles on one rank, and that one for its on another, none would end."""
+    key = (os.getpid(), workers, id(group))
     with _LOCK:
         if key not in _POOLS:
             _POOLS[key] = ThreadPoolExecutor(workers, "fullframe", initializer=_start_worker)

@@ -13,7 +13,7 @@ from math import prod
 
 from fullframe.ir.graph import Value
 from fullframe.schedule.plan import Stage
-from fullframe.schedule.split import Meeting
+from fullframe.schedule.split import Meeting, Share
 
 AHEAD = 32  # stages whose rows may come before they are read
 WAITING = 8 << 20  # bytes of sums that wait at most, but for one stage's
@@ -50,6 +50,26 @@ def meetings(stages: Sequence[Stage], divided: Sequence[bool], moved: Mapping[in
             pending |= {op.output for op in stages[number].section.sums}
             held += sums_nbytes(stages[number])
     return tuple(found)
+
+
+def gates(stages: Sequence[Stage], share: Share, span: range) -> dict[int, int]:
+    """How many meetings of a run over a span must be over before each stage: up to the last that brings what it
+    reads. None of them comes after the stage, so no meeting waits for a stage that waits for it."""
+    rows: dict[int, int] = {}
+    sums: dict[int, int] = {}
+    for k, meeting in enumerate(share.meetings[span.start], 1):
+        rows |= dict.fromkeys(meeting.rows, k)
+        sums |= dict.fromkeys(meeting.sums, k)
+    found: dict[int, int] = {}
+    brought: dict[Value, int] = {}
+    for number in span:
+        section, exchange = stages[number].section, share.before[number]
+        if exchange is not None:  # rows stay, and stages after this one may read them, too
+            brought |= {p.value: rows[number] for pieces in exchange.receives for p in pieces}
+        found[number] = max(rows.get(number, 0), *(brought.get(v, 0) for v in section.loads), 0)
+        brought |= dict.fromkeys(section.outputs, 0)
+        brought |= dict.fromkeys((op.output for op in section.sums), sums.get(number, 0))
+    return found
 
 
 def _rows(ready: Mapping[int, int], number: int) -> list[int]:

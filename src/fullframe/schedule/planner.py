@@ -243,8 +243,8 @@ def _pipelined(draft: Draft, request: Request, finish: Callable[[Draft, Request]
     draft = replace(draft, stages=interleave(draft.stages, draft.early, draft.kept, draft.sizes, trivial))
     found: Plan | None = None
     several = (request.max_in_flight, LARGEST), (request.max_in_flight // 2, LARGE), (2, LARGE)
-    # Ranks make one stage after the other. What need not wait for the one before lets them meet less often.
-    for max_in_flight, alone in several if request.split is None else ((1, LARGE),):
+    # What need not wait for the one before lets ranks meet less often, also one stage after the other.
+    for max_in_flight, alone in several if request.split is None else (*several, (1, LARGE)):
         ways = replace(request, max_in_flight=max_in_flight, alone=alone)
         made = finish(draft, ways)
         if made.projected_bytes <= request.budget:
@@ -400,16 +400,16 @@ def _arranged(begun: _Begun, draft: Draft, request: Request, fixed: int,
         fixed += 2 * DISK_BUFFER * request.workers * bool(far)  # one more for what is cut out of a band
     held = scratch * (KEPT if request.fixed is None else 1)
     total = Bytes(stored.get(DEVICE, 0), max(0, untiled - scratch), held, outputs, fixed, stored.get(HOST, 0),
-                  stored.get(DISK, 0), exchanged=_exchanged(shares, stages) if shares else 0)  # fmt: skip
+                  stored.get(DISK, 0), exchanged=_exchanged(shares, stages, request) if shares else 0)  # fmt: skip
     return Plan(graph, tile_axes, stages, draft.early, slots, total, request.budget, request.workers, whole,
                 request.max_in_flight, request.alone, external=request.external)  # fmt: skip
 
 
-def _exchanged(shares: Shares, stages: Sequence[Stage]) -> int:
+def _exchanged(shares: Shares, stages: Sequence[Stage], request: Request) -> int:
     """The most bytes that a rank sends and receives at once, and has of its inputs in the place that they take with
     the rows of others."""
     inputs = sum(shares.nbytes(v) for v, _, _ in shares.split.inputs if v in shares.held)
-    return shares.exchanged(stages) + inputs
+    return shares.exchanged(stages, request.max_in_flight) + inputs
 
 
 def _slots(

@@ -70,8 +70,11 @@ class Shares:
             moved[span.stop] = [m[0] for m in self.closing.get(span.stop, ())]
             self.meetings[span.start] = meetings(stages, divided, moved, span)
 
-    def exchanged(self, stages: Sequence[Stage]) -> int:
-        """The most bytes that a rank sends and receives at once, with the sums that wait for that."""
+    def exchanged(self, stages: Sequence[Stage], max_in_flight: int) -> int:
+        """The most bytes that a rank sends and receives at once, with the sums that wait for that, and those of
+        stages that are made meanwhile."""
+        made = [sums_nbytes(s) * (b is not None) for s, b in zip(stages, self.tiles, strict=True)]
+        ahead = max((sum(made[k : k + max_in_flight]) for k in range(len(made))), default=0) * (max_in_flight > 1)
         most = 0
         for found in self.meetings.values():
             stop = found[-1].number
@@ -79,7 +82,7 @@ class Shares:
                 moves = [m for n in meeting.rows for m in (self.closing[n] if n == stop else self.before[n])]
                 sums = (2 * self.split.ranks + 1) * sum(sums_nbytes(stages[n]) for n in meeting.sums)
                 most = max(most, sums + self._moved(moves))
-        return most
+        return most + ahead
 
     def _moved(self, moves: Iterable[tuple[Value, int, int, Interval]]) -> int:
         """Bytes that come and go on the rank that has most of them."""
