@@ -6,7 +6,8 @@ All on this machine, with gloo. *memory*: the plan of UResNet 3 x 1280 x 2048 on
 rank, and the bytes that all ranks receive in a step, beside what they would if the rows around a window were fetched
 before every operation. *time*: UResNet 3 x 640 x 1024 on 2 ranks of one thread each against one process of two
 threads, in turns. *patches*: the same image with DistributedDataParallel, half of its rows for each rank, against the
-whole image: time, memory, and how far loss and gradients are from the whole image's.
+whole image: time, memory, and how far loss and gradients are from the whole image's. With ``--only`` the table is
+kept under the names of the parts.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def timed(net: Any, forward: Any) -> dict[str, Any]:
         value.backward()
         seconds = time.perf_counter() - started
     some = torch.cat([p.grad.flatten()[:64] for p in net.parameters() if p.grad is not None])
-    return {"seconds": seconds, "bytes": peak.added or 0, "loss": float(value), "gradient": some.tolist()}
+    return {"seconds": seconds, "bytes": peak.added or 0, "loss": float(value.detach()), "gradient": some.tolist()}
 
 
 def memory() -> list[str]:
@@ -246,7 +247,7 @@ def main() -> None:
         lines += memory()
     if {"time", "patches"} & set(options.only):
         lines += compared(options.rounds, tuple(options.only))
-    write("ranks", "\n".join(lines))
+    write("-".join(["ranks", *(options.only if options.only != list(PARTS) else ())]), "\n".join(lines))
 
 
 if __name__ == "__main__":
