@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import random
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import numpy
@@ -15,6 +16,7 @@ from networks import batch, close, plain_net
 from torch import nn
 
 import fullframe
+from fullframe.frontend.guards import GuardSnapshot
 
 GLOBAL = 1.0
 TABLE = {"gain": 1.0}
@@ -358,3 +360,21 @@ def test_the_module_that_made_an_op_is_named():
     paths = {(op.target, op.path) for op in ops}
     assert ("tile.conv", "0 (Conv2d)") in paths and ("tile.conv_weight_grad", "6 (Conv2d)") in paths
     assert ("tile.max_pool_grad", "3 (MaxPool2d)") in paths
+
+
+def test_a_snapshot_that_names_its_places_sees_the_same():
+    """Without names the snapshot takes shortcuts, which must not change what it sees."""
+    net = plain_net()
+    net.settings = {"gain": 1.5, (1, "a"): [True, None, 2, b"x"], "table": OrderedDict(k=torch.float32)}
+    net.register_forward_hook(lambda module, args, made: made * TABLE["gain"])
+    net.places = SimpleNamespace(shape=torch.Size([2, 3]), device=torch.device("cpu"), numbers={1, 2}, pair=(1, "b"))
+    first = GuardSnapshot([net, batch()])
+    assert first.key == GuardSnapshot([net, batch()], named=("net", "batch")).key
+    for change in ("net.settings['gain'] = 2.5", "net[0].padding = (0, 0)", "net.places.pair = (1, 'c')",
+                   "net.settings['table']['k'] = torch.float64", "net.settings['table'].extra = 1",
+                   "net[0].bias.requires_grad_(False)", "net.eval()"):  # fmt: skip
+        exec(change)
+        changed = GuardSnapshot([net, batch()])
+        assert changed.key != first.key, change
+        assert changed.key == GuardSnapshot([net, batch()], named=("net", "batch")).key
+        first = changed

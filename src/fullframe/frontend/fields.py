@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import random
+import types
 from typing import Any
 
 import torch
 
 BRIEF = 256  # bytes in a key; of more there is a digest
+ATOMS = frozenset(
+    (int, str, bool, bytes, complex, type(None), type(...), range, types.CodeType,
+     torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout)
+)  # fmt: skip
+# Containers with neither fields nor slots, whose classes nobody can change.
+BARE = frozenset((dict, list, tuple, set, frozenset))
+# Of a module's own dictionary: what never changes a forward, and what need not be looked at while empty.
+IGNORED = frozenset(
+    ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+     "_non_persistent_buffers_set")
+)  # fmt: skip
+OFTEN_EMPTY = frozenset(
+    ("_parameters", "_buffers", "_modules", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
+     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+     "_forward_pre_hooks_with_kwargs")
+)  # fmt: skip
+REGISTERED = ("_parameters", "_buffers", "_modules")  # of a module, always looked at
 
 
 class Missing:
@@ -31,6 +49,16 @@ class Same:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Same) and self.thing is other.thing
+
+
+class Key:
+    """A key of a table, as a step to what lies there."""
+
+    def __init__(self, key: Any):
+        self.key = key
+
+    def __str__(self) -> str:
+        return repr(self.key)
 
 
 class Choice:

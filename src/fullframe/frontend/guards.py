@@ -35,7 +35,20 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fullframe.frontend.fields import MISSING, Choice, Missing, Same, digest, fields_and_slots
+from fullframe.frontend.fields import (
+    ATOMS,
+    BARE,
+    IGNORED,
+    MISSING,
+    OFTEN_EMPTY,
+    REGISTERED,
+    Choice,
+    Key,
+    Missing,
+    Same,
+    digest,
+    fields_and_slots,
+)  # fmt: skip
 from fullframe.frontend.names import (
     ANY_GLOBAL,
     BY_STRING,
@@ -52,36 +65,11 @@ from fullframe.frontend.names import (
 # The next call's key has their shape and such apart (`GuardSnapshot.details`), for few recordings read them.
 SIDE_EFFECTS = WeakIdKeyDictionary()
 DEPTH = 8  # objects, containers and functions away from the nearest module
-ATOMS = frozenset(
-    (int, str, bool, bytes, complex, type(None), type(...), range, types.CodeType,
-     torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout)
-)  # fmt: skip
-# Of a module's own dictionary: what never changes a forward, and what need not be looked at while empty.
-IGNORED = frozenset(
-    ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-     "_non_persistent_buffers_set")
-)  # fmt: skip
-OFTEN_EMPTY = frozenset(
-    ("_parameters", "_buffers", "_modules", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
-     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-     "_forward_pre_hooks_with_kwargs")
-)  # fmt: skip
 OPAQUE = frozenset(("logging", "threading", "_thread", "io", "_io"))
-REGISTERED = ("_parameters", "_buffers", "_modules")  # of a module, always looked at
 # Others change it, or taking from it does.
 SHARED = ("_queue", "multiprocessing.sharedctypes", "multiprocessing.managers", "ctypes", "_ctypes", "mmap")
 SILENT = frozenset(("__init_subclass__", "__repr__", "__str__", "__reduce__", "__reduce_ex__", "__getstate__",
                     "__setstate__", "__del__", "__class_getitem__", "__subclasshook__"))  # fmt: skip
-
-
-class _Key:
-    """A key of a table, as a step to what lies there."""
-
-    def __init__(self, key: Any):
-        self.key = key
-
-    def __str__(self) -> str:
-        return repr(self.key)
 
 
 class GuardSnapshot:
@@ -130,7 +118,11 @@ class GuardSnapshot:
     def visit(self, thing: Any, depth: int, step: Any = "") -> None:
         """Look at a thing; ``step`` is how it is found in what was looked at before: a name, key or position."""
         if self.path is None:
-            self._visit(thing, depth)
+            kind = type(thing)
+            if kind in ATOMS:  # most of what a module has; a call each would take longer than all the rest
+                self.parts += (kind, thing)
+            else:
+                self._visit(thing, depth)
             return
         first = len(self.parts)
         self.path.append(step if isinstance(step, str) else f"[{step}]")
@@ -167,7 +159,7 @@ def _tensor(snapshot: GuardSnapshot, tensor: torch.Tensor, depth: int) -> None:
         tensor.shape, tensor.dtype, tensor.device, tensor.stride() if strided else tensor.layout,
         tensor.requires_grad,
     )  # fmt: skip
-    if tensor in SIDE_EFFECTS:
+    if SIDE_EFFECTS and tensor in SIDE_EFFECTS:
         snapshot.parts.append("side effect")
         snapshot.details += (*details, SIDE_EFFECTS[tensor])
         snapshot.side_effects.append(tensor)
@@ -185,7 +177,7 @@ def _tensor(snapshot: GuardSnapshot, tensor: torch.Tensor, depth: int) -> None:
 
 
 def _module(snapshot: GuardSnapshot, module: nn.Module, depth: int) -> None:
-    parts = snapshot.parts
+    parts, unnamed = snapshot.parts, snapshot.path is None
     snapshot.holders.append(module)
     fields = object.__getattribute__(module, "__dict__")
     chosen = snapshot.choice.fields(module)
@@ -196,6 +188,10 @@ def _module(snapshot: GuardSnapshot, module: nn.Module, depth: int) -> None:
             continue
         if name == "_fullframe":  # a tiled module inside another: what it wraps, not its recordings
             value = value["pair"]
+        kind = type(value)
+        if unnamed and kind in ATOMS:  # as `visit` has it
+            parts += (name, kind, value)
+            continue
         parts.append(name)
         snapshot.visit(value, 0, f".{name}")
     parts.append("end")
@@ -219,12 +215,13 @@ def _object(snapshot: GuardSnapshot, thing: Any, depth: int) -> None:
 def _mapping(snapshot: GuardSnapshot, mapping: Any, depth: int) -> None:
     snapshot.parts.append(len(mapping))
     snapshot.containers += [mapping] if isinstance(mapping, dict) else []
+    named = snapshot.path is not None
     for key, value in mapping.items():
         snapshot.visit(key, depth + 1)
         if snapshot.passed and (id(mapping), key) in snapshot.passed:
             snapshot.parts.append(type(value))
         else:
-            snapshot.visit(value, depth + 1, _Key(key))
+            snapshot.visit(value, depth + 1, Key(key) if named else "")
     _derived(snapshot, mapping, depth)
 
 
@@ -250,6 +247,8 @@ def _set(snapshot: GuardSnapshot, things: Any, depth: int) -> None:
 def _derived(snapshot: GuardSnapshot, thing: Any, depth: int) -> None:
     """What a kind of container or number has beyond the built-in one."""
     kind = type(thing)
+    if kind in BARE:
+        return
     for name, value in (fields_and_slots(thing) or {}).items():
         snapshot.parts.append(name)
         snapshot.visit(value, depth + 1, f".{name}")
