@@ -17,6 +17,7 @@ from torch import nn
 
 import fullframe
 from fullframe.frontend.guards import GuardSnapshot
+from fullframe.frontend.inputs import Call, Pair
 
 GLOBAL = 1.0
 TABLE = {"gain": 1.0}
@@ -378,3 +379,23 @@ def test_a_snapshot_that_names_its_places_sees_the_same():
         assert changed.key != first.key, change
         assert changed.key == GuardSnapshot([net, batch()], named=("net", "batch")).key
         first = changed
+
+
+def test_parameters_and_buffers_are_those_that_torch_lists():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = nn.Conv2d(1, 1, 3, bias=False), nn.BatchNorm2d(1)
+            self.again, self.none = self.first, None
+            self.shared = self.first.weight
+            self.register_buffer("gone", None)
+            self.register_buffer("seen", self.norm.running_mean)
+
+    for criterion in (F.cross_entropy, nn.CrossEntropyLoss(weight=torch.ones(3)), None):
+        pair = Pair(nn.Sequential(Odd(), Odd()), criterion)
+        args = (torch.zeros(1, 1, 5, 5),) if criterion is None else batch()
+        call = Call(pair, args, {})
+        for found, listed in ((call.parameters, pair.named_parameters()), (call.buffers, pair.named_buffers())):
+            expected = list(listed)
+            assert list(found) == [name for name, _ in expected]
+            assert all(found[name] is tensor for name, tensor in expected)

@@ -76,14 +76,15 @@ class Call:
         for k, x in enumerate(self.inputs):
             if 0 in x.shape:
                 raise ValueError(f"input {k} has shape {tuple(x.shape)}, without elements; leave that batch out")
-        self.parameters = dict(pair.named_parameters())
-        for name, t in (*self.parameters.items(), *pair.named_buffers()):
+        modules = list(pair.named_modules())
+        self.parameters: dict[str, torch.Tensor] = _registered(modules, "_parameters")
+        self.buffers: dict[str, torch.Tensor] = _registered(modules, "_buffers")
+        for name, t in (*self.parameters.items(), *self.buffers.items()):
             if is_lazy(t):
                 raise ValueError(
                     f"{name.removeprefix('module.')} has no shape yet; call the plain module once, on a small input, "
                     "before it is tiled"
                 )
-        self.buffers = {k: v for k, v in pair.named_buffers() if v is not None}
         self.roots = [pair, args, kwargs, _everywhere()]
         self.grad = torch.is_grad_enabled()
         self._snapshot: GuardSnapshot | None = None
@@ -210,6 +211,21 @@ class Call:
         found, opaque = iter(inputs), opaque or {}
         leaves = [next(found) if isinstance(x, torch.Tensor) else opaque.get(k, x) for k, x in enumerate(self.leaves)]
         return pytree.tree_unflatten(leaves, self.spec)
+
+
+def _registered(modules: Sequence[tuple[str, nn.Module]], table: str) -> dict[str, torch.Tensor]:
+    """Parameters or buffers by name, each once, as `named_parameters` and `named_buffers` have them of these modules.
+
+    Those would walk over all modules each, which is much of a short step.
+    """
+    found: dict[str, torch.Tensor] = {}
+    met: set[int] = set()
+    for prefix, module in modules:
+        for name, tensor in getattr(module, table).items():
+            if tensor is not None and id(tensor) not in met:
+                met.add(id(tensor))
+                found[f"{prefix}.{name}" if prefix else name] = tensor
+    return found
 
 
 def _entries(thing: Any, place: Any = None) -> Iterator[Any]:
