@@ -46,6 +46,9 @@ def matching(call: Call, programs: Programs, known: Answers = ()) -> Iterator[tu
 
 def keep(programs: Programs, key: Key, program: Program, most: int) -> None:
     """Put a program last; of at most so many keys, each with all of its ways."""
+    latest = next(reversed(programs.items()), None)
+    if latest is not None and latest[1] is program and latest[0][:2] == key:
+        return  # where it is; to hash a long key again would take longer than to see that it is the same
     programs.pop((*key, program.answers), None)
     programs[*key, program.answers] = program
     if len(programs) > most:
