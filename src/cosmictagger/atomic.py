@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +35,22 @@ def replacing(path: Path) -> Iterator[Path]:
             for folder in missing:
                 folder.rmdir()
         raise
+
+
+def part_of_file(path: Path) -> str | None:
+    """The name of the file that `replacing` was about to make of a part; None for anything else."""
+    found = re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}\.part", path.name)
+    return found[1] if found and path.is_file() and not path.is_symlink() else None
+
+
+def swept(folder: Path, names: set[str]) -> None:
+    """Remove the parts of files of these names, which a process left that was killed while it wrote them.
+
+    The caller must be the only one who writes there.
+    """
+    for path in folder.iterdir():
+        if part_of_file(path) in names:
+            path.unlink()
 
 
 @contextmanager

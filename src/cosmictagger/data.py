@@ -172,6 +172,8 @@ class EventFile:
     def tags(self, index: int) -> tuple[Pixels, ...]:
         """Classes that `predict` has given to the stored pixels of an event. Raises DataError if there are none."""
         if self._tags is None:
+            if TAGS not in self._file:
+                raise DataError(f"{self.path}: no group {TAGS}: name weights, or a file that `predict` has written")
             self._tags = _Product(self.path, self._file, TAGS)
             if len(self._tags) != len(self) or self._tags.shape != self.shape:
                 raise DataError(f"{self.path}: {TAGS}: does not belong to {CHARGE}")

@@ -1,11 +1,11 @@
 """The demonstration: from nothing to a trained network and its report, in minutes, also on a slow machine."""
 
-import re
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+from cosmictagger.atomic import part_of_file
 from cosmictagger.checkpoint import NAME as CHECKPOINT
 from cosmictagger.config import NAME as CONFIG
 from cosmictagger.config import Files, Run
@@ -83,8 +83,7 @@ def _clear(out: Path) -> None:
 
 def _written(path: Path) -> bool:
     """Whether a file has a name of a demonstration's, or of one's part that was not finished."""
-    part = re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}\.part", path.name)
-    return (part[1] if part else path.name) in WRITTEN and path.is_file() and not path.is_symlink()
+    return (part_of_file(path) or path.name) in WRITTEN and path.is_file() and not path.is_symlink()
 
 
 def _least(shape: tuple[int, int]) -> tuple[int, int]:

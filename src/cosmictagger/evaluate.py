@@ -52,6 +52,10 @@ class Running:
     disk: str | None = None
     folder: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads is {self.threads}; it must be at least 1")
+
     @property
     def workers(self) -> int | None:
         """Threads of this process; None: one per core."""

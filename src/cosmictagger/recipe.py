@@ -59,6 +59,7 @@ class Recipe:
             "batch": 1,
             "accumulate": 1,
             "steps": 1,
+            "seed": 0,
             "validate_every": 1,
             "checkpoint_every": 1,
             "warmup": 0,
@@ -67,6 +68,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if self.crop is not None and min(self.crop) < 1:
+            raise ValueError(f"crop is {list(self.crop)}; rows and columns must be at least 1")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive")
         if self.minutes is not None and not self.minutes > 0:

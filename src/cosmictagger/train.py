@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch.optim import Optimizer
 
-from cosmictagger.atomic import locked, named, replacing
+from cosmictagger.atomic import locked, named, replacing, swept
 from cosmictagger.board import Board, check_installed
 from cosmictagger.checkpoint import NAME as CHECKPOINT
 from cosmictagger.checkpoint import load_checkpoint, save_checkpoint
@@ -41,6 +41,7 @@ from cosmictagger.schedules import Rates
 from cosmictagger.weights import Origin, not_finite, save_weights
 
 BEST, COST = "best.safetensors", "cost.json"
+_WRITTEN = {"recipe.json", "plan.txt", "log.jsonl", CHECKPOINT, "weights.safetensors", BEST, COST}
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def _train(
         if not out.exists():
             out.mkdir(parents=True)
             held.enter_context(locked(out))
+        swept(out, _WRITTEN | set(beside.files))
         texts = {"recipe.json": json.dumps(described, indent=2) + "\n", "plan.txt": plan + "\n", **beside.files}
         for name, text in texts.items():
             _write(out / name, text)
@@ -308,9 +310,8 @@ def _start(recipe: Recipe, out: Path, running: Running, resumed: dict | None) ->
         _check_described(resumed, out)
         return state  # it ended before its first checkpoint
     if not kept.is_file():
-        raise DataError(
-            f"{out}: no checkpoint to resume from" + ", but for an older one, which could hold code" * old
-        )
+        why = ", but for an older one, which could hold code" if old else "; leave --resume out to begin a training"
+        raise DataError(f"{out}: no checkpoint to resume from{why}")
     _check_described(resumed, out)
     state.step, schedule = load_checkpoint(kept, state.net, state.optimizer)
     try:
