@@ -388,9 +388,8 @@ def tile(  # noqa: PLR0913
             and gradients. None: what is free under the container's limit.
         tile: forces the tile, in pixels of the input: one extent per spatial axis or one for all.
         workers: threads over tiles on the CPU; None: one per core.
-        disk: bytes, or text as for the budget, that maps may take on a disk, in a file without a name (None: none);
-            its speed is measured once a month, or told by FULLFRAME_DISK_RATE in MB/s, and that of the arithmetic, or
-            told by FULLFRAME_ARITHMETIC_RATE in million operations a second. The plan says what is written.
+        disk: bytes, or text, that maps may take on a disk, in a file without a name (None: none). Speeds are measured
+            once a month, or told: FULLFRAME_DISK_RATE in MB/s, FULLFRAME_ARITHMETIC_RATE in million operations/s.
         folder: where that file lies; None: the system's temporary folder. It may not be in memory itself (tmpfs).
         mesh: a `DeviceMesh` of one dimension, ``domain`` (first spatial axis) or ``data`` (batch), whose processes
             make the step together, each with this budget: a call takes a part of inputs and targets and gives that of
