@@ -15,6 +15,7 @@ from fullframe.ir.graph import Graph
 from fullframe.partition.saved_values import choose_saved_values
 from fullframe.schedule import within
 from fullframe.schedule.plan import Plan, arithmetic
+from fullframe.schedule.planner import computed
 
 
 class Net(nn.Module):
@@ -135,7 +136,7 @@ def test_what_a_rung_leaves_of_the_budget_is_used():
     everything = planned(1 << 40).projected_bytes
     for share in (0.7, 0.5, 0.35):
         first = planned(int(share * everything))
-        assert arithmetic(planned(first.projected_bytes + 1)) < 1.1 * arithmetic(first)
+        assert computed(planned(first.projected_bytes + 1)) < 1.1 * computed(first)  # cheap ops, too: it is minimised
 
 
 @pytest.mark.rest
