@@ -220,11 +220,11 @@ def test_threads_that_cannot_be_had(monkeypatch):
     pool = threads.pool(2)
     submit, left = pool.submit, [1]
 
-    def short(call: Any) -> Any:
+    def short(call: Any, *rest: Any) -> Any:
         if not left:
             raise RuntimeError("can't start new thread")
         left.pop()
-        return submit(call)
+        return submit(call, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(pool, "submit", short)
